@@ -1,0 +1,95 @@
+// Chooses the instruction set at run time, checks labels, shares rows among threads, reduces the losses.
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cpu/local_loss.h"
+
+namespace sid {
+namespace {
+
+int instruction_level() {
+  int level = 0;
+#ifdef SID_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) level = 1;
+  if (level && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    level = 2;
+#endif
+  if (const char* wanted = std::getenv("SID_KERNELS_CPU"))
+    level = std::min(level, !std::strcmp(wanted, "avx512") ? 2 : !std::strcmp(wanted, "avx2") ? 1 : 0);
+  return level;
+}
+const int kLevel = instruction_level();
+
+using RowsKernel = decltype(&baseline::local_loss_rows);
+RowsKernel rows_kernel() {
+#ifdef SID_X86
+  if (kLevel == 2) return &avx512::local_loss_rows;
+  if (kLevel == 1) return &avx2::local_loss_rows;
+#endif
+  return &baseline::local_loss_rows;
+}
+
+// A forked child has none of the parent's OpenMP threads, and libgomp would wait for them forever.
+bool forked = false;
+const int kRegistered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Elements under which starting a second thread costs more than it saves (measured: 2-core AVX-512 machine).
+constexpr int64_t kSerialElements = 32768;
+// Output bytes over which lines go past the caches: half of a usual last level, whose content would be lost.
+constexpr int64_t kStreamingBytes = int64_t{16} << 20;
+
+}  // namespace
+
+const char* cpu_instruction_set() { return kLevel == 2 ? "avx512" : kLevel == 1 ? "avx2" : "baseline"; }
+
+BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
+  int64_t counted = a.rows;
+  if (a.labels) {
+    counted = 0;
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const int64_t label = a.labels[r];
+      if (label == a.ignore_index) continue;
+      if (label < 0 || label >= a.classes) return {r, label};
+      ++counted;
+    }
+  }
+  const bool each = a.reduction == Reduction::none, mean = a.reduction == Reduction::mean;
+  const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
+
+  static thread_local std::vector<float> buffer;  // fidelity, consistency and loss of every row
+  float *fidelity = a.fidelity, *consistency = a.consistency, *loss = a.loss;
+  if (!each) {
+    if (static_cast<int64_t>(buffer.size()) < 3 * a.rows) buffer.resize(3 * a.rows);
+    fidelity = buffer.data(), consistency = fidelity + a.rows, loss = consistency + a.rows;
+  }
+  const int64_t elements = a.rows * a.classes;
+  const int64_t written = elements * (size_of(a.belief.dtype) + (a.dlogits.data ? size_of(a.dlogits.dtype) : 0));
+  const bool streaming = written >= kStreamingBytes;
+  const RowsKernel kernel = rows_kernel();
+  if (forked || elements < kSerialElements) threads = 1;
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, a.rows)));
+  if (threads == 1) {
+    kernel(a, 0, a.rows, scale, streaming, fidelity, consistency, loss);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; ++t)
+      kernel(a, a.rows * t / threads, a.rows * (t + 1) / threads, scale, streaming, fidelity, consistency, loss);
+  }
+  if (!each) {
+    double f = 0.0, c = 0.0, l = 0.0;
+    for (int64_t r = 0; r < a.rows; ++r) f += fidelity[r], c += consistency[r], l += loss[r];
+    *a.fidelity = static_cast<float>(f * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
+    *a.consistency = static_cast<float>(c * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
+    *a.loss = static_cast<float>(l * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
+  }
+  return {};
+}
+
+}  // namespace sid

@@ -1,0 +1,228 @@
+// A SIMD vector of floats, as wide as the instruction set of this translation unit allows: loads and
+// stores of full and partial vectors in the three storage types, exp_ and log_.
+// GCC and Clang vector extensions carry the arithmetic, so the row mathematics is the CUDA kernels' own.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "local_loss.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SID_WIDTH 16
+#elif defined(__AVX2__)
+#define SID_WIDTH 8
+#else
+#define SID_WIDTH 4
+#endif
+
+namespace sid {
+namespace {  // one copy per translation unit
+
+constexpr int kWidth = SID_WIDTH;
+typedef float Vec __attribute__((vector_size(SID_WIDTH * 4)));
+typedef int32_t VecI __attribute__((vector_size(SID_WIDTH * 4)));
+typedef uint32_t VecU __attribute__((vector_size(SID_WIDTH * 4)));
+typedef uint16_t VecH __attribute__((vector_size(SID_WIDTH * 2)));
+
+template <class To, class From> inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+inline Vec broadcast(float x) { return Vec{} + x; }
+
+// ---- mathematics ---------------------------------------------------------------------------------
+inline float exp_(float x) { return std::exp(x); }
+inline float log_(float x) { return std::log(x); }
+
+// exp of x <= 0, within 2 ulp; 0 below -87.33 (where exp leaves float32's normal numbers). NaN stays.
+// Reduction x = n ln 2 + r, |r| <= ln 2 / 2, with the minimax polynomial of Cephes' expf.
+inline Vec exp_(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec k = x * 1.44269504088896341f + magic;
+  const Vec n = k - magic;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec power = bits_as<Vec>((bits_as<VecI>(k) << 23) + 0x3f800000);  // 2^n
+  const Vec y = p * power;
+  return x < broadcast(-87.33f) ? broadcast(0.0f) : y;
+}
+
+// log of a normal x > 0, within 2 ulp. NaN stays. x = 2^e m, 2/3 <= m < 4/3, polynomial of Cephes' logf.
+inline Vec log_(Vec x) {
+  const VecI bits = bits_as<VecI>(x);
+  const VecI e = (bits - 0x3f2aaaab) >> 23;
+  const Vec f = bits_as<Vec>(bits - (e << 23)) - 1.0f;
+  const Vec exponent = __builtin_convertvector(e, Vec);
+  Vec p = broadcast(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec square = f * f;
+  Vec y = p * f * square + exponent * -2.12194440e-4f - 0.5f * square;
+  y = y + f + exponent * 0.693359375f;
+  return y + (x - x);
+}
+
+// Vector maximum that passes over NaN in b (a NaN row shows through its sums).
+template <class V> inline V larger(V a, V b) { return b > a ? b : a; }
+
+// A vector's lanes joined pairwise, half by half.
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec8 __attribute__((vector_size(32)));
+template <class Half, class Whole, class Join> inline Half halved(Whole x, Join join) {
+  Half half[2];
+  static_assert(sizeof half == sizeof x, "");
+  std::memcpy(half, &x, sizeof x);
+  return join(half[0], half[1]);
+}
+template <class Join> inline float fold(Vec x, Join join) {
+#if SID_WIDTH == 16
+  const Vec4 v = halved<Vec4>(halved<Vec8>(x, join), join);
+#elif SID_WIDTH == 8
+  const Vec4 v = halved<Vec4>(x, join);
+#else
+  const Vec4 v = x;
+#endif
+  return join(join(v[0], v[1]), join(v[2], v[3]));
+}
+inline float sum_lanes(Vec x) {
+  return fold(x, [](auto a, auto b) { return a + b; });
+}
+inline float max_lanes(Vec x) {
+  return fold(x, [](auto a, auto b) { return larger(a, b); });
+}
+
+// ---- float32 memory ------------------------------------------------------------------------------
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512F__)
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline Vec load_first(const float* p, int n, float fill) { return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p); }
+inline void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+#elif defined(__AVX2__)
+inline __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline Vec load_first(const float* p, int n, float fill) {
+  const __m256i mask = first(n);
+  return (Vec)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+inline void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), (__m256)v); }
+#else
+inline Vec load_first(const float* p, int n, float fill) {
+  Vec v = broadcast(fill);
+  std::memcpy(&v, p, sizeof(float) * n);
+  return v;
+}
+inline void store_first(float* p, Vec v, int n) { std::memcpy(p, &v, sizeof(float) * n); }
+#endif
+
+// Past the caches: the line is neither read before it is written nor kept. `p` is aligned to the vector.
+inline void stream(void* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- bfloat16 and float16 ------------------------------------------------------------------------
+inline Vec widen_bf16(VecH h) { return bits_as<Vec>(__builtin_convertvector(h, VecU) << 16); }
+inline VecH narrow_bf16(Vec v) {  // round to nearest even; NaN stays a (quiet) NaN
+  const VecU bits = bits_as<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU quiet = VecU{} + 0x7fc0u;
+  return __builtin_convertvector(v != v ? quiet : rounded, VecH);
+}
+
+inline float widen_f16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_as<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // A half's bits read as a float are 2^-112 of its value, subnormal halves included.
+  return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 5.192296858534828e33f));
+}
+inline uint16_t narrow_f16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000u;
+  const float a = std::fabs(x);
+  if (!(a < 65520.0f)) return static_cast<uint16_t>(sign | (x != x ? 0x7e00u : 0x7c00u));
+  if (a < 6.103515625e-05f)  // subnormal: adding 0.5 rounds at 2^-24, a half's last place there
+    return static_cast<uint16_t>(sign | (bits_as<uint32_t>(a + 0.5f) - 0x3f000000u));
+  const uint32_t m = bits & 0x7fffffffu;
+  return static_cast<uint16_t>(sign | ((m - 0x38000000u + 0xfffu + (m >> 13 & 1u)) >> 13));
+}
+#if defined(__AVX512F__)
+inline Vec widen_f16(VecH h) { return (Vec)_mm512_cvtph_ps(bits_as<__m256i>(h)); }
+inline VecH narrow_f16(Vec v) { return bits_as<VecH>(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline Vec widen_f16(VecH h) { return (Vec)_mm256_cvtph_ps(bits_as<__m128i>(h)); }
+inline VecH narrow_f16(Vec v) { return bits_as<VecH>(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline Vec widen_f16(VecH h) {
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = widen_f16(h[i]);
+  return v;
+}
+inline VecH narrow_f16(Vec v) {
+  VecH h;
+  for (int i = 0; i < kWidth; ++i) h[i] = narrow_f16(v[i]);
+  return h;
+}
+#endif
+
+template <bool BF16> inline void widen_row(const uint16_t* from, float* to, int64_t n) {
+  VecH h;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    std::memcpy(&h, from + i, sizeof h);
+    store(to + i, BF16 ? widen_bf16(h) : widen_f16(h));
+  }
+  if (i < n) {
+    h = VecH{};
+    std::memcpy(&h, from + i, sizeof(uint16_t) * (n - i));
+    store_first(to + i, BF16 ? widen_bf16(h) : widen_f16(h), static_cast<int>(n - i));
+  }
+}
+template <bool BF16> inline void narrow_row(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const VecH h = BF16 ? narrow_bf16(load(from + i)) : narrow_f16(load(from + i));
+    std::memcpy(to + i, &h, sizeof h);
+  }
+  if (i < n) {
+    const Vec v = load_first(from + i, static_cast<int>(n - i), 0.0f);
+    const VecH h = BF16 ? narrow_bf16(v) : narrow_f16(v);
+    std::memcpy(to + i, &h, sizeof(uint16_t) * (n - i));
+  }
+}
+
+}  // namespace
+}  // namespace sid

@@ -1,0 +1,220 @@
+"""The public operations: `fused_local_loss` (differentiable) and `local_loss_and_grad` (gradient in hand).
+
+This file chooses between the plain call and the operator of `operator.py`, and holds the autograd Function.
+It computes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, operator
+from .problem import Problem, make_problem
+
+
+class LocalLoss(NamedTuple):
+    """Result of the local loss of a stage.
+
+    loss: alpha * fidelity + (1 - alpha) * consistency, in nats; () for reduction "mean" and "sum", (...) for "none";
+        float32 (float64 for float64 logits). The only differentiable part, in logits alone.
+    belief: softmax(logits), (..., C), contiguous, in the prior's dtype (the logits' where there is no prior).
+    fidelity: CE(y, p) (forward) or KL(p || y) (reverse), shaped and reduced like loss.
+    consistency: KL(q || p) (forward) or KL(p || q) (reverse), shaped and reduced like loss.
+    """
+
+    loss: Tensor
+    belief: Tensor
+    fidelity: Tensor
+    consistency: Tensor
+
+
+def fused_local_loss(
+    logits: Tensor,
+    prior: Tensor | None,
+    target: Tensor,
+    alpha: float | Tensor = 0.5,
+    *,
+    divergence: str = "forward",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> LocalLoss:
+    """Local loss of one SID stage, its belief, and (in backward, already computed) its gradient.
+
+    forward: L = alpha CE(y, p) + (1 - alpha) KL(q || p),   dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
+    reverse: L = alpha KL(p || y) + (1 - alpha) KL(p || q),  dL/dz = p (u - sum p u)
+    with p = softmax(z), Y = sum y, S = sum q, u = log p - alpha log y - (1 - alpha) log q (arXiv 2510.03273).
+
+    Args:
+        logits: z, (..., C), float32, bfloat16 or float16 (float64 on the reference backend). Sums are in float32.
+        prior: q, (..., C) class probabilities, or None for the uniform prior (no memory is read). A constant.
+        target: y, integer labels (...) or class probabilities (..., C). A constant.
+        alpha: weight of fidelity against consistency in [0, 1]: a float, or a tensor () or (...) on the logits' device.
+        divergence: "forward" or "reverse"; reverse with labels needs label_smoothing > 0.
+        label_smoothing: s in [0, 1], y <- (1 - s) y + s / C.
+        ignore_index: rows with this label have loss 0 and gradient 0; "mean" divides by the rows that count.
+        reduction: "none", "mean" or "sum".
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    A class with logit -inf is masked: it counts nothing where prior and target give it no mass (0 log 0 = 0), and
+    makes the loss infinite where they do. A NaN stays in its row.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, before anything is run.
+        IndexError: a label out of range, on a CPU. On CUDA that row's loss and gradient are NaN, without a
+            synchronisation; SID_KERNELS_DEBUG=1 synchronises and raises.
+        RuntimeError: the backend asked for cannot be used here; or a second derivative is asked for.
+    """
+    if _needs_operator(logits, prior, target, alpha):
+        differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
+        outputs = _through_operator(
+            logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, differentiable
+        )
+        return LocalLoss(*outputs[:4])
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    problem = make_problem(
+        logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, None, differentiable
+    )
+    if differentiable:
+        return LocalLoss(*_Function.apply(logits, problem, backend))
+    return _run(problem, backend, logits.shape)[0]
+
+
+def local_loss_and_grad(
+    logits: Tensor,
+    prior: Tensor | None,
+    target: Tensor,
+    alpha: float | Tensor = 0.5,
+    *,
+    divergence: str = "forward",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> tuple[LocalLoss, Tensor]:
+    """`fused_local_loss` without autograd: (LocalLoss, dlogits), for `logits.backward(dlogits)`.
+
+    dlogits: (..., C) in the logits' dtype, the gradient of the reduced loss ("none": of the sum).
+    out: where dlogits is written, like logits in shape, dtype and device; `out=logits` overwrites the logits.
+    The other arguments, the values and the errors are those of `fused_local_loss`.
+    """
+    if _needs_operator(logits, prior, target, alpha, out):
+        logits = logits.detach() if isinstance(logits, Tensor) else logits
+        outputs = _through_operator(
+            logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, True
+        )
+        dlogits = outputs[4] if out is None else out.copy_(outputs[4])
+        return LocalLoss(*outputs[:4]), dlogits
+    with torch.no_grad():
+        problem = make_problem(
+            logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, out, True
+        )
+        result, dlogits = _run(problem, backend, logits.shape)
+    return result, dlogits if out is None else out
+
+
+def _run(problem: Problem, backend: str, shape: torch.Size) -> tuple[LocalLoss, Tensor | None]:
+    """Run in canonical form, give back in the caller's shape."""
+    loss, fidelity, consistency, belief, dlogits = backends.run(problem, backend)
+    if len(shape) != 2:
+        if problem.reduction == "none":
+            loss, fidelity, consistency = (x.view(shape[:-1]) for x in (loss, fidelity, consistency))
+        belief = belief.view(shape)
+        if dlogits is not None and problem.out is None:
+            dlogits = dlogits.view(shape)
+    return LocalLoss(loss, belief, fidelity, consistency), dlogits
+
+
+class _Function(torch.autograd.Function):
+    """Loss, belief and gradient in the forward pass; backward hands the gradient out."""
+
+    @staticmethod
+    def forward(ctx, logits, problem, backend):
+        result, dlogits = _run(problem, backend, logits.shape)
+        ctx.save_for_backward(dlogits)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(result.belief, result.fidelity, result.consistency)
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None
+        (dlogits,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _OnceDifferentiable.apply(dlogits, grad_loss), None, None
+        return _scale(dlogits, grad_loss), None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first derivative as part of a graph: its own derivative is refused by name."""
+
+    @staticmethod
+    def forward(ctx, dlogits, grad_loss):
+        return operator.scaled(dlogits, grad_loss)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "fused_local_loss has no second derivative: it was asked for by a backward pass through a gradient taken "
+            "with create_graph=True"
+        )
+
+
+# Whether the running backward pass keeps its graph; a torch without it is taken to.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+    """dlogits times the incoming gradient, which is 1 for `loss.backward()`: then no second pass is made.
+
+    On a GPU nobody may wait to see whether it is 1. The kernel looks, and leaves at once; in place, unless the
+    graph is kept for another backward pass.
+    """
+    if grad_loss.is_cpu:
+        return dlogits if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else operator.scaled(dlogits, grad_loss)
+    in_place = None if _keeps_graph() else backends.scale_in_place(dlogits)
+    if in_place is None:
+        return operator.scaled(dlogits, grad_loss)
+    in_place(dlogits.view(-1, dlogits.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
+    return dlogits
+
+
+def _through_operator(
+    logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, need_grad
+) -> tuple[Tensor, ...]:
+    tensor = isinstance(alpha, Tensor)
+    if not tensor and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+        raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
+    detached = None if prior is None else prior.detach()
+    return operator.local_loss(
+        logits,
+        detached,
+        target.detach(),
+        alpha.detach() if tensor else None,
+        0.0 if tensor else float(alpha),
+        divergence,
+        float(label_smoothing),
+        ignore_index,
+        reduction,
+        backend,
+        need_grad,
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _needs_operator(*tensors) -> bool:
+    """Whether a tensor has no memory to take the address of: while compiling, fake, functional, wrapped by a mode."""
+    if torch.compiler.is_compiling():
+        return True
+    for x in tensors:
+        if isinstance(x, Tensor) and type(x) not in _PLAIN:
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
