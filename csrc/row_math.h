@@ -62,13 +62,14 @@ struct RowTarget {
 
 struct RowResult {
   float fidelity, consistency, loss;
-  float log_sum;  // belief of an element: exp(t - log_sum)
+  float log_sum;  // belief of an element: exp(t - log_sum),
+  float scale;    // or exp(t) * scale
   float center;   // Forward: alpha sum(y) + (1 - alpha) sum(q); Reverse: the loss
 };
 
-SID_HD RowResult weighted(float alpha, float fidelity, float consistency, float log_sum) {
+SID_HD RowResult weighted(float alpha, float fidelity, float consistency, float log_sum, float scale) {
   const float loss = times(alpha, fidelity) + times(1.0f - alpha, consistency);
-  return {fidelity, consistency, loss, log_sum, loss};
+  return {fidelity, consistency, loss, log_sum, scale, loss};
 }
 
 template <class F, int N> struct Sums {
@@ -128,7 +129,8 @@ template <class F> struct Forward {
       target_mass = 1.0f;
       target_dot = times(1.0f - row.smoothing, row.label_logit - reference(max)) + times(row.off_label(), v[LOGIT_SUM]);
     }
-    RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_entropy - prior_dot + prior_mass * log_sum, log_sum);
+    RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_entropy - prior_dot + prior_mass * log_sum, log_sum,
+                             1.0f / v[SUM]);
     r.center = row.alpha * target_mass + (1.0f - row.alpha) * prior_mass;
     return r;
   }
@@ -170,7 +172,7 @@ template <class F> struct Reverse {
       const float off = row.log_off_label(), on = row.log_on_label();
       target = off + (on - off) * exp_(row.label_logit - reference(max) - log_sum);
     }
-    return weighted(row.alpha, self - target, self - prior, log_sum);
+    return weighted(row.alpha, self - target, self - prior, log_sum, scale);
   }
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F t, F p, F q, F y) {
     const F u = t - r.log_sum - row.alpha * log_probability(y) - (1.0f - row.alpha) * log_probability(q);

@@ -11,8 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, operator
+from . import backends, cpu, operator
 from .problem import Problem, make_problem
+
+
+_DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
+_is_compiling = torch.compiler.is_compiling
 
 
 class LocalLoss(NamedTuple):
@@ -75,13 +79,21 @@ def fused_local_loss(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, differentiable
         )
         return LocalLoss(*outputs[:4])
-    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    if (divergence, label_smoothing, ignore_index, reduction, backend) == _DEFAULTS:
+        if (quick := cpu.run_ordinary(logits, prior, target, alpha)) is not None:
+            loss, fidelity, consistency, belief, dlogits = quick
+            if logits.requires_grad and torch.is_grad_enabled():
+                loss = _attach(logits, (loss, dlogits))
+            return LocalLoss(loss, belief, fidelity, consistency)
+    differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
     problem = make_problem(
         logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, None, differentiable
     )
-    if differentiable:
-        return LocalLoss(*_Function.apply(logits, problem, backend))
-    return _run(problem, backend, logits.shape)[0]
+    if not differentiable:
+        return _run(problem, backend, logits.shape)[0]
+    with torch.no_grad():
+        result, dlogits = _run(problem, backend, logits.shape)
+    return LocalLoss(_attach(logits, (result.loss, dlogits)), *result[1:])
 
 
 def local_loss_and_grad(
@@ -110,6 +122,10 @@ def local_loss_and_grad(
         )
         dlogits = outputs[4] if out is None else out.copy_(outputs[4])
         return LocalLoss(*outputs[:4]), dlogits
+    if out is None and (divergence, label_smoothing, ignore_index, reduction, backend) == _DEFAULTS:
+        if (quick := cpu.run_ordinary(logits, prior, target, alpha)) is not None:
+            loss, fidelity, consistency, belief, dlogits = quick
+            return LocalLoss(loss, belief, fidelity, consistency), dlogits
     with torch.no_grad():
         problem = make_problem(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, out, True
@@ -130,25 +146,28 @@ def _run(problem: Problem, backend: str, shape: torch.Size) -> tuple[LocalLoss, 
     return LocalLoss(loss, belief, fidelity, consistency), dlogits
 
 
-class _Function(torch.autograd.Function):
-    """Loss, belief and gradient in the forward pass; backward hands the gradient out."""
+class _Attach(torch.autograd.Function):
+    """Makes a loss that is already there a function of the logits, with the gradient that is already there."""
 
     @staticmethod
-    def forward(ctx, logits, problem, backend):
-        result, dlogits = _run(problem, backend, logits.shape)
-        ctx.save_for_backward(dlogits)
+    def forward(ctx, logits, loss_and_grad):
+        ctx.save_for_backward(loss_and_grad[1])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(result.belief, result.fidelity, result.consistency)
-        return tuple(result)
+        return loss_and_grad[0]
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss):
         if grad_loss is None:
-            return None, None, None
+            return None, None
         (dlogits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _OnceDifferentiable.apply(dlogits, grad_loss), None, None
-        return _scale(dlogits, grad_loss), None, None
+            return _OnceDifferentiable.apply(dlogits, grad_loss), None
+        return _scale(dlogits, grad_loss), None
+
+
+# Function.apply looks for functorch transforms and setup_context first, which costs a fifth of a small call.
+# Under functorch the operator has been taken, and there is no setup_context.
+_attach = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attach)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -207,14 +226,15 @@ def _through_operator(
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, float, type(None))
+_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def _needs_operator(*tensors) -> bool:
     """Whether a tensor has no memory to take the address of: while compiling, fake, functional, wrapped by a mode."""
-    if torch.compiler.is_compiling():
+    if _is_compiling() or _modes() or _functorch() is not None:
         return True
     for x in tensors:
-        if isinstance(x, Tensor) and type(x) not in _PLAIN:
+        if type(x) not in _PLAIN and isinstance(x, Tensor):
             return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return False

@@ -4,6 +4,7 @@
 #include "cpu/local_loss.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/simd.h"
@@ -49,27 +50,38 @@ struct Writer {
   }
 };
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
+size_t offset(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec); }  // from an aligned vector
 
 template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSum> struct Kernel {
   const LocalLoss& a;
   Reader z, q, y;
   Writer p, dz;
   bool streaming;
+  float* exponentials;  // kBlock floats: exp(t) of a row of one block, which `emit` then need not compute again
+
+  // What `sweep` leaves for `emit`.
+  struct Swept {
+    RowTarget row;
+    RowResult result;
+    float base;     // of t = z - base
+    int64_t label;  // -1: soft target, or the row does not count
+    bool counts;
+  };
 
   // Sums of one block, relative to `base`.
-  static void add_block(Divergence<Vec>& block, const RowTarget& row, float base, const float* zb, const float* qb,
-                        const float* yb, int64_t n) {
+  void add_block(Divergence<Vec>& block, const RowTarget& row, float base, const float* zb, const float* qb,
+                        const float* yb, int64_t n) const {
     const Vec off = broadcast(row.off_label());
     const float keep = 1.0f - row.smoothing;
+    int64_t i = 0;
     auto add = [&](Vec zi, Vec qi, Vec yi, Vec one) __attribute__((always_inline)) {
       const Vec t = zi - base, e = exp_(t);
+      store(exponentials + i, e);
       block.add(t, e);
       if (LogitSum) block.add_logit(one == broadcast(0.0f) ? one : t, one);
       if (Prior) block.add_prior(t, e, qi);
       if (Soft) block.add_target(t, e, yi);
     };
-    int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth)
       add(load(zb + i), Prior ? load(qb + i) : Vec{}, Soft ? load(yb + i) * keep + off : Vec{}, broadcast(1.0f));
     if (i < n) {
@@ -90,9 +102,14 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     return max_lanes(larger(m0, m1));
   }
 
-  RowResult sweep(RowTarget& row, int64_t r, float& max) const {
+  Swept sweep(int64_t r) const {
+    const int64_t label = Soft ? -1 : a.labels[r];
+    const bool counts = Soft || label != a.ignore_index;
+    RowTarget row{static_cast<float>(a.classes), a.alpha ? a.alpha[r * a.alpha_stride] : a.alpha_value, a.label_smoothing,
+                  Prior, !Soft, 0.0f};
+    if (!Soft && counts) row.label_logit = z.element(r, label);
     Divergence<Vec> total, block;
-    max = kMasked;
+    float max = kMasked;
     for (int64_t start = 0; start < a.classes; start += kBlock) {
       const int64_t n = std::min(kBlock, a.classes - start);
       const float* zb = z.widen(r, start, n);
@@ -112,12 +129,15 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     Divergence<float> scalar;
     for (int i = 0; i < Divergence<Vec>::N; ++i)
       scalar.sums.v[i] = Divergence<Vec>::uses(i, Prior, LogitSum, Soft) ? sum_lanes(total.sums.v[i]) : 0.0f;
-    return scalar.finish(row, max);
+    return {row, scalar.finish(row, max), reference(max), counts ? label : -1, counts};
   }
 
-  void emit(const RowTarget& row, const RowResult& result, int64_t r, float max, int64_t label, float scale) const {
-    const float base = reference(max), log_sum = result.log_sum, keep = 1.0f - row.smoothing;
-    const Vec off = broadcast(row.off_label()), uniform = broadcast(1.0f / row.classes);
+  void emit(const Swept& s, int64_t r, float scale) const {
+    const RowTarget row = s.row;
+    const RowResult result = s.result;
+    const float base = s.base, log_sum = result.log_sum, keep = 1.0f - row.smoothing;
+    const int64_t label = s.label;
+    const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label()), uniform = broadcast(1.0f / row.classes);
     const bool gradient = dz.rows.data != nullptr;
     for (int64_t start = 0; start < a.classes; start += kBlock) {
       const int64_t n = std::min(kBlock, a.classes - start);
@@ -126,12 +146,13 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const float* yb = Soft ? y.again(r, start) : nullptr;
       float* pb = p.block(r, start);
       float* db = gradient ? dz.block(r, start) : nullptr;
-      auto write = [&](int64_t i, int m, bool past_caches) __attribute__((always_inline)) {
+      auto write = [&](int64_t i, int m, auto past_caches, auto again) __attribute__((always_inline)) {
         const bool full = m == kWidth;
         const Vec t = (full ? load(zb + i) : load_first(zb + i, m, kMasked)) - base;
-        const Vec belief = exp_(t - log_sum);
+        const Vec belief = again ? load(exponentials + i) * result.scale : exp_(t - log_sum);
         const Vec qi = !Prior ? uniform : full ? load(qb + i) : load_first(qb + i, m, 0.0f);
-        const Vec yi = !Soft ? off : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
+        const VecI at_label = lanes() == static_cast<int32_t>(label - start - i);
+        const Vec yi = !Soft ? (at_label ? on : off) : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
         if (past_caches) stream(pb + i, belief);
         else if (full) store(pb + i, belief);
         else store_first(pb + i, belief, m);
@@ -142,44 +163,85 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
         else if (full) store(db + i, g);
         else store_first(db + i, g, m);
       };
-      int64_t i = 0;
-      if (streaming && (!gradient || reinterpret_cast<uintptr_t>(pb) % sizeof(Vec) == reinterpret_cast<uintptr_t>(db) % sizeof(Vec))) {
-        const int64_t head = (sizeof(Vec) - reinterpret_cast<uintptr_t>(pb) % sizeof(Vec)) % sizeof(Vec) / sizeof(float);
-        if (head && head < n) write(0, static_cast<int>(head), false), i = head;
-        if (aligned(pb + i))
-          for (; i + kWidth <= n; i += kWidth) write(i, kWidth, true);
-      }
-      for (; i + kWidth <= n; i += kWidth) write(i, kWidth, false);
-      if (i < n) write(i, static_cast<int>(n - i), false);
-      if (gradient && scale != 0.0f && label >= start && label < start + n) {  // y was off_label() everywhere so far
-        const int64_t l = label - start;
-        const float ql = Prior ? qb[l] : 1.0f / row.classes;
-        db[l] = scale * Divergence<float>::gradient(row, result, row.label_logit - base, pb[l], ql, row.on_label());
-      }
+      auto write_block = [&](auto again) __attribute__((always_inline)) {
+        constexpr std::true_type yes{};
+        constexpr std::false_type no{};
+        int64_t i = 0;
+        if (streaming && (!gradient || offset(pb) == offset(db))) {
+          const int64_t head = (sizeof(Vec) - offset(pb)) % sizeof(Vec) / sizeof(float);
+          if (head && head < n) write(0, static_cast<int>(head), no, again), i = head;
+          if (offset(pb + i) == 0)
+            for (; i + kWidth <= n; i += kWidth) write(i, kWidth, yes, again);
+        }
+        for (; i + kWidth <= n; i += kWidth) write(i, kWidth, no, again);
+        if (i < n) write(i, static_cast<int>(n - i), no, again);
+      };
+      a.classes <= kBlock ? write_block(std::true_type{}) : write_block(std::false_type{});
       p.flush(r, start, n);
       if (gradient) dz.flush(r, start, n);
     }
   }
 
-  void run(int64_t r, float scale, float* fidelity, float* consistency, float* loss) const {
+  // A row that fits one vector (float32): read once, computed in registers, written once.
+  // Ten classes are the common case, and there the general path is mostly bookkeeping.
+  void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, float* fidelity, float* consistency,
+                  float* loss) const {
+    const int m = static_cast<int>(a.classes);
+    const float* zr = z.row(r);
     const int64_t label = Soft ? -1 : a.labels[r];
     const bool counts = Soft || label != a.ignore_index;
-    RowTarget row{static_cast<float>(a.classes), a.alpha ? a.alpha[r * a.alpha_stride] : a.alpha_value, a.label_smoothing,
-                  Prior, !Soft, 0.0f};
-    if (!Soft && counts) row.label_logit = z.element(r, label);
-    float max;
-    const RowResult result = sweep(row, r, max);
-    emit(row, result, r, max, counts ? label : -1, counts ? scale : 0.0f);
-    *fidelity = counts ? result.fidelity : 0.0f;
-    *consistency = counts ? result.consistency : 0.0f;
-    *loss = counts ? result.loss : 0.0f;
+    if (a.alpha) row.alpha = a.alpha[r * a.alpha_stride];
+    if (!Soft) row.label_logit = counts ? zr[label] : 0.0f;
+    const Vec zi = load_first(zr, m, kMasked), qi = Prior ? load_first(q.row(r), m, 0.0f) : broadcast(row.uniform());
+    const VecI at_label = lanes() == static_cast<int32_t>(label);
+    const Vec yi = Soft ? (load_first(y.row(r), m, 0.0f) * (1.0f - row.smoothing) + off) * one : at_label ? on : off;
+    const float max = max_lanes(zi);
+    const Vec t = zi - reference(max), e = exp_(t);
+    Divergence<Vec> sums;
+    sums.clear();
+    sums.add(t, e);
+    if (LogitSum) sums.add_logit(one == broadcast(0.0f) ? one : t, one);
+    if (Prior) sums.add_prior(t, e, qi);
+    if (Soft) sums.add_target(t, e, yi);
+    Divergence<float> total;
+    for (int i = 0; i < Divergence<Vec>::N; ++i)
+      total.sums.v[i] = Divergence<Vec>::uses(i, Prior, LogitSum, Soft) ? sum_lanes(sums.sums.v[i]) : 0.0f;
+    const RowResult result = total.finish(row, max);
+    const Vec belief = e * result.scale;
+    store_first(p.row32(r), belief, m);
+    if (dz.rows.data) {
+      const Vec g = scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi);
+      store_first(dz.row32(r), counts ? g : Vec{}, m);
+    }
+    fidelity[r] = counts ? result.fidelity : 0.0f;
+    consistency[r] = counts ? result.consistency : 0.0f;
+    loss[r] = counts ? result.loss : 0.0f;
+  }
+
+  void run(int64_t begin, int64_t end, float scale, float* fidelity, float* consistency, float* loss) const {
+    const auto float32 = [](DType t, const void* data) { return !data || t == DType::f32; };
+    if (a.classes <= kWidth && float32(a.logits.dtype, this) && float32(a.prior.dtype, a.prior.data) &&
+        float32(a.soft.dtype, a.soft.data) && float32(a.belief.dtype, this)) {
+      RowTarget row{static_cast<float>(a.classes), a.alpha_value, a.label_smoothing, Prior, !Soft, 0.0f};
+      const Vec one = load_first(kOnes, static_cast<int>(a.classes), 0.0f);
+      const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label());
+      for (int64_t r = begin; r < end; ++r) one_vector(row, r, one, off, on, scale, fidelity, consistency, loss);
+      return;
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      const Swept s = sweep(r);
+      emit(s, r, s.counts ? scale : 0.0f);
+      fidelity[r] = s.counts ? s.result.fidelity : 0.0f;
+      consistency[r] = s.counts ? s.result.consistency : 0.0f;
+      loss[r] = s.counts ? s.result.loss : 0.0f;
+    }
   }
 
   alignas(64) static constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 };
 
 struct Scratch {
-  std::vector<float> z, q, y, p, dz;
+  std::vector<float> z, q, y, p, dz, exponentials = std::vector<float>(kBlock);
   static float* of(std::vector<float>& v, DType dtype, int64_t n) {
     if (dtype == DType::f32) return nullptr;
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
@@ -198,8 +260,9 @@ void run_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool 
       {a.soft, Soft ? Scratch::of(s.y, a.soft.dtype, a.classes) : nullptr},
       {a.belief, Scratch::of(s.p, a.belief.dtype, kBlock)},
       {a.dlogits, Scratch::of(s.dz, a.dlogits.dtype, kBlock)},
-      streaming};
-  for (int64_t r = begin; r < end; ++r) kernel.run(r, scale, fidelity + r, consistency + r, loss + r);
+      streaming,
+      s.exponentials.data()};
+  kernel.run(begin, end, scale, fidelity, consistency, loss);
   if (streaming) stream_fence();
 }
 

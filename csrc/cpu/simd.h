@@ -35,6 +35,11 @@ template <class To, class From> inline To bits_as(From x) {
   return y;
 }
 inline Vec broadcast(float x) { return Vec{} + x; }
+inline VecI lanes() {  // 0, 1, 2, ...
+  VecI v;
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
 
 // ---- mathematics ---------------------------------------------------------------------------------
 inline float exp_(float x) { return std::exp(x); }

@@ -1,0 +1,175 @@
+"""The Triton backend (NVIDIA and AMD): chooses a plan from a table by size and launches the kernels of triton_rows.
+
+Importing this file never needs triton or a GPU; `unavailable()` says why the backend cannot be used. Nothing here
+synchronises or reads a value back, so every launch can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, Result
+
+try:
+    from . import triton_rows as kernels
+except ImportError as error:
+    kernels, _missing = None, f"triton cannot be imported ({error}); install the triton package"
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # triton itself reads it once, when it is imported
+
+
+class Plan(NamedTuple):
+    """How a row of up to `classes` logits is mapped to programs."""
+
+    classes: int  # the largest C the plan is for
+    rows: int  # rows a program
+    block: int  # columns held at once; the whole row unless `looped`
+    warps: int
+    looped: bool = False
+
+
+# Whole rows: 16 elements of z and q (and y) a thread, in registers. Short rows share a program of 2048 elements, so
+# (128, 10) is one program and one launch; from 256 to 512 classes one warp has a row, so its sums need no barrier.
+# Loops hold the next chunk too. To 16384 classes, 8 elements a thread: 64 registers, so four blocks a multiprocessor, and
+# the 4 x 132 rows in flight (float32, 16384 classes: 67 MB at most) mostly stay in a 50 MB second-level cache until they
+# are read again. Beyond, one block: its row (32000 classes of 16 bits: 128 KB) then stays in the first-level cache.
+# Chosen by registers and blocks a multiprocessor as compiled (tests/test_triton_aot.py), not by timing: no GPU was at hand.
+PLANS = (
+    Plan(16, 128, 16, 4),
+    Plan(32, 64, 32, 4),
+    Plan(64, 32, 64, 4),
+    Plan(128, 16, 128, 4),
+    Plan(256, 2, 256, 1),
+    Plan(512, 1, 512, 1),
+    Plan(1024, 1, 1024, 2),
+    Plan(2048, 1, 2048, 4),
+    Plan(4096, 1, 4096, 8),
+    Plan(8192, 1, 8192, 16),
+    Plan(16384, 1, 2048, 8, looped=True),
+    Plan(2**62, 1, 8192, 16, looped=True),
+)
+
+COUNT_HERE = 1024  # rows up to which every program counts the labels itself, instead of a launch of its own
+COUNT_BLOCK = 256  # labels counted at a time inside a program
+COUNT_GRID_BLOCK, COUNT_WARPS = 4096, 4  # labels a program when counting is a launch of its own
+SUM_BLOCK, SUM_WARPS = 2048, 8
+SCALE_ELEMENTS, SCALE_WARPS = 4096, 8  # elements a program of scale_
+
+
+def plan_for(classes: int) -> Plan:
+    return next(plan for plan in PLANS if classes <= plan.classes)
+
+
+def scale_tiles() -> list[tuple[int, int]]:
+    """The (rows, columns) of a program of scale_, by the power of two C fits in."""
+    blocks = [1 << i for i in range(4, SCALE_ELEMENTS.bit_length())]
+    return [(SCALE_ELEMENTS // block, block) for block in blocks]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot be used here; None if it can."""
+    if kernels is None:
+        return _missing
+    if not INTERPRETING and not torch.cuda.is_available():
+        return "no GPU is visible to PyTorch (TRITON_INTERPRET=1, set before the import, runs the kernels on the CPU)"
+    return None
+
+
+def _on(device: torch.device):
+    """Launches go to the tensor's own device and its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def run(problem: Problem) -> Result:
+    """Loss, belief and gradient in one launch, plus a small one where losses of several programs are summed."""
+    z, prior, labels = problem.logits, problem.prior, problem.labels
+    rows, classes = z.shape
+    device = z.device
+    reduce = problem.reduction != "none"
+    belief = torch.empty(rows, classes, device=device, dtype=(z if prior is None else prior).dtype)
+    dlogits = None
+    if problem.need_grad:
+        dlogits = torch.empty(rows, classes, device=device, dtype=z.dtype) if problem.out is None else problem.out
+    if rows == 0 or classes == 0:
+        losses = [torch.zeros(() if reduce else (0,), device=device) for _ in range(3)]
+        return Result(*losses, belief, dlogits)
+
+    plan = plan_for(classes)
+    programs = -(-rows // plan.rows)
+    losses = [torch.empty(() if reduce else (rows,), device=device) for _ in range(3)]
+    partial = torch.empty(3, programs, device=device) if reduce and programs > 1 else None
+    with _on(device):
+        _launch(problem, plan, programs, belief, dlogits, losses if partial is None else list(partial.unbind()))
+        if partial is not None:
+            kernels.sum_parts[(3,)](partial, *losses, programs, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS)
+    return Result(*losses, belief, dlogits)
+
+
+def _launch(
+    problem: Problem, plan: Plan, programs: int, belief: Tensor, dlogits: Tensor | None, losses: list[Tensor]
+) -> None:
+    z, prior, labels = problem.logits, problem.prior, problem.labels
+    rows, classes = z.shape
+    hard, mean = labels is not None, problem.reduction == "mean"
+    target = labels if hard else problem.soft
+    counted, scan_rows = target, 0  # what a launch does not read is any pointer of the same type, so nothing recompiles
+    if hard and mean and rows <= COUNT_HERE:
+        scan_rows = rows
+    elif hard and mean:
+        scan_rows = -1
+        counted = torch.zeros((), device=z.device, dtype=torch.int64)
+        grid = (-(-rows // COUNT_GRID_BLOCK),)
+        kernels.count_rows[grid](labels, counted, rows, problem.ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS)
+    given = isinstance(problem.alpha, Tensor)
+    kernel = kernels.local_loss_loop if plan.looped else kernels.local_loss_tile
+    kernel[(programs,)](
+        z,
+        z if prior is None else prior,
+        target,
+        problem.alpha if given else losses[0],
+        counted,
+        belief,
+        belief if dlogits is None else dlogits,
+        *losses,
+        z.stride(0),
+        0 if prior is None else prior.stride(0),
+        0 if hard else target.stride(0),
+        0 if dlogits is None else dlogits.stride(0),
+        problem.alpha.dim() if given else -1,
+        rows,
+        classes,
+        scan_rows,
+        problem.ignore_index,
+        0.0 if given else float(problem.alpha),
+        float(problem.label_smoothing),
+        1.0 / classes,
+        math.log(classes),
+        1.0 / rows if mean else 1.0,
+        HAS_PRIOR=prior is not None,
+        HARD=hard,
+        REVERSE=problem.reverse,
+        REDUCE=problem.reduction != "none",
+        NEED_GRAD=dlogits is not None,
+        ROWS=plan.rows,
+        BLOCK_C=plan.block,
+        COUNT_BLOCK=COUNT_BLOCK,
+        num_warps=plan.warps,
+    )
+
+
+def scale_(grad: Tensor, scale: Tensor) -> Tensor:
+    """grad (N, C) *= scale in place; scale float32 on the device, 0-d or (N,). Nothing is touched where it is 1."""
+    rows, classes = grad.shape
+    if rows and classes:
+        tile, block = next((t for t in scale_tiles() if classes <= t[1]), scale_tiles()[-1])
+        with _on(grad.device):
+            kernels.scale_rows[(-(-rows // tile), -(-classes // block))](
+                grad, scale, grad.stride(0), scale.dim(), rows, classes, ROWS=tile, BLOCK_C=block, num_warps=SCALE_WARPS
+            )
+    return grad
