@@ -45,6 +45,14 @@ def run(problem: Problem, backend: str = "auto") -> Result:
     return _runner(name)(problem)
 
 
+def automatic(device: str, elements: int = 1 << 30) -> str:
+    """The backend `auto` takes for `elements` = N * C on a device type."""
+    for where, least, name in AUTO:
+        if where == device and elements >= least and unavailable(name) is None:
+            return name
+    return "reference"
+
+
 @functools.cache
 def _runner(name: str) -> Callable[[Problem], Result]:
     return BACKENDS[name][0].run
@@ -55,11 +63,7 @@ def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
         if dtype is torch.float64:
             return "reference"
-        elements = problem.logits.numel()
-        for where, least, name in AUTO:
-            if where == device and elements >= least and unavailable(name) is None:
-                return name
-        return "reference"
+        return automatic(device, problem.logits.numel())
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {tuple(BACKENDS)}")
     if dtype is torch.float64 and backend != "reference":

@@ -20,6 +20,11 @@ def unavailable() -> str | None:
     return _missing
 
 
+def instruction_set() -> str:
+    """One of avx512, avx2 and baseline; SID_KERNELS_CPU in the environment at import lowers it."""
+    return _C.instruction_set()
+
+
 def run(problem: Problem) -> Result:
     result, arguments = pack(problem)
     bad = _C.local_loss(*arguments, torch.get_num_threads())

@@ -1,0 +1,21 @@
+"""Training networks by synergistic information distillation, over `sid_kernels`."""
+
+from .architectures import build_network
+from .data import load_data
+from .network import BeliefHead, SIDNetwork, Stage
+from .step import StepResult, bp_step, reference_step, sid_step
+from .trainer import TrainConfig, Trainer
+
+__all__ = [
+    "BeliefHead",
+    "SIDNetwork",
+    "Stage",
+    "StepResult",
+    "TrainConfig",
+    "Trainer",
+    "bp_step",
+    "build_network",
+    "load_data",
+    "reference_step",
+    "sid_step",
+]

@@ -1,0 +1,203 @@
+"""The `sid` command and the Trainer end to end: what a run leaves behind, and what a user's mistake prints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from image_sets import write_image_folder, write_mnist
+from sid_trainer import TrainConfig, Trainer, build_network, step
+from sid_trainer.cli import main
+from sid_trainer.data import ImageData, Split
+
+KEYS = {
+    "epoch", "train_loss", "test_accuracy", "stage_accuracy", "stage_kl", "images_per_second", "seconds",
+}  # fmt: skip
+TIMES = {"images_per_second", "seconds"}
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_run(folder, epochs, depth):
+    rows = read(folder)
+    assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
+    for row in rows:
+        assert KEYS <= row.keys()
+        assert len(row["stage_accuracy"]) == len(row["stage_kl"]) == depth
+        assert row["test_accuracy"] == row["stage_accuracy"][-1]
+    assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["depth"] == depth
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    assert checkpoint["epoch"] == epochs and len(checkpoint["optimizers"]) == 1 + depth
+    weights = checkpoint["network"]
+    in_channels, classes = weights["extractor.0.weight"].shape[1], len(weights["stages.0.head.logits.bias"])
+    build_network(num_classes=classes, in_channels=in_channels, depth=depth).load_state_dict(weights)
+    return rows
+
+
+def test_digits_end_to_end(tmp_path, capsys):
+    out = tmp_path / "run"
+    status = main(["train", "--epochs", "8", "--batch-size", "32", "--depth", "4", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    rows = check_run(out, 8, 4)
+    assert rows[-1]["test_accuracy"] > 0.92
+    assert rows[-1]["stage_kl"][-1] < rows[-1]["stage_kl"][0]  # depth distils: later beliefs are nearer the truth
+    assert "stage   accuracy   KL(y|p)" in printed and str(out / "stages.png") in printed
+    (out / "stages.png").unlink()
+    assert main(["plot", str(out)]) == 0 and (out / "stages.png").exists()
+
+
+def test_image_folder_end_to_end_in_bfloat16(tmp_path):
+    data = write_image_folder(tmp_path / "set", count=24)
+    where = ["--dataset", "folder", "--data", str(data), "--cache", str(tmp_path / "cache")]
+    out = tmp_path / "run"
+    options = ["--epochs", "8", "--depth", "2", "--batch-size", "8", "--dtype", "bfloat16", "--out", str(out)]
+    assert main(["train", *where, *options]) == 0
+    rows = check_run(out, 8, 2)
+    assert rows[-1]["test_accuracy"] > 0.9
+    assert json.loads((out / "config.json").read_text())["classes"] == ["a", "b c"]
+
+
+@pytest.mark.parametrize("method", ["sid", "bp", "reference"])
+def test_mnist_files_by_every_method(tmp_path, method):
+    data = write_mnist(tmp_path / "data")
+    out = tmp_path / "run"
+    options = ["--epochs", "1", "--depth", "3", "--batch-size", "24", "--method", method, "--out", str(out)]
+    assert main(["train", "--dataset", "mnist", "--data", str(data), *options]) == 0
+    check_run(out, 1, 3)
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / name
+        options = ["--epochs", "2", "--depth", "3", "--batch-size", "100", "--crop", "1", "--seed", str(seed)]
+        assert main(["train", *options, "--out", str(out)]) == 0
+        found.append([{key: value for key, value in row.items() if key not in TIMES} for row in read(out)])
+    assert found[0] == found[1] != found[2]
+
+
+def run_and_read(arguments, capsys):
+    status = main(arguments)
+    return status, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: train | plot"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--wrong"], "unrecognized arguments: --wrong"),
+        (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["train", "--batch-size", "-1"], "batch_size must be at least 1, not -1"),
+        (["train", "--alpha", "1.5"], "alpha must be in [0, 1], not 1.5"),
+        (["train", "--lr", "nan"], "lr must be a positive number, not nan"),
+        (["train", "--seed", "-3"], "seed must be 0 or more, not -3"),
+        (["train", "--depth", "0"], "depth must be at least 1, not 0"),
+        (["train", "--crop", "-2"], "--crop must be 0 or more, not -2"),
+        (["train", "--flip"], "a mirrored digit is not that digit"),
+        (["train", "--arch", "resnet18"], "invalid choice: 'resnet18'"),
+        (["train", "--layout", "stagewise"], "invalid choice: 'stagewise'"),
+        (["train", "--method", "magic"], "invalid choice: 'magic'"),
+        (["train", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["train", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["train", "--dataset", "svhn"], "invalid choice: 'svhn'"),
+        (["train", "--dataset", "digits", "--data", "somewhere"], "--data means nothing for digits"),
+        (["train", "--data", "nowhere-at-all"], "nowhere-at-all: no such folder"),
+        (["train", "--dataset", "folder"], "needs the path of its files"),
+        (["train", "--dataset", "folder", "--data", "nowhere"], "nowhere: no such folder"),
+        (["train", "--dataset", "mnist", "--data", "."], "no such file (the MNIST files belong there, unpacked)"),
+        (["train", "--out", "file/run"], "Not a directory"),
+        (["plot", "nowhere"], "No such file or directory"),
+        (["plot", "damaged"], "not what a run writes"),
+        (["plot", "empty"], "holds no whole epoch"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name, text in (("damaged", "{"), ("empty", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        (tmp_path / name / "config.json").write_text("{}")
+    status, printed = run_and_read(arguments, capsys)
+    assert status == 2
+    assert printed.startswith("sid") and message in printed and "\n" not in printed, printed
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    data = write_image_folder(tmp_path / "set")
+    status, printed = run_and_read(["train", "--dataset", "folder", "--data", str(data)], capsys)
+    assert status == 2 and "needs the package 'torchvision.datasets', which is not installed" in printed
+
+
+def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):
+    arguments = ["train", "--epochs", "1", "--depth", "1", "--batch-size", "512", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    before = read(tmp_path / "run")
+    status, printed = run_and_read(arguments, capsys)
+    assert status == 2 and "holds a run already; choose another --out or give --overwrite" in printed
+    assert read(tmp_path / "run") == before
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_help_and_module_entry():
+    for arguments in (["--help"], ["train", "--help"], ["plot", "--help"]):
+        assert main(arguments) == 0
+    wrong = subprocess.run([sys.executable, "-m", "sid_trainer", "train", "--no"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_an_infinite_loss_stops_the_run_and_names_its_place(tmp_path, capsys):
+    arguments = ["train", "--lr", "1e30", "--epochs", "3", "--depth", "2", "--out", str(tmp_path / "run")]
+    status, printed = run_and_read(arguments, capsys)
+    assert status == 1
+    assert "the loss of stage 1 is " in printed and "in epoch 1, step 2 " in printed and "\n" not in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_saved_first(tmp_path, monkeypatch, capsys, number):
+    calls = []
+
+    def interrupted_at_the_third(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return step.sid_step(*arguments, **options)
+
+    monkeypatch.setitem(step.STEPS, "sid", interrupted_at_the_third)
+    before = signal.getsignal(number)
+    status, printed = run_and_read(["train", "--depth", "2", "--out", str(tmp_path / "run")], capsys)
+    assert status == 130 and "stopped in epoch 1 after step 3" in printed and "Traceback" not in printed
+    assert signal.getsignal(number) is before
+    checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 3)
+
+
+def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = torch.randint(0, 256, (20, 8, 8, 1), dtype=torch.uint8)
+    split = Split(images, torch.arange(20) % 3)
+    network = build_network(num_classes=3, in_channels=1, depth=2)
+    config = TrainConfig(epochs=2, batch_size=8, channels_last=False)
+    trainer = Trainer(network, ImageData(split, split, ["a", "b", "c"]), config, quiet=True)
+    rows = trainer.fit()
+    assert rows is trainer.metrics and len(rows) == 2 and os.listdir(tmp_path) == []
+
+
+def test_importing_needs_only_torch_and_numpy():
+    """The libraries that draw, decode and show progress are imported where they are used."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'sklearn', 'torchvision', 'tqdm', 'PIL']));"
+        "from sid_trainer import build_network, sid_step, Trainer; import sid_trainer.cli"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
