@@ -39,6 +39,12 @@ template <class F> SID_HD F times(F a, F b) {
   return a == zero ? zero : product;
 }
 
+// sum + a b, likewise.
+template <class F> SID_HD F add_times(F sum, F a, F b) {
+  const F next = sum + a * b;
+  return a == splat<F>(0.0f) ? sum : next;
+}
+
 // Logits enter as t = z - reference(max); the reference is 0 while every logit so far is masked.
 SID_HD float reference(float max) { return max == kMasked ? 0.0f : max; }
 
@@ -58,6 +64,12 @@ struct RowTarget {
   SID_HD float log_off_label() const { return log_probability(off_label()); }
   SID_HD float log_on_label() const { return log_probability(on_label()); }
   SID_HD bool needs_logit_sum() const { return !has_prior || (hard && smoothing > 0.0f); }
+};
+
+// Constants of a row's gradient. What is the same for all its elements, as a uniform prior or the target of
+// classes that are not the label, may be folded into `constant`.
+struct Slope {
+  float belief, prior, target, constant;
 };
 
 struct RowResult {
@@ -90,12 +102,12 @@ SID_HD float rescale_factor(float old_max, float next_max) {
 // L = alpha CE(y, p) + (1 - alpha) KL(q || p)
 //   = alpha (Y lse - y.z) + (1 - alpha) (sum q log q - q.z + S lse),   dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
 template <class F> struct Forward {
-  enum { SUM, PRIOR_MASS, PRIOR_DOT, PRIOR_ENTROPY, LOGIT_SUM, COUNT, TARGET_MASS, TARGET_DOT, N };
+  enum { SUM, PRIOR_MASS, PRIOR_CROSS, LOGIT_SUM, COUNT, TARGET_MASS, TARGET_DOT, N };  // PRIOR_CROSS: sum of q (log q - t)
   Sums<F, N> sums;
 
   // Whether sum i is ever added to (the others stay 0 and need no reduction).
   static constexpr SID_HD bool uses(int i, bool prior, bool logit_sum, bool soft) {
-    return i == SUM || (i <= PRIOR_ENTROPY ? prior : i <= COUNT ? logit_sum : soft);
+    return i == SUM || (i <= PRIOR_CROSS ? prior : i <= COUNT ? logit_sum : soft);
   }
   SID_HD void clear() { sums.clear(); }
   SID_HD void add(F, F e) { sums.v[SUM] += e; }
@@ -103,17 +115,16 @@ template <class F> struct Forward {
   SID_HD void add_logit(F t, F one) { sums.v[LOGIT_SUM] += t, sums.v[COUNT] += one; }
   SID_HD void add_prior(F t, F, F q) {
     sums.v[PRIOR_MASS] += q;
-    sums.v[PRIOR_DOT] += times(q, t);
-    sums.v[PRIOR_ENTROPY] += q * log_probability(q);
+    sums.v[PRIOR_CROSS] = add_times(sums.v[PRIOR_CROSS], q, log_probability(q) - t);
   }
   SID_HD void add_target(F t, F, F y) {
     sums.v[TARGET_MASS] += y;
-    sums.v[TARGET_DOT] += times(y, t);
+    sums.v[TARGET_DOT] = add_times(sums.v[TARGET_DOT], y, t);
   }
   SID_HD void rescale(float old_max, float next_max) {
     const float factor = rescale_factor(old_max, next_max), shift = reference(next_max) - reference(old_max);
     sums.v[SUM] *= factor;
-    sums.v[PRIOR_DOT] -= sums.v[PRIOR_MASS] * shift;
+    sums.v[PRIOR_CROSS] += sums.v[PRIOR_MASS] * shift;
     sums.v[LOGIT_SUM] -= sums.v[COUNT] * shift;
     sums.v[TARGET_DOT] -= sums.v[TARGET_MASS] * shift;
   }
@@ -122,18 +133,26 @@ template <class F> struct Forward {
     const auto* v = sums.v;
     const float log_sum = log_(v[SUM]);
     const float prior_mass = row.has_prior ? v[PRIOR_MASS] : 1.0f;
-    const float prior_dot = row.has_prior ? v[PRIOR_DOT] : v[LOGIT_SUM] * row.uniform();
-    const float prior_entropy = row.has_prior ? v[PRIOR_ENTROPY] : row.log_uniform();
+    const float prior_cross = row.has_prior ? v[PRIOR_CROSS] : row.log_uniform() - v[LOGIT_SUM] * row.uniform();
     float target_mass = v[TARGET_MASS], target_dot = v[TARGET_DOT];
     if (row.hard) {
       target_mass = 1.0f;
       target_dot = times(1.0f - row.smoothing, row.label_logit - reference(max)) + times(row.off_label(), v[LOGIT_SUM]);
     }
-    RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_entropy - prior_dot + prior_mass * log_sum, log_sum,
+    RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_cross + prior_mass * log_sum, log_sum,
                              1.0f / v[SUM]);
     r.center = row.alpha * target_mass + (1.0f - row.alpha) * prior_mass;
     return r;
   }
+  template <class Row> static SID_HD Slope slope(const Row& row, const RowResult& r, float scale) {
+    return {r.center * scale, (1.0f - row.alpha) * scale, row.alpha * scale, 0.0f};
+  }
+  static SID_HD void fold_prior(Slope& s, float q, float) { s.constant -= s.prior * q, s.prior = 0.0f; }
+  static SID_HD void fold_target(Slope& s, float y, float) { s.constant -= s.target * y; }
+  // dL/dz of one element is the sum of these two; of the second, nothing is left where all of y was folded, and
+  // the differences of y and log y where a part was.
+  static SID_HD F gradient(const Slope& s, F, F p, F q) { return s.belief * p + s.constant - s.prior * q; }
+  static SID_HD F target_gradient(const Slope& s, F, F y, F) { return -s.target * y; }
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F, F p, F q, F y) {
     return r.center * p - row.alpha * y - (1.0f - row.alpha) * q;
   }
@@ -150,7 +169,7 @@ template <class F> struct Reverse {
   SID_HD void clear() { sums.clear(); }
   SID_HD void add(F t, F e) {
     sums.v[SUM] += e;
-    sums.v[SELF] += times(e, t);
+    sums.v[SELF] = add_times(sums.v[SELF], e, t);
   }
   SID_HD void add_logit(F, F) {}
   SID_HD void add_prior(F, F e, F q) { sums.v[PRIOR] += e * log_probability(q); }
@@ -174,6 +193,15 @@ template <class F> struct Reverse {
     }
     return weighted(row.alpha, self - target, self - prior, log_sum, scale);
   }
+  template <class Row> static SID_HD Slope slope(const Row& row, const RowResult& r, float scale) {
+    return {scale, 1.0f - row.alpha, row.alpha, -r.log_sum - r.center};
+  }
+  static SID_HD void fold_prior(Slope& s, float, float log_q) { s.constant -= s.prior * log_q, s.prior = 0.0f; }
+  static SID_HD void fold_target(Slope& s, float, float log_y) { s.constant -= s.target * log_y; }
+  static SID_HD F gradient(const Slope& s, F t, F p, F q) {
+    return times(s.belief * p, t + s.constant - s.prior * log_probability(q));
+  }
+  static SID_HD F target_gradient(const Slope& s, F p, F, F log_y) { return -s.target * s.belief * p * log_y; }
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F t, F p, F q, F y) {
     const F u = t - r.log_sum - row.alpha * log_probability(y) - (1.0f - row.alpha) * log_probability(q);
     return times(p, u - r.center);

@@ -14,7 +14,9 @@ namespace sid {
 namespace SID_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns: z, q, p and dz of a block are 16 KiB, half a usual L1
+// Columns of a block: 64 roundings a lane, whatever its width, before its sums join the row's; and z, q, p and dz of a
+// block are at most 16 KiB, half a usual first-level cache.
+constexpr int64_t kBlock = 64 * kWidth;
 
 // float32 views of the block [start, start + n) of a row: the row itself, or a widened copy.
 struct Reader {
@@ -148,11 +150,15 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       float* db = gradient ? dz.block(r, start) : nullptr;
       auto write = [&](int64_t i, int m, auto past_caches, auto again) __attribute__((always_inline)) {
         const bool full = m == kWidth;
+        // What is swept next lies behind this block in a contiguous matrix: it comes while this block is written.
+        __builtin_prefetch(zb + i + n);
+        if (Prior) __builtin_prefetch(qb + i + n);
         const Vec t = (full ? load(zb + i) : load_first(zb + i, m, kMasked)) - base;
         const Vec belief = again ? load(exponentials + i) * result.scale : exp_(t - log_sum);
         const Vec qi = !Prior ? uniform : full ? load(qb + i) : load_first(qb + i, m, 0.0f);
-        const VecI at_label = lanes() == static_cast<int32_t>(label - start - i);
-        const Vec yi = !Soft ? (at_label ? on : off) : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
+        Vec yi = !Soft ? off : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
+        if (!Soft && label - start - i >= 0 && label - start - i < m)  // once a row: cheaper than a select everywhere
+          yi = lanes() == static_cast<int32_t>(label - start - i) ? on : off;
         if (past_caches) stream(pb + i, belief);
         else if (full) store(pb + i, belief);
         else store_first(pb + i, belief, m);
