@@ -1,8 +1,8 @@
 """Fused local losses for Synergistic Information Distillation (arXiv 2510.03273).
 
-    from sid_kernels import fused_local_loss
-    loss, belief, fidelity, consistency = fused_local_loss(logits, prior, target, alpha=0.5)
-    loss.backward()
+from sid_kernels import fused_local_loss
+loss, belief, fidelity, consistency = fused_local_loss(logits, prior, target, alpha=0.5)
+loss.backward()
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -79,7 +79,7 @@ def _choose(problem: Problem, backend: str) -> str:
 
 
 def scale_in_place(dlogits):
-    """The kernel that multiplies a gradient (N, C) in place by a float32 tensor () or (N,), or None where there is none."""
+    """The kernel that multiplies a gradient (N, C) in place by a float32 tensor () or (N,); None: there is none."""
     if dlogits.is_cuda and dlogits.dtype is not torch.float64:
         for name in ("cuda", "triton"):
             if unavailable(name) is None:

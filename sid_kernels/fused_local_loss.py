@@ -14,7 +14,6 @@ from torch import Tensor
 from . import backends, cpu, operator
 from .problem import Problem, make_problem
 
-
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
 _is_compiling = torch.compiler.is_compiling
 
@@ -49,7 +48,7 @@ def fused_local_loss(
 ) -> LocalLoss:
     """Local loss of one SID stage, its belief, and (in backward, already computed) its gradient.
 
-    forward: L = alpha CE(y, p) + (1 - alpha) KL(q || p),   dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
+    forward: L = alpha CE(y, p) + (1 - alpha) KL(q || p),  dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
     reverse: L = alpha KL(p || y) + (1 - alpha) KL(p || q),  dL/dz = p (u - sum p u)
     with p = softmax(z), Y = sum y, S = sum q, u = log p - alpha log y - (1 - alpha) log q (arXiv 2510.03273).
 

@@ -21,15 +21,31 @@ _library.define(
 )
 
 
-def _problem(logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad) -> Problem:
+def _problem(
+    logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad
+) -> Problem:
     weight = alpha_value if alpha is None else alpha
-    return make_problem(logits, prior, target, weight, divergence, label_smoothing, ignore_index, reduction, None, need_grad)
+    return make_problem(
+        logits, prior, target, weight, divergence, label_smoothing, ignore_index, reduction, None, need_grad
+    )
 
 
 def _local_loss(
-    logits: Tensor, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, backend, need_grad
+    logits: Tensor,
+    prior,
+    target,
+    alpha,
+    alpha_value,
+    divergence,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    backend,
+    need_grad,
 ):
-    problem = _problem(logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad)
+    problem = _problem(
+        logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad
+    )
     loss, fidelity, consistency, belief, dlogits = backends.run(problem, backend)
     if reduction == "none":
         loss, fidelity, consistency = (x.view(logits.shape[:-1]) for x in (loss, fidelity, consistency))
@@ -38,7 +54,17 @@ def _local_loss(
 
 
 def _fake(
-    logits: Tensor, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, backend, need_grad
+    logits: Tensor,
+    prior,
+    target,
+    alpha,
+    alpha_value,
+    divergence,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    backend,
+    need_grad,
 ):
     _problem(logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad)
     dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32

@@ -64,7 +64,9 @@ def make_problem(
     _check_tensor("logits", logits)
     shape = logits.shape
     if logits.dtype not in DTYPES:
-        raise TypeError(f"logits has dtype {logits.dtype}; it must be float32, bfloat16 or float16 (float64: reference backend)")
+        raise TypeError(
+            f"logits has dtype {logits.dtype}; it must be float32, bfloat16 or float16 (float64: reference backend)"
+        )
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(shape)}; it must be (..., C) with at least one class")
     classes = shape[-1]
@@ -162,7 +164,9 @@ def _target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor |
             target = target.float()
         return None, rows_of(target.detach(), shape[-1])
     if target.dtype not in _INTEGERS:
-        raise TypeError(f"target has dtype {target.dtype}; it must be an integer dtype (labels) or a float (probabilities)")
+        raise TypeError(
+            f"target has dtype {target.dtype}; it must be an integer dtype (labels) or a float (probabilities)"
+        )
     if target.shape != shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}; labels must have shape {tuple(shape[:-1])}")
     _check_device("target", target, logits)
@@ -210,7 +214,11 @@ def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor |
         )
     strides = out.stride()
     viewable = out.dim() == 2 or out.is_contiguous()
-    if not viewable or (out.shape[-1] > 1 and strides[-1] != 1) or (out.dim() == 2 and out.shape[0] > 1 and strides[0] < out.shape[1]):
+    if (
+        not viewable
+        or (out.shape[-1] > 1 and strides[-1] != 1)
+        or (out.dim() == 2 and out.shape[0] > 1 and strides[0] < out.shape[1])
+    ):
         raise ValueError(f"out has strides {strides}; its columns must be adjacent and its rows apart")
     storage = out.untyped_storage().data_ptr()
     if storage == logits.untyped_storage().data_ptr():

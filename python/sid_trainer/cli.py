@@ -37,8 +37,12 @@ def parser() -> argparse.ArgumentParser:
     summary = "train a network and draw what its stages learn"
     train = commands.add_parser("train", help=summary, description=summary, formatter_class=Formatter)
     names = sorted({arch for arch, _ in NETWORKS}), sorted({layout for _, layout in NETWORKS})
-    train.add_argument("--dataset", choices=DATASETS, help="(default: what --data holds; without it digits, which needs no files)")
-    train.add_argument("--data", metavar="PATH", help="an image folder (train/<class>/..., test/<class>/...) or MNIST's files")
+    train.add_argument(
+        "--dataset", choices=DATASETS, help="(default: what --data holds; without it digits, which needs no files)"
+    )
+    train.add_argument(
+        "--data", metavar="PATH", help="an image folder (train/<class>/..., test/<class>/...) or MNIST's files"
+    )
     train.add_argument("--download", action="store_true", help="fetch mnist into --data")
     train.add_argument("--cache", metavar="DIR", help="folder for decoded images (default: the user's cache folder)")
     train.add_argument("--arch", choices=names[0], default="simple_cnn")
