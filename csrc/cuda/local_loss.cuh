@@ -1,0 +1,267 @@
+// The fused local loss of many rows, in one launch: each of z and q is read from memory once, and the
+// belief, the gradient and the loss come out of it.
+//
+// A row belongs to some lanes of a warp, or to all threads of a cluster of blocks. A thread takes its packs
+// of the row (view.cuh) a round at a time, from the row's end to its start, and sums them (row_math.h). The
+// round it took last is still in its registers when the sums of all threads have been merged (merge.cuh), so
+// it writes that round's belief and gradient first, and then rereads the other rounds, if there are any, the
+// most recently read first. So a row that fits on the chip and one that does not are one path.
+#pragma once
+#include "merge.cuh"
+#include "view.cuh"
+
+namespace sid {
+namespace {
+
+// The row as row_math.h wants it. What no row changes stays in the kernel's parameters, not in registers.
+struct DeviceRow {
+  const Job& job;
+  float alpha, smoothing, label_logit;
+  bool has_prior, hard;
+  SID_DEVICE float off_label() const { return job.constants.off; }
+  SID_DEVICE float on_label() const { return job.constants.on; }
+  SID_DEVICE float log_off_label() const { return job.constants.log_off; }
+  SID_DEVICE float log_on_label() const { return job.constants.log_on; }
+  SID_DEVICE float uniform() const { return job.constants.uniform; }
+  SID_DEVICE float log_uniform() const { return job.constants.log_uniform; }
+};
+
+// U target probabilities of a row, smoothed; hard labels: those of a class that is not the label.
+template <int U> SID_DEVICE void targets(const Job& job, int row, int element, float (&y)[U]) {
+  const Rows& soft = job.a.soft;
+  const int size = soft.dtype == DType::f32 ? 4 : 2;
+  if (soft.data) load_some(soft.dtype, static_cast<const char*>(soft.data) + row * soft.stride * size, element, y);
+#pragma unroll
+  for (int i = 0; i < U; ++i) y[i] = soft.data ? y[i] * job.constants.keep + job.constants.off : job.constants.off;
+}
+
+// Adds U elements to sums that are relative to a maximum of no less than theirs.
+template <int U, template <class> class Divergence>
+SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int element, const float (&z)[U],
+                    const float (&q)[U]) {
+  float t[U], e[U];
+#pragma unroll
+  for (int i = 0; i < U; ++i) {
+    t[i] = z[i] - reference(state.max);
+    e[i] = exp_(t[i]);
+    state.part.add(t[i], e[i]);
+  }
+  if (job.a.prior.data) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) state.part.add_prior(t[i], e[i], q[i]);
+  }
+  if (job.needs_logit_sum) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) state.part.add_logit(t[i], 1.0f);
+  }
+  if (job.a.soft.data) {
+    float y[U];
+    targets(job, row, element, y);
+#pragma unroll
+    for (int i = 0; i < U; ++i) state.part.add_target(t[i], e[i], y[i]);
+  }
+}
+
+template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 1) local_loss(const Job job) {
+  constexpr int V = View<T>::V, K = View<T>::K, U = V < 4 ? V : 4;
+  const LocalLoss& a = job.a;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  float* slots = reinterpret_cast<float*>(&shared + 1);
+  const bool warp = job.plan.warp;  // a row is some lanes of a warp; otherwise, all threads of a cluster
+  const int size = threads(), cluster = job.plan.cluster;
+  const int lane = warp ? thread() & ((1 << job.lanes_log2) - 1) : (cluster > 1 ? cluster_rank() * size : 0) + thread();
+
+  for (int i = thread(); i < kMaxGroups; i += size)
+    for (double& total : shared.totals[i]) total = 0.0;
+  if (thread() == 0) shared.counted = 0;
+  cluster > 1 ? sync_cluster() : sync_block();  // no block may write into another before that one has started
+  if (a.reduction == Reduction::mean) count_rows(job, shared, size);
+  if (thread() == 0) {
+    const float counted = static_cast<float>(shared.counted);
+    shared.weight = a.reduction != Reduction::mean ? 1.0f : counted > 0.0f ? 1.0f / counted : 0.0f;
+  }
+  sync_block();
+
+  bool odd = false;  // rows take turns with the slots
+  Pack<T> zs[K], qs[K];
+  for (int k = 0; k < K; ++k) qs[k].zero();  // and so they stay where there is no prior
+  // Lanes of one warp go through the loop together (row_limit), for they shuffle; those beyond the last row
+  // redo its sums and write nothing.
+  const int first_row = warp ? (block() * size + thread()) >> job.lanes_log2 : block() / cluster;
+  for (int r = first_row; r < job.row_limit; r += job.row_step) {
+    const bool active = r < a.rows;
+    State<Divergence> state;
+    state.clear();
+    int label = -1, round;
+    bool counts = active;
+    float label_logit = 0.0f, alpha;
+    {  // ---- read and sum ----
+      const View<T> view(job, active ? r : static_cast<int>(a.rows) - 1, lane);
+      round = view.rounds() - 1;
+      const int64_t given = a.labels ? a.labels[view.row] : 0;
+      alpha = a.alpha ? a.alpha[view.row * a.alpha_stride] : a.alpha_value;
+      view.load(job, round, zs, qs);
+      if (a.labels) {
+        counts = active && given != a.ignore_index;
+        if (counts && given >= 0 && given < a.classes) label = static_cast<int>(given);
+        if (counts) label_logit = label >= 0 ? view.z.load(label) : NAN;
+      }
+      if (V > 1 && view.edge >= 0) {
+        const float z[1] = {view.z.load(view.edge)}, q[1] = {a.prior.data ? view.q.load(view.edge) : 0.0f};
+        state.raise(fmaxf(z[0], kMasked));
+        add(job, state, view.row, view.edge, z, q);
+      }
+      while (true) {
+        float next = state.max;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (view.at(round, k) >= view.end) break;
+          next = fmaxf(next, zs[k].max());
+        }
+        state.raise(next);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (view.at(round, k) >= view.end) break;
+#pragma unroll
+          for (int i = 0; i < V; i += U) {
+            float z[U], q[U];
+#pragma unroll
+            for (int j = 0; j < U; ++j) z[j] = zs[k].get(i + j), q[j] = qs[k].get(i + j);
+            add(job, state, view.row, view.at(round, k) + i, z, q);
+          }
+        }
+        if (round == 0) break;
+        view.load(job, --round, zs, qs);
+      }
+    }
+    // ---- merge ----
+    if (warp) {
+      state.merge_lanes(1 << job.lanes_log2);
+      sync_warp();  // all lanes have z[label] before one of them may overwrite it
+    } else {
+      state.merge_cluster(slots + (odd ? (1 + state.N) * (size >> 5) * cluster : 0), cluster);
+      odd = !odd;
+    }
+    const bool wrong = a.labels && counts && label < 0;
+    const DeviceRow row{job, alpha, job.constants.smoothing, label_logit, a.prior.data != nullptr, a.labels != nullptr};
+    RowResult result = state.part.finish(row, state.max);
+    if (wrong) result.loss = result.fidelity = result.consistency = NAN;
+    if (!active) continue;
+    if (lane == 0) {
+      const float values[3] = {counts ? result.fidelity : 0.0f, counts ? result.consistency : 0.0f,
+                               counts ? result.loss : 0.0f};
+      if (a.reduction == Reduction::none) {
+        a.fidelity[r] = values[0], a.consistency[r] = values[1], a.loss[r] = values[2];
+      } else {
+        double* total = shared.totals[warp ? thread() >> job.lanes_log2 : 0];
+        for (int i = 0; i < 3; ++i) total[i] += values[i];
+      }
+    }
+    {  // ---- write ----
+      const View<T> view(job, again(r), lane);
+      const Row<T> p(a.belief.data, a.belief.stride, a.belief.dtype, view.row);
+      const Row<T> dz(a.dlogits.data, a.dlogits.stride, a.dlogits.dtype, view.row);
+      const float base = reference(state.max), scale = wrong ? NAN : shared.weight;
+      const float log2_sum = result.log_sum * kLog2e;
+      auto belief_of = [&](float t) { return fast_exp2(fmaf(t, kLog2e, -log2_sum)); };
+      Slope slope = Divergence<float>::slope(row, result, scale);
+      if (!a.prior.data) Divergence<float>::fold_prior(slope, row.uniform(), row.log_uniform());
+      if (a.labels) Divergence<float>::fold_target(slope, row.off_label(), row.log_off_label());
+      // Asked for here, used after the packs.
+      const bool mends = a.dlogits.data && label >= 0 && view.owns(label), has_edge = V > 1 && view.edge >= 0;
+      const float q_label = mends && a.prior.data ? view.q.load(label) : 0.0f;
+      const float z_edge = has_edge ? view.z.load(view.edge) : 0.0f;
+      const float q_edge = has_edge && a.prior.data ? view.q.load(view.edge) : 0.0f;
+      while (true) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const int element = view.at(round, k);
+          if (element >= view.end) break;
+          Pack<T> belief_pack, g_pack;
+#pragma unroll
+          for (int i = 0; i < V; i += U) {
+            float belief[U + U % 2], g[U + U % 2];
+#pragma unroll
+            for (int j = 0; j < U; ++j) {
+              const float t = zs[k].get(i + j) - base;
+              belief[j] = belief_of(t);
+              g[j] = Divergence<float>::gradient(slope, t, belief[j], qs[k].get(i + j));
+            }
+            if (a.soft.data && a.dlogits.data) {
+              float y[U];
+              targets(job, view.row, element + i, y);
+#pragma unroll
+              for (int j = 0; j < U; ++j)
+                g[j] += Divergence<float>::target_gradient(slope, belief[j], y[j], log_probability(y[j]));
+            }
+#pragma unroll
+            for (int j = 0; j < U; j += 2)
+              belief_pack.set(i + j, belief[j], belief[j + 1]), g_pack.set(i + j, g[j], g[j + 1]);
+          }
+          p.store(element, belief_pack);
+          if (!counts) g_pack.zero();  // whatever the logits are
+          if (a.dlogits.data) dz.store(element, g_pack);
+        }
+        if (++round >= view.rounds()) break;
+        view.load(job, round, zs, qs);
+      }
+      if (has_edge) {
+        const float t = z_edge - base, belief = belief_of(t);
+        float g = Divergence<float>::gradient(slope, t, belief, q_edge);
+        if (a.soft.data) {
+          float y[1];
+          targets(job, view.row, view.edge, y);
+          g += Divergence<float>::target_gradient(slope, belief, y[0], log_probability(y[0]));
+        }
+        p.store(view.edge, belief);
+        if (a.dlogits.data) dz.store(view.edge, counts ? g : 0.0f);
+      }
+      // The gradient at the label was written as any other class's; the thread that wrote it mends it.
+      if (mends) {
+        const Constants& c = job.constants;
+        const float t = label_logit - base, belief = belief_of(t);
+        dz.store(label, Divergence<float>::gradient(slope, t, belief, q_label) +
+                            Divergence<float>::target_gradient(slope, belief, c.on - c.off, c.log_on - c.log_off));
+      }
+    }
+  }
+
+  // ---- reduce: the block that finishes last adds up what the blocks left, in their order -------------
+  if (a.reduction == Reduction::none) return;
+  sync_block();
+  double sum[3] = {};
+  if (thread() < kMaxGroups)
+    for (int i = 0; i < 3; ++i) sum[i] = shared.totals[thread()][i];
+  sum_block(sum, shared.scratch, size >> 5);
+  if (thread() == 0) {
+    for (int i = 0; i < 3; ++i) job.workspace->partial[block()][i] = sum[i];
+    fence();
+    shared.last = atomic_add(&job.workspace->ticket, 1u) == static_cast<unsigned>(blocks() - 1);
+  }
+  sync_block();
+  if (!shared.last) return;
+  fence();
+  for (int i = 0; i < 3; ++i) sum[i] = 0.0;
+  for (int b = thread(); b < blocks(); b += size)
+    for (int i = 0; i < 3; ++i) sum[i] += load_shared_by_blocks(&job.workspace->partial[b][i]);
+  sum_block(sum, shared.scratch, size >> 5);
+  if (thread() == 0) {
+    const double divisor = a.reduction == Reduction::mean && shared.counted ? shared.counted : 1.0;
+    *a.fidelity = static_cast<float>(sum[0] / divisor);
+    *a.consistency = static_cast<float>(sum[1] / divisor);
+    *a.loss = static_cast<float>(sum[2] / divisor);
+    job.workspace->ticket = 0;
+  }
+}
+
+template <class T, template <class> class Divergence> const char* enqueue_as(const Job& job, void* stream) {
+  const Plan& plan = job.plan;
+  const Grid grid{plan.blocks, plan.threads, plan.cluster, shared_bytes(plan, Divergence<float>::N)};
+  return launch(local_loss<T, Divergence>, grid, stream, job);
+}
+template <class T> const char* enqueue_as(const Job& job, void* stream) {
+  return job.a.reverse ? enqueue_as<T, Reverse>(job, stream) : enqueue_as<T, Forward>(job, stream);
+}
+
+}  // namespace
+}  // namespace sid

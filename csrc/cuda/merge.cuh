@@ -1,0 +1,95 @@
+// From the sums of one thread to those of a row, and from those of rows to those of a block.
+#pragma once
+#include "device_math.cuh"
+#include "job.h"
+
+namespace sid {
+namespace {
+
+using namespace device;
+
+// Sums of one part of a row, relative to its maximum.
+template <template <class> class Divergence> struct State {
+  static constexpr int N = Divergence<float>::N;
+  float max;
+  Divergence<float> part;
+
+  SID_DEVICE void clear() {
+    max = kMasked;
+    part.clear();
+  }
+  SID_DEVICE void raise(float next) {
+    part.rescale(max, next);
+    max = next;
+  }
+  // Sums over `lanes` (a power of two) neighbouring lanes; every lane ends with the same bits.
+  SID_DEVICE void merge_lanes(int lanes) {
+    float next = max;
+    for (int mask = lanes / 2; mask > 0; mask /= 2) next = fmaxf(next, shuffle_xor(next, mask));
+    raise(next);
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) part.sums.v[i] += shuffle_xor(part.sums.v[i], mask);
+    }
+  }
+  // Sums over a whole cluster. Each warp writes its sums into every block's `slots`; one barrier later all
+  // threads read them. `slots` must not be those of the row before: another block may still be reading.
+  SID_DEVICE void merge_cluster(float* slots, int cluster) {
+    merge_lanes(32);
+    const int warps = threads() >> 5, lane = thread() & 31, count = warps * cluster;
+    if (lane < cluster) {
+      float* slot = slots + (cluster > 1 ? cluster_rank() * warps : 0) + (thread() >> 5);
+      float* to = cluster > 1 ? in_block(slot, lane) : slot;
+      to[0] = max;
+#pragma unroll
+      for (int i = 0; i < N; ++i) to[(1 + i) * count] = part.sums.v[i];
+    }
+    cluster > 1 ? sync_cluster() : sync_block();
+    const int lanes = count < 32 ? count : 32;
+    clear();
+    for (int s = lane & (lanes - 1); s < count; s += lanes) {
+      State other;
+      other.max = slots[s];
+#pragma unroll
+      for (int i = 0; i < N; ++i) other.part.sums.v[i] = slots[(1 + i) * count + s];
+      const float next = fmaxf(max, other.max);
+      raise(next);
+      other.raise(next);
+      part.sums.merge(other.part.sums);
+    }
+    merge_lanes(lanes);
+  }
+};
+
+// Thread 0 gets the sums over the block, always added in the same order.
+SID_DEVICE void sum_block(double (&x)[3], double (*scratch)[3], int warps) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    for (int mask = 16; mask > 0; mask /= 2) x[i] += shuffle_xor(x[i], mask);
+    if ((thread() & 31) == 0) scratch[thread() >> 5][i] = x[i];
+  }
+  sync_block();
+  if (thread() == 0)
+    for (int w = 1; w < warps; ++w)
+      for (int i = 0; i < 3; ++i) x[i] += scratch[w][i];
+}
+
+SID_DEVICE unsigned count_labels(const LocalLoss& a, int first, int step) {
+  unsigned n = 0;
+  for (int64_t r = first; r < a.rows; r += step) n += a.labels[r] != a.ignore_index;
+  return n;
+}
+
+// The number of rows `mean` divides by, into shared.counted.
+SID_DEVICE void count_rows(const Job& job, Shared& shared, int size) {
+  unsigned mine = 0;
+  if (!job.a.labels) mine = thread() == 0 ? static_cast<unsigned>(job.a.rows) : 0;
+  else if (!job.plan.count_first) mine = count_labels(job.a, thread(), size);
+  else
+    for (int i = thread(); i < kCountBlocks; i += size) mine += job.workspace->counted[i];
+  if (mine) atomic_add(&shared.counted, mine);
+  sync_block();
+}
+
+}  // namespace
+}  // namespace sid

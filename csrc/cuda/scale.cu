@@ -1,0 +1,79 @@
+// Rows times a number that lies on the device: the second half of a backward pass whose gradient was computed
+// in the forward. In place, a number of 1 costs no memory traffic, and the host never looks at it.
+#include "launch.h"
+#include "storage.cuh"
+
+#include <algorithm>
+
+namespace sid {
+namespace {
+
+using namespace device;
+
+constexpr int kThreads = 256, kPacks = 4;  // threads a block; packs a lane has in flight
+constexpr int64_t kPiece = 1 << 13;        // a matrix without gaps and with one scale is cut into rows of this length
+
+struct ScaleJob {
+  Scale a;
+  int64_t last;  // elements of the last row
+};
+
+// A warp a row.
+template <class T> SID_KERNEL(kThreads, 4) scale_rows(const ScaleJob job) {
+  constexpr int V = Pack<T>::V;
+  const Scale& a = job.a;
+  const bool in_place = a.in.data == a.out.data;
+  if (a.scale_stride == 0 && in_place && a.scale[0] == 1.0f) return;
+  const int lane = thread() & 31;
+  const int64_t step = static_cast<int64_t>(blocks()) * (kThreads / 32);
+  for (int64_t r = static_cast<int64_t>(block()) * (kThreads / 32) + (thread() >> 5); r < a.rows; r += step) {
+    const float scale = a.scale[r * a.scale_stride];
+    if (in_place && scale == 1.0f) continue;
+    const Row<T> in(a.in.data, a.in.stride, a.in.dtype, r), out(a.out.data, a.out.stride, a.out.dtype, r);
+    const int n = static_cast<int>(r == a.rows - 1 ? job.last : a.classes);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(in.data), to = reinterpret_cast<uintptr_t>(out.data);
+    int head = static_cast<int>((0 - from / (16 / V)) & (V - 1));
+    if (head > n || (from - to) % 16 != 0) head = n;  // element by element
+    const int end = head + ((n - head) & ~(V - 1));
+    for (int i = lane; i < head; i += 32) out.store(i, in.load(i) * scale);
+    for (int first = head + lane * V; first < end; first += 32 * V * kPacks) {
+      Pack<T> x[kPacks];
+      in.load(x, first, 32 * V, end);
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        if (first + k * 32 * V >= end) break;
+#pragma unroll
+        for (int i = 0; i < V; i += 2) x[k].set(i, x[k].get(i) * scale, x[k].get(i + 1) * scale);
+        out.store(first + k * 32 * V, x[k]);
+      }
+    }
+    for (int i = end + lane; i < n; i += 32) out.store(i, in.load(i) * scale);
+  }
+}
+
+}  // namespace
+
+const char* scale_cuda(const Scale& problem, void* stream, int device) {
+  ScaleJob job{problem, problem.classes};
+  Scale& a = job.a;
+  if (a.in.dtype != a.out.dtype) return "the gradient and its scaled copy must have one dtype";
+  if (a.rows <= 0 || a.classes <= 0) return nullptr;
+  if (a.classes > int64_t{1} << 30) return "the number of classes must be at most 2^30";
+  Facts known;
+  if (const char* error = facts(device, &known)) return error;
+  if (a.scale_stride == 0 && (a.rows == 1 || (a.in.stride == a.classes && a.out.stride == a.classes))) {
+    const int64_t all = a.rows * a.classes;
+    a.rows = (all + kPiece - 1) / kPiece;
+    a.classes = a.in.stride = a.out.stride = kPiece;
+    job.last = all - (a.rows - 1) * kPiece;
+  }
+  const int64_t blocks = std::min<int64_t>((a.rows + kThreads / 32 - 1) / (kThreads / 32), known.multiprocessors * 4);
+  const Grid grid{static_cast<int>(blocks), kThreads, 1, 0};
+  switch (a.in.dtype) {
+    case DType::f32: return launch(scale_rows<float>, grid, stream, job);
+    case DType::bf16: return launch(scale_rows<__nv_bfloat16>, grid, stream, job);
+    default: return launch(scale_rows<__half>, grid, stream, job);
+  }
+}
+
+}  // namespace sid
