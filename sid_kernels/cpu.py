@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import pack
+from .native import load, pack
 from .problem import Problem, Result, label_error
 
-try:
-    from . import _C
-
-    _missing = None
-except ImportError as error:
-    _C, _missing = None, f"the compiled module sid_kernels._C did not load ({error})"
+_C, _missing = load("_C")
 
 
 def unavailable() -> str | None:

@@ -8,15 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import DTYPE_CODES, pack
+from .native import DTYPE_CODES, load, pack
 from .problem import Problem, Result
 
-try:
-    from . import _cuda
-
-    _missing = None
-except ImportError as error:
-    _cuda, _missing = None, f"the compiled module sid_kernels._cuda did not load ({error})"
+_cuda, _missing = load("_cuda")
 
 # (device, stream) -> memory the kernels of one stream share; each launch leaves it as it found it.
 _workspaces: dict[tuple[int, int], Tensor] = {}

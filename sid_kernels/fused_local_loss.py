@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu, operator
-from .problem import Problem, make_problem
+from .problem import Problem, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
 _is_compiling = torch.compiler.is_compiling
@@ -119,8 +119,9 @@ def local_loss_and_grad(
         outputs = _through_operator(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, True
         )
-        dlogits = outputs[4] if out is None else out.copy_(outputs[4])
-        return LocalLoss(*outputs[:4]), dlogits
+        if out is not None:
+            out.detach().copy_(outputs[4])
+        return LocalLoss(*outputs[:4]), outputs[4] if out is None else out
     if out is None and (divergence, label_smoothing, ignore_index, reduction, backend) == _DEFAULTS:
         if (quick := cpu.run_ordinary(logits, prior, target, alpha)) is not None:
             loss, fidelity, consistency, belief, dlogits = quick
@@ -130,7 +131,11 @@ def local_loss_and_grad(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, out, True
         )
         result, dlogits = _run(problem, backend, logits.shape)
-    return result, dlogits if out is None else out
+    if out is None:
+        return result, dlogits
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # whoever saved these logits for a backward pass learns of it
+    return result, out
 
 
 def _run(problem: Problem, backend: str, shape: torch.Size) -> tuple[LocalLoss, Tensor | None]:
@@ -206,6 +211,8 @@ def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
 def _through_operator(
     logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, need_grad
 ) -> tuple[Tensor, ...]:
+    for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
+        check_tensor(name, x)
     tensor = isinstance(alpha, Tensor)
     if not tensor and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")

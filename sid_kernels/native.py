@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,16 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}
 _NOTHING = (0, 0, 0)
 _new = torch.empty_strided  # half the overhead of torch.empty
+
+
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The compiled module sid_kernels.NAME, or why there is none."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), None
+    except ModuleNotFoundError:
+        return None, f"the compiled module {__package__}.{name} was not built (no working compiler at installation?)"
+    except ImportError as error:
+        return None, f"the compiled module {__package__}.{name} does not load: {error}"
 
 
 def pack(problem: Problem) -> tuple[Result, tuple]:

@@ -61,7 +61,7 @@ def make_problem(
     out: Tensor | None,
     need_grad: bool,
 ) -> Problem:
-    _check_tensor("logits", logits)
+    check_tensor("logits", logits)
     shape = logits.shape
     if logits.dtype not in DTYPES:
         raise TypeError(
@@ -132,13 +132,13 @@ def label_error(row: int, label: int, classes: int, ignore_index: int) -> IndexE
     )
 
 
-def _check_tensor(name: str, x: object) -> None:
+def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
 
 
 def _check_like(name: str, x: Tensor, logits: Tensor, shape: torch.Size) -> None:
-    _check_tensor(name, x)
+    check_tensor(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have the shape of logits, {tuple(shape)}")
     _check_device(name, x, logits)
@@ -152,7 +152,7 @@ def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
 
 
 def _target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    _check_tensor("target", target)
+    check_tensor("target", target)
     if target.dtype in DTYPES:
         if target.shape != shape:
             raise ValueError(
@@ -206,7 +206,7 @@ def check_values(problem: Problem) -> None:
 
 
 def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor | None, alpha: float | Tensor) -> None:
-    _check_tensor("out", out)
+    check_tensor("out", out)
     if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)}, dtype {out.dtype} on {out.device}; it must be like logits: "
