@@ -165,28 +165,13 @@ class _Attach(torch.autograd.Function):
             return None, None
         (dlogits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _OnceDifferentiable.apply(dlogits, grad_loss), None
+            return operator.first_derivative(dlogits, grad_loss), None
         return _scale(dlogits, grad_loss), None
 
 
 # Function.apply looks for functorch transforms and setup_context first, which costs a fifth of a small call.
 # Under functorch the operator has been taken, and there is no setup_context.
 _attach = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attach)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The first derivative as part of a graph: its own derivative is refused by name."""
-
-    @staticmethod
-    def forward(ctx, dlogits, grad_loss):
-        return operator.scaled(dlogits, grad_loss)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "fused_local_loss has no second derivative: it was asked for by a backward pass through a gradient taken "
-            "with create_graph=True"
-        )
 
 
 # Whether the running backward pass keeps its graph; a torch without it is taken to.
@@ -208,11 +193,33 @@ def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     return dlogits
 
 
+class _Functional(torch.autograd.Function):
+    """The form torch.func's transforms ask of a Function: they hand `forward` the plain tensors inside their own."""
+
+    @staticmethod
+    def forward(logits, prior, target, alpha, options):
+        *options, backend = options
+        result, dlogits = _run(make_problem(logits, prior, target, alpha, *options, None, True), backend, logits.shape)
+        return *result, dlogits.view(logits.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[4])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        return operator.first_derivative(ctx.saved_tensors[0], grad_loss), None, None, None, None
+
+
 def _through_operator(
     logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, need_grad
 ) -> tuple[Tensor, ...]:
     for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
         check_tensor(name, x)
+    if _functorch() is not None:
+        options = (divergence, label_smoothing, ignore_index, reduction, backend)
+        return _Functional.apply(logits, prior, target, alpha, options)
     tensor = isinstance(alpha, Tensor)
     if not tensor and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")

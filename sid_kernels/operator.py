@@ -85,7 +85,7 @@ def _backward(ctx, grad_loss, *_):
     grad = None
     if grad_loss is not None:
         (dlogits,) = ctx.saved_tensors
-        grad = scaled(dlogits, grad_loss)
+        grad = first_derivative(dlogits, grad_loss) if torch.is_grad_enabled() else scaled(dlogits, grad_loss)
     return grad, None, None, None, None, None, None, None, None, None, None
 
 
@@ -93,6 +93,33 @@ def scaled(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     """(..., C) gradient times the incoming gradient, () or (...); computed in float32, in the gradient's dtype."""
     weight = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
     return (dlogits * weight).to(dlogits.dtype)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first derivative as part of a graph: its own derivative is refused by name."""
+
+    @staticmethod
+    def forward(ctx, dlogits, grad_loss, leaf):
+        return scaled(dlogits, grad_loss)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(f"{_NO_SECOND} by a backward pass through a gradient taken with create_graph=True")
+
+
+_NO_SECOND = "fused_local_loss has no second derivative: it was asked for"
+
+
+def first_derivative(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+    """`scaled` for a backward pass that records a graph. A penalty on a gradient is refused, never taken as constant."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        if len(torch._C._functorch.get_interpreter_stack()) > 1:
+            raise RuntimeError(f"{_NO_SECOND} by nested torch.func transforms")
+        return scaled(dlogits, grad_loss)
+    if torch._C._len_torch_dispatch_stack():  # tracing: no pass through its result can follow
+        return scaled(dlogits, grad_loss)
+    leaf = torch.empty((), device=dlogits.device, requires_grad=True)  # makes the result part of a graph
+    return _OnceDifferentiable.apply(dlogits, grad_loss, leaf)
 
 
 for _key in ("CPU", "CUDA"):

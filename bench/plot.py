@@ -1,0 +1,93 @@
+"""The README's picture from a file of `report.py`: speed-up over each alternative, and share of clone, by size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from contenders import CLONE, DIRECT, FUSED
+
+# The alternatives drawn, and their colours; "compiled four-op" stands in the table only.
+DRAWN = {
+    "eager four-op": "#9aa5b1",
+    "eager collapsed": "#6b7785",
+    "compiled collapsed": "#2f6f9f",
+    "liger kl_div": "#7a5ea8",
+}
+OURS = {FUSED: "#e0903a", DIRECT: "#b5541c"}
+
+
+def draw(source: Path, out: Path) -> None:
+    """One row of panels a dtype. On a GPU small sizes are those replayed from a graph, where there are such."""
+    filed = json.loads(source.read_text())
+    for step in filed.get("steps", ()):  # a file of gpu.py holds that of report.py
+        filed = step.get("result", filed)
+    results = _chosen(filed["results"])
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry["dtype"] == dtype for entry in results)]
+    gpu = filed["machine"]["gpu"] if filed["settings"]["device"] == "cuda" else None
+    widest = max(sum(entry["dtype"] == dtype for entry in results) for dtype in dtypes)
+    size = (max(9.5, 1.9 * widest + 2.5), 2.9 * len(dtypes) + 0.9)
+    figure, panels = plt.subplots(len(dtypes), 2, figsize=size, squeeze=False, width_ratios=(1.5, 1))
+    for (left, right), dtype in zip(panels, dtypes, strict=True):
+        entries = sorted((e for e in results if e["dtype"] == dtype), key=lambda e: e["rows"] * e["classes"])
+        labels = [f"{e['rows']}×{e['classes']}" + ("\n(graph)" if e["launch"] == "graph" else "") for e in entries]
+        drawn = {x: color for x, color in DRAWN.items() if any(x in e["ratios"].get(FUSED, {}) for e in entries)}
+        speedups = {x: [e["ratios"].get(FUSED, {}).get(x, {}).get("of_medians") for e in entries] for x in drawn}
+        _bars(left, speedups, drawn, labels, "{:.1f}")
+        left.axhline(1.0, color="black", linewidth=0.8, zorder=0)
+        left.set_yscale("log")
+        shown = [value for values in speedups.values() for value in values if value] or [1.0]
+        left.set_ylim(0.8 * min(1.0, *shown), 1.6 * max(2.0, *shown))
+        left.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}×"))
+        left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        left.set_title(f"{dtype}: fused_local_loss is so many times faster than", fontsize=10, loc="left")
+        shares = {x: [e["contenders"].get(x, {}).get("share_of_clone") for e in entries] for x in OURS}
+        _bars(right, shares, OURS, labels, "{:.0%}")
+        right.axhline(1.0, color="black", linewidth=0.8, zorder=0)
+        right.set_ylim(0, 1.15 * max(1.0, *(value for values in shares.values() for value in values if value)))
+        right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        right.set_title(f"{dtype}: share of the bandwidth of {CLONE}", fontsize=10, loc="left")
+    for column, place in ((panels[:, 0], 0.32), (panels[:, 1], 0.8)):  # one legend a column, under it
+        bars = {name: bar for panel in column for bar, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        options = {"fontsize": 8, "ncols": len(bars), "frameon": False, "bbox_to_anchor": (place, 0.0)}
+        figure.legend(bars.values(), bars, loc="lower center", **options)
+    where = gpu["name"] if gpu else f"{filed['machine']['threads']} threads, {_words(filed)}"
+    figure.suptitle(f"Loss, belief and gradient of the logits, at rows×classes; {where}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def _words(filed: dict) -> str:
+    instructions = filed["machine"]["instruction_set"]
+    return f"{filed['machine']['processor']}{f' ({instructions})' if instructions else ''}"
+
+
+def _chosen(results: list[dict]) -> list[dict]:
+    """One entry a size and dtype: the replayed graph rather than ordinary calls, where every alternative but one is."""
+    chosen = {(e["rows"], e["classes"], e["dtype"]): e for e in results if e["launch"] == "calls"}
+    for entry in results:
+        if entry["launch"] == "graph" and FUSED in entry["contenders"]:
+            chosen[entry["rows"], entry["classes"], entry["dtype"]] = entry
+    return list(chosen.values())
+
+
+def _bars(panel, values: dict[str, list[float | None]], colors: dict[str, str], labels: list[str], form: str) -> None:
+    """Groups of bars with their values written above; a missing value leaves its place empty."""
+    width = 0.8 / len(values)
+    for i, (name, row) in enumerate(values.items()):
+        places = [x - 0.4 + (i + 0.5) * width for x in range(len(row))]
+        panel.bar(places, [value or 0 for value in row], width * 0.94, color=colors[name], label=name)
+        for place, value in zip(places, row, strict=True):
+            if value:
+                panel.annotate(
+                    form.format(value), (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=7
+                )
+    panel.set_xticks(range(len(labels)), labels, fontsize=8)
+    panel.tick_params(axis="y", labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)

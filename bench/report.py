@@ -1,0 +1,267 @@
+"""Measures the fused local loss against its alternatives and a clone of the same bytes, and files it as one JSON.
+
+    python bench/report.py --out bench/results/cpu.json
+    python bench/report.py --plot bench/results/cpu.json --out docs/bench.png
+
+Everything at one size is measured in one process, in rounds that visit every contender in turn; each is first checked
+against float64 on the inputs it is timed on. "Share of clone" is the bandwidth of the op, counting only the bytes it
+must move, over the bandwidth of `clone`. On a CPU the table shows ratios only; the file holds the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import record
+import torch
+from contenders import (
+    ALPHA,
+    ALTERNATIVES,
+    CLONE,
+    DIRECT,
+    DTYPES,
+    FUSED,
+    GPU_SIZES,
+    SIZES,
+    Problem,
+    check,
+    contenders,
+    make_problem,
+    truth,
+)
+from timing import GraphTimer, Timer, interleave, quartiles, ratios
+
+from sid_kernels import backends
+
+GRAPH_ELEMENTS = 1 << 22  # up to here a GPU waits for launches, so calls are replayed from a graph too
+MOST_SETS = 64
+# Measured first, because a run may end early: what the project holds itself to.
+FIRST = (((8192, 32000), "bfloat16"), ((65536, 1000), "float32"), ((4096, 1000), "float32"), ((128, 10), "float32"))
+
+
+def input_sets(problem_bytes: int, cache_bytes: int) -> int:
+    """How many inputs are used in turn, so that they do not stay in the GPU's last-level cache.
+
+    Small problems do stay there, as they do in training, where the logits have just been written.
+    """
+    sets = -(-4 * cache_bytes // problem_bytes)
+    return sets if 1 <= sets <= MOST_SETS else 1
+
+
+def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """One entry for ordinary calls and, for small sizes on a GPU, one for replayed graphs; and what was timed."""
+    rows, classes = size
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20) if device == "cuda" else 0
+    first = make_problem(rows, classes, DTYPES[dtype], device)
+    problems = [first]
+    for seed in range(1, input_sets(first.clone_traffic // 2, cache)):
+        problems.append(make_problem(rows, classes, DTYPES[dtype], device, seed))
+    expected = truth(first)
+    listed, left_out = contenders(device, rows, classes)
+    errors, failed = {}, {}
+    for name, contender in list(listed.items()):
+        if any(part in name for part in args.skip):
+            left_out[name] = "skipped, as asked for"
+            del listed[name]
+            continue
+        try:
+            errors[name] = check(contender, first, expected)
+        except Exception as error:
+            left_out[name] = _reason(error)
+            if contender.ours and not isinstance(error, torch.OutOfMemoryError):
+                failed[name] = _reason(error)
+            del listed[name]
+    entries = []
+    for launch in ("calls", "graph") if device == "cuda" and rows * classes <= GRAPH_ELEMENTS else ("calls",):
+        timers, skipped = {}, dict(left_out)
+        for name, contender in listed.items():
+            functions = [contender.bind(problem) for problem in problems]
+            if launch == "graph" and contender.waits:
+                skipped[name] = "cannot be captured: it waits for the GPU"
+                continue
+            try:
+                timers[name] = Timer(functions, device) if launch == "calls" else GraphTimer(functions)
+            except Exception as error:
+                skipped[name] = ("cannot be captured: " if launch == "graph" else "") + _reason(error)
+        times = interleave(timers, args.rounds, args.seconds)
+        entries.append(_entry(first, dtype, launch, len(problems), device, timers, times, errors, skipped))
+        entries[-1]["failed"] = failed
+    return entries, {contender.name: contender.what for contender in listed.values()}
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return record.scrub(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
+
+
+def _entry(problem: Problem, dtype, launch, sets, device, timers, times, errors, skipped) -> dict:
+    rows, classes = problem.logits.shape
+    found = {}
+    clone_median = quartiles(times[CLONE])[1]
+    clone_bandwidth = problem.clone_traffic / clone_median
+    for name, values in times.items():
+        low, median, high = quartiles(values)
+        traffic = problem.clone_traffic if name == CLONE else problem.minimum_traffic
+        found[name] = {
+            "seconds": median,
+            "quartiles": [low, high],
+            "calls_a_round": timers[name].calls,
+            "share_of_clone": traffic / median / clone_bandwidth,
+            "errors": errors[name],
+        }
+    return {
+        "rows": rows,
+        "classes": classes,
+        "dtype": dtype,
+        "launch": launch,
+        "auto": backends.automatic(device, rows * classes),
+        "input_sets": sets,
+        "rounds": len(times[CLONE]),
+        "minimum_traffic_bytes": problem.minimum_traffic,
+        "clone_traffic_bytes": problem.clone_traffic,
+        "contenders": found,
+        "ratios": {name: ratios(times, name) for name in (FUSED, DIRECT) if name in times},
+        "left_out": {name: record.scrub(reason) for name, reason in skipped.items()},
+    }
+
+
+def table(entry: dict, device: str) -> str:
+    """Times relative to ours and shares of clone; on a GPU microseconds and bandwidth too."""
+    launch = "replayed from a graph" if entry["launch"] == "graph" else "ordinary calls"
+    title = f"({entry['rows']}, {entry['classes']}) {entry['dtype']}, {launch}, {entry['rounds']} rounds"
+    gpu = device == "cuda"
+    head = f"  {'':32s}{'x fused_local_loss':>20s}{'x local_loss_and_grad':>23s}{'share of clone':>16s}"
+    lines = [title, head + (f"{'us':>12s}{'GB/s':>9s}" if gpu else "")]
+    for name, row in entry["contenders"].items():
+        line = f"  {name:32s}"
+        for base, width in ((FUSED, 20), (DIRECT, 23)):
+            ratio = 1.0 if name == base else entry["ratios"].get(base, {}).get(name, {}).get("of_medians")
+            line += f"{'-' if ratio is None else format(ratio, '.2f'):>{width}s}"
+        line += f"{row['share_of_clone']:16.1%}"
+        if gpu:
+            moved = entry["clone_traffic_bytes" if name == CLONE else "minimum_traffic_bytes"]
+            line += f"{row['seconds'] * 1e6:12.1f}{moved / row['seconds'] / 1e9:9.0f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def summary(entries: list[dict]) -> str:
+    """One line a size: how many times faster ours is than each alternative, and its share of clone."""
+    title = f"{'times faster than':24s}" + "".join(f"{name:>20s}" for name in ALTERNATIVES) + f"{'share of clone':>17s}"
+    lines = [title]
+    for entry in entries:
+        size = f"({entry['rows']}, {entry['classes']}) {entry['dtype']} {entry['launch']}"
+        lines.append(size)
+        for name in (FUSED, DIRECT):
+            if name not in entry["ratios"]:
+                continue
+            line = f"  {name:22s}"
+            for other in ALTERNATIVES:
+                ratio = entry["ratios"][name].get(other)
+                line += f"{'-' if ratio is None else format(ratio['of_medians'], '.2f'):>20s}"
+            lines.append(line + f"{entry['contenders'][name]['share_of_clone']:17.1%}")
+    return "\n".join(lines)
+
+
+def plan(args: argparse.Namespace, device: str) -> list[tuple[tuple[int, int], str]]:
+    sizes = args.sizes or (SIZES + GPU_SIZES if device == "cuda" else SIZES)
+    wanted = [(size, dtype) for size in sizes for dtype in args.dtypes]
+    return [x for x in FIRST if x in wanted] + [x for x in wanted if x not in FIRST]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    rows, _, classes = text.partition("x")
+    if not (rows.isdecimal() and classes.isdecimal() and int(rows) and int(classes)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a size is written ROWSxCLASSES, as in 4096x1000")
+    return int(rows), int(classes)
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write (with --plot: the picture)")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw this file's results")
+    parser.add_argument(
+        "--sizes", type=parse_size, nargs="+", metavar="ROWSxCLASSES", help="default: all of contenders.py"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds at each size, at most (at least 3 are made)")
+    parser.add_argument("--seconds", type=float, help="for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all: no size is begun later")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="contenders whose names contain one")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="freed memory stays in the process, for all")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; it must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA GPU")
+    return parser, args
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, args = parse(argv)
+    if args.plot:
+        import plot
+
+        plot.draw(args.plot, args.out)
+        print(f"written: {args.out}")
+        return 0
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.seconds = args.seconds or (40.0 if device == "cpu" else 4.0)
+    if args.keep_freed_memory:
+        from sid_trainer.memory import keep_freed_memory
+
+        args.keep_freed_memory = keep_freed_memory()
+    result = {
+        "what": "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone",
+        "command": record.command(),
+        "date": record.now(),
+        "commit": record.commit(),
+        "machine": record.machine(),
+        "versions": record.package_versions(),
+        "settings": {
+            "device": device,
+            "alpha": ALPHA,
+            "rounds": args.rounds,
+            "seconds_a_size": args.seconds,
+            "freed_memory_kept": args.keep_freed_memory,
+        },
+        "contenders": {},
+        "results": [],
+        "not_measured": {},
+    }
+    began, printed = time.monotonic(), {}
+    for size, dtype in plan(args, device):
+        label = f"{size[0]}x{size[1]} {dtype}"
+        if time.monotonic() - began > args.budget:
+            result["not_measured"][label] = "no time left"
+        else:
+            try:
+                entries, described = measure(size, dtype, device, args)
+            except torch.OutOfMemoryError as error:
+                result["not_measured"][label] = _reason(error)
+            else:
+                for entry in entries:
+                    print(table(entry, device) + "\n", flush=True)
+                    reasons = {name: why for name, why in entry["left_out"].items() if printed.get(name) != why}
+                    for name, why in reasons.items():
+                        print(f"  left out: {name}: {why}")
+                    printed |= reasons
+                result["results"] += entries
+                result["contenders"] |= described
+        if label in result["not_measured"]:
+            print(f"{label}: not measured: {result['not_measured'][label]}\n", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        record.write_json(args.out, result)  # after every size: what was measured is not lost
+    print(summary(result["results"]) + f"\n\nwritten: {args.out}")
+    failed = {name: why for entry in result["results"] for name, why in entry["failed"].items()}
+    for name, why in failed.items():
+        print(f"FAILED: {name}: {why}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
