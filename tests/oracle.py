@@ -2,7 +2,7 @@
 
 `oracle` writes the loss as PyTorch users do, in float64, and differentiates it with autograd: it shares no code
 with the library. `assert_within_budget` is the one rule of accuracy: a kernel may be no further from the float64
-truth than the same formula evaluated by PyTorch in the kernel's own dtypes, plus a small absolute term.
+truth than the same formula evaluated by PyTorch in float32, plus a few roundings.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-# Absolute terms, for values of order one: a few float32 roundings for what is computed in float32, one unit in the
-# last place at 1 for what is stored in half precision.
-ABSOLUTE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
+# How many float32 roundings of its terms' magnitudes a value may be off, beyond PyTorch's own error. Measured over 3000
+# random cases on the CPU backend: 13 at most, in rows of up to 3000 classes; half as many again for the loops of a GPU.
+ROUNDINGS = 20
+# What is left of a probability below float32's normal numbers, times a difference of logarithms of up to 3 * 88.
+FLUSHED = 264 * TINY
 
 
 @dataclass
@@ -43,6 +45,12 @@ class Truth:
     consistency: Tensor
     belief: Tensor
     dlogits: Tensor
+
+
+@dataclass
+class SizedTruth(Truth):
+    # What each value was summed from, all terms positive: rounding errors are in proportion to it, not to the value.
+    size: dict[str, Tensor]
 
 
 def make_case(
@@ -76,7 +84,7 @@ def make_case(
     return Case(logits, q, target, alpha, options)
 
 
-def oracle(case: Case, dtype=torch.float64) -> Truth:
+def oracle(case: Case, dtype=torch.float64) -> SizedTruth:
     """The loss by log_softmax and sums, its gradient by autograd, evaluated in `dtype`."""
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     z = case.logits.detach().to(dtype).requires_grad_()
@@ -91,68 +99,96 @@ def oracle(case: Case, dtype=torch.float64) -> Truth:
     y = (1 - s) * y + s / classes
     log_p = z.log_softmax(-1)
     p = log_p.exp()
-
-    def product(a, b):  # 0 * -inf = 0, in the value and in the gradient
-        return torch.where(a == 0, 0.0, a * torch.where(a == 0, 0.0, b))
-
-    def log(x):
-        return x.clamp(min=TINY).log()
-
-    if o["divergence"] == "forward":
-        fidelity = -product(y, log_p).sum(-1)
-        consistency = (product(q, log(q)) - product(q, log_p)).sum(-1)
-    else:
-        fidelity = product(p, log_p - log(y)).sum(-1)
-        consistency = product(p, log_p - log(q)).sum(-1)
     alpha = case.alpha.to(dtype) if isinstance(case.alpha, Tensor) else torch.tensor(case.alpha, dtype=dtype)
-    loss = product(alpha.expand(rows), fidelity) + product((1 - alpha).expand(rows), consistency)
-    loss, fidelity, consistency = (torch.where(counts, x, 0.0) for x in (loss, fidelity, consistency))
-    total = loss.sum()
-    if o["reduction"] == "mean":
-        number = max(int(counts.sum()), 1)
-        total = total / number
-        loss, fidelity, consistency = (x.sum() / number for x in (loss, fidelity, consistency))
-    elif o["reduction"] == "sum":
-        loss, fidelity, consistency = (x.sum() for x in (loss, fidelity, consistency))
-    (dlogits,) = torch.autograd.grad(total, z)
-    return Truth(loss.detach(), fidelity.detach(), consistency.detach(), p.detach(), dlogits)
+    a = alpha.expand(rows)
+    log_q, log_y = q.clamp(min=TINY).log(), y.clamp(min=TINY).log()
+    if o["divergence"] == "forward":
+        fidelity = -_product(y, log_p).sum(-1)
+        consistency = (_product(q, log_q) - _product(q, log_p)).sum(-1)
+    else:
+        fidelity = _product(p, log_p - log_y).sum(-1)
+        consistency = _product(p, log_p - log_q).sum(-1)
+    loss = _product(a, fidelity) + _product(1 - a, consistency)
+
+    number = max(int(counts.sum()), 1) if o["reduction"] == "mean" else 1
+
+    def reduced(x):
+        x = torch.where(counts, x, 0.0)
+        return x if o["reduction"] == "none" else x.sum() / number
+
+    (dlogits,) = torch.autograd.grad(torch.where(counts, loss, 0.0).sum() / number, z)
+    with torch.no_grad():
+        size = _sizes(p, log_p, q, log_q, y, log_y, a, o["divergence"] == "reverse")
+        size = {name: x if name == "belief" else x / number if name == "dlogits" else reduced(x) for name, x in size.items()}
+    values = [reduced(x).detach() for x in (loss, fidelity, consistency)]
+    return SizedTruth(*values, p.detach(), dlogits, size)
+
+
+def _product(a, b):
+    """a b with 0 * -inf = 0, in the value and in the gradient."""
+    return torch.where(a == 0, 0.0, a * torch.where(a == 0, 0.0, b))
+
+
+def _sizes(p, log_p, q, log_q, y, log_y, alpha, reverse) -> dict[str, Tensor]:
+    """Sums of the magnitudes of each value's terms. (1 + |x|): exp and log of x are off by roundings of both."""
+    a = alpha[:, None]
+    belief = p + _product(p, -log_p)
+    if reverse:
+        by_target, by_prior = (_product(p, 1 - log_p - x) for x in (log_y, log_q))
+        terms = 1 - log_p - a * log_y - (1 - a) * log_q
+        slope = log_p - a * log_y - (1 - a) * log_q
+        slope = slope - _product(p, slope).sum(-1, keepdim=True)
+        dlogits = _product(p, terms + _product(p, terms).sum(-1, keepdim=True) - log_p * slope.abs())
+    else:
+        by_target, by_prior = _product(y, 1 - log_p), _product(q, 1 - log_q - log_p)
+        mass = a * y.sum(-1, keepdim=True) + (1 - a) * q.sum(-1, keepdim=True)
+        dlogits = mass * belief + a * y + (1 - a) * q
+    fidelity, consistency = by_target.sum(-1), by_prior.sum(-1)
+    loss = _product(alpha, fidelity) + _product(1 - alpha, consistency)
+    return dict(loss=loss, fidelity=fidelity, consistency=consistency, belief=belief, dlogits=dlogits)
 
 
 def assert_within_budget(result, dlogits: Tensor | None, case: Case, factor: float = 1.0) -> None:
-    """|kernel - float64| <= |PyTorch in the same dtype - float64| (its largest) + a small absolute term, everywhere.
+    """|kernel - float64| <= |PyTorch in float32 - float64| (largest of the row) + a few roundings, for every element.
 
-    result: LocalLoss or Truth (loss, belief, fidelity, consistency), any device. NaN and infinities must coincide.
+    A few roundings: of float32, in proportion to the terms the value is summed from; and one of the dtype it is stored
+    in. result: LocalLoss or Truth (loss, belief, fidelity, consistency), any device. NaN and infinities must coincide.
     """
     truth = oracle(case)
     compute = torch.float64 if case.logits.dtype is torch.float64 else torch.float32
-    # "The same dtype": inputs as they are, sums in float32, what is stored rounded to its storage dtype.
-    same = oracle(case, compute)
+    peer_truth = oracle(case, compute)  # inputs as they are, sums in float32, not yet rounded to a storage dtype
     belief_dtype = case.logits.dtype if case.prior is None else case.prior.dtype
-    pairs = [(name, getattr(result, name), compute) for name in ("loss", "fidelity", "consistency")]
-    pairs.append(("belief", result.belief, belief_dtype))
+    values = [(name, getattr(result, name), compute) for name in ("loss", "fidelity", "consistency")]
+    values.append(("belief", result.belief, belief_dtype))
     if dlogits is not None:
-        pairs.append(("dlogits", dlogits, case.logits.dtype))
-    for name, got, dtype in pairs:
+        values.append(("dlogits", dlogits, case.logits.dtype))
+    for name, got, dtype in values:
         want = getattr(truth, name)
         assert got.dtype == dtype, f"{name}: dtype {got.dtype}, expected {dtype}"
         assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        got, peer = got.detach().cpu().double(), getattr(same, name).to(dtype).double()
-        finite = want.isfinite()
+        got = got.detach().cpu().double()
         assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN in other places than in float64"
         assert torch.equal(got[want.isinf()], want[want.isinf()]), f"{name}: infinities differ from float64's"
-        if not finite.any():
-            continue
-        error = (got - want)[finite].abs()
-        both = finite & peer.isfinite()
-        allowed = float((peer - want)[both].abs().max()) if both.any() else 0.0
-        if name in ("belief", "dlogits"):
-            # computed in float32; in half precision then stored, which rounds relative to the value
-            size = 1.0 if dtype is compute else float(want[finite].abs().max().clamp(max=1.0))
-            allowed += factor * (size * ABSOLUTE[dtype] + torch.finfo(torch.float32).eps * (dtype is not compute))
-        else:  # sums of many or large terms round with their size, whichever order they are taken in
-            allowed += factor * max(1.0, float(want[finite].abs().max())) * ABSOLUTE[compute]
-        worst = int(error.argmax())
-        assert float(error.max()) <= allowed, (
-            f"{name}: error {float(error.max()):.3e} > allowed {allowed:.3e} "
-            f"(got {float(got[finite][worst])!r}, float64 {float(want[finite][worst])!r})"
-        )
+        finite = want.isfinite()
+        error = torch.where(finite, (got - want).abs(), 0.0)
+        allowed = _largest(getattr(peer_truth, name).double() - want)
+        allowed = allowed + factor * (ROUNDINGS * torch.finfo(compute).eps / 2 * truth.size[name] + FLUSHED)
+        if dtype is not compute:  # half precision: the error of a rounding to nearest, in normal and subnormal numbers
+            info = torch.finfo(dtype)
+            allowed = allowed + info.eps / 2 * want.abs() + info.tiny * info.eps / 2
+        beyond = torch.where(finite, error - allowed, -1.0)
+        if beyond.numel() and float(beyond.max()) > 0:
+            worst = int(beyond.argmax())
+            at, budget = float(error.flatten()[worst]), float(allowed.expand_as(error).flatten()[worst])
+            raise AssertionError(
+                f"{name}: error {at:.3e} > allowed {budget:.3e} at element {worst} "
+                f"(got {float(got.flatten()[worst])!r}, float64 {float(want.flatten()[worst])!r})"
+            )
+
+
+def _largest(error: Tensor) -> Tensor:
+    """Largest finite error of each row of a matrix, of all rows together otherwise."""
+    error = error.nan_to_num(0.0, 0.0, 0.0).abs()
+    if error.numel() == 0:
+        return torch.zeros(())
+    return error.amax(-1, keepdim=True) if error.dim() == 2 else error.max()

@@ -1,0 +1,71 @@
+"""What every test file shares: seeds, the markers `gpu` and `slow`, and the backends that can run here.
+
+A test that takes the fixture `backend` runs on each of them: reference and cpu on the CPU, and with a GPU also
+reference, cuda and triton there. The report's header says which, and why the others are not.
+"""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sid_kernels import backends
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a GPU machine without a network: the files that draw their cases skip themselves
+    pass
+else:
+    settings.register_profile(
+        "sid", deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("sid")
+
+
+class Backend(NamedTuple):
+    name: str
+    device: str
+
+
+ON_CPU = [Backend("reference", "cpu"), Backend("cpu", "cpu")]
+ON_GPU = [Backend("reference", "cuda"), Backend("cuda", "cuda"), Backend("triton", "cuda")]
+
+
+def _param(backend: Backend):
+    reason = backends.unavailable(backend.name)
+    marks = [pytest.mark.skip(reason=f"backend {backend.name}: {reason}")] if reason else []
+    if backend.device == "cuda":
+        marks.append(pytest.mark.gpu)
+    return pytest.param(backend, marks=marks, id=f"{backend.name}-{backend.device}")
+
+
+BACKENDS = [_param(b) for b in ON_CPU + (ON_GPU if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request) -> Backend:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    torch.manual_seed(0)
+
+
+def pytest_report_header():
+    lines = []
+    for name in backends.BACKENDS:
+        reason = backends.unavailable(name)
+        lines.append(f"backend {name}: {'usable' if reason is None else f'not usable: {reason}'}")
+    return lines
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU: PyTorch sees none here")
+    not_asked = pytest.mark.skip(reason="takes minutes: set SID_TEST_SLOW=1")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slow") and os.environ.get("SID_TEST_SLOW") != "1":
+            item.add_marker(not_asked)
