@@ -7,19 +7,16 @@ synchronises or reads a value back, so every launch can be captured in a graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .problem import Problem, Result
-
-try:
-    from . import triton_rows as kernels
-except ImportError as error:
-    kernels, _missing = None, f"triton cannot be imported ({error}); install the triton package"
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # triton itself reads it once, when it is imported
 
@@ -31,39 +28,48 @@ class Plan(NamedTuple):
     rows: int  # rows a program
     block: int  # columns held at once; the whole row unless `looped`
     warps: int
+    registers: int  # a thread's limit on NVIDIA
     looped: bool = False
 
 
-# Whole rows: 16 elements of z and q (and y) a thread, in registers. Short rows share a program of 2048 elements, so
-# (128, 10) is one program and one launch; from 256 to 512 classes one warp has a row, so its sums need no barrier.
-# Loops hold the next chunk too. To 16384 classes, 8 elements a thread: 64 registers, so four blocks a multiprocessor, and
-# the 4 x 132 rows in flight (float32, 16384 classes: 67 MB at most) mostly stay in a 50 MB second-level cache until they
-# are read again. Beyond, one block: its row (32000 classes of 16 bits: 128 KB) then stays in the first-level cache.
-# Chosen by registers and blocks a multiprocessor as compiled (tests/test_triton_aot.py), not by timing: no GPU was at hand.
+# Whole rows: 8 to 16 elements of z and q (and y) a thread, in registers. Short rows share a program of 2048 elements,
+# so (128, 10) is one program and one launch; from 129 to 512 classes one warp has a row, so its sums need no barrier.
+# Loops hold 8 elements of a chunk and of the next. To 32768 classes, 64 registers: four blocks a multiprocessor. The
+# rows of 4 x 132 blocks fit a 50 MB second-level cache, for the second sweep, up to 12k classes in float32 or 24k in
+# 16 bits. Beyond, one block, whose row's end stays in its first-level cache.
+# Register limits: the least at which no variant spills. Without one, ptxas may spill a few bytes to fit another block.
+# All by compiling (tests/test_triton_aot.py) and arithmetic, none of it by timing: no GPU was at hand.
 PLANS = (
-    Plan(16, 128, 16, 4),
-    Plan(32, 64, 32, 4),
-    Plan(64, 32, 64, 4),
-    Plan(128, 16, 128, 4),
-    Plan(256, 2, 256, 1),
-    Plan(512, 1, 512, 1),
-    Plan(1024, 1, 1024, 2),
-    Plan(2048, 1, 2048, 4),
-    Plan(4096, 1, 4096, 8),
-    Plan(8192, 1, 8192, 16),
-    Plan(16384, 1, 2048, 8, looped=True),
-    Plan(2**62, 1, 8192, 16, looped=True),
+    Plan(16, 128, 16, 8, 112),
+    Plan(32, 64, 32, 8, 112),
+    Plan(64, 32, 64, 8, 112),
+    Plan(128, 16, 128, 8, 112),
+    Plan(256, 2, 256, 1, 112),
+    Plan(512, 1, 512, 1, 112),
+    Plan(1024, 1, 1024, 2, 96),
+    Plan(2048, 1, 2048, 4, 96),
+    Plan(4096, 1, 4096, 8, 96),
+    Plan(8192, 1, 8192, 16, 112),
+    Plan(32768, 1, 2048, 8, 64, looped=True),
+    Plan(2**62, 1, 4096, 16, 80, looped=True),
 )
+MORE_REGISTERS = 32  # for a third array, soft targets; and again where accesses are not 16 bytes wide
 
 COUNT_HERE = 1024  # rows up to which every program counts the labels itself, instead of a launch of its own
 COUNT_BLOCK = 256  # labels counted at a time inside a program
 COUNT_GRID_BLOCK, COUNT_WARPS = 4096, 4  # labels a program when counting is a launch of its own
 SUM_BLOCK, SUM_WARPS = 2048, 8
-SCALE_ELEMENTS, SCALE_WARPS = 4096, 8  # elements a program of scale_
+SCALE_ELEMENTS, SCALE_WARPS = 2048, 8  # elements a program of scale_
 
 
 def plan_for(classes: int) -> Plan:
     return next(plan for plan in PLANS if classes <= plan.classes)
+
+
+def register_limit(plan: Plan, hard: bool, wide: bool, nvidia: bool = torch.version.hip is None) -> dict[str, int]:
+    """The launch option that states the limit; AMD's compiler knows no such option and needs none."""
+    registers = plan.registers + MORE_REGISTERS * ((not hard) + (not wide))
+    return {"maxnreg": min(registers, 65536 // (32 * plan.warps))} if nvidia else {}
 
 
 def scale_tiles() -> list[tuple[int, int]]:
@@ -72,10 +78,20 @@ def scale_tiles() -> list[tuple[int, int]]:
     return [(SCALE_ELEMENTS // block, block) for block in blocks]
 
 
+@functools.cache
+def _kernels() -> ModuleType:
+    """The kernels; imported at first use, for importing triton takes longer than all the rest of this package."""
+    from . import triton_rows
+
+    return triton_rows
+
+
 def unavailable() -> str | None:
     """Why this backend cannot be used here; None if it can."""
-    if kernels is None:
-        return _missing
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install the triton package"
     if not INTERPRETING and not torch.cuda.is_available():
         return "no GPU is visible to PyTorch (TRITON_INTERPRET=1, set before the import, runs the kernels on the CPU)"
     return None
@@ -88,7 +104,7 @@ def _on(device: torch.device):
 
 def run(problem: Problem) -> Result:
     """Loss, belief and gradient in one launch, plus a small one where losses of several programs are summed."""
-    z, prior, labels = problem.logits, problem.prior, problem.labels
+    z, prior = problem.logits, problem.prior
     rows, classes = z.shape
     device = z.device
     reduce = problem.reduction != "none"
@@ -97,13 +113,14 @@ def run(problem: Problem) -> Result:
     if problem.need_grad:
         dlogits = torch.empty(rows, classes, device=device, dtype=z.dtype) if problem.out is None else problem.out
     if rows == 0 or classes == 0:
-        losses = [torch.zeros(() if reduce else (0,), device=device) for _ in range(3)]
+        losses = [torch.zeros(() if reduce else (0,), device=device, dtype=torch.float32) for _ in range(3)]
         return Result(*losses, belief, dlogits)
 
     plan = plan_for(classes)
     programs = -(-rows // plan.rows)
-    losses = [torch.empty(() if reduce else (rows,), device=device) for _ in range(3)]
-    partial = torch.empty(3, programs, device=device) if reduce and programs > 1 else None
+    losses = [torch.empty(() if reduce else (rows,), device=device, dtype=torch.float32) for _ in range(3)]
+    kernels = _kernels()
+    partial = torch.empty(3, programs, device=device, dtype=torch.float32) if reduce and programs > 1 else None
     with _on(device):
         _launch(problem, plan, programs, belief, dlogits, losses if partial is None else list(partial.unbind()))
         if partial is not None:
@@ -118,15 +135,20 @@ def _launch(
     rows, classes = z.shape
     hard, mean = labels is not None, problem.reduction == "mean"
     target = labels if hard else problem.soft
+    kernels = _kernels()
     counted, scan_rows = target, 0  # what a launch does not read is any pointer of the same type, so nothing recompiles
     if hard and mean and rows <= COUNT_HERE:
         scan_rows = rows
     elif hard and mean:
         scan_rows = -1
         counted = torch.zeros((), device=z.device, dtype=torch.int64)
-        grid = (-(-rows // COUNT_GRID_BLOCK),)
-        kernels.count_rows[grid](labels, counted, rows, problem.ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS)
+        kernels.count_rows[(-(-rows // COUNT_GRID_BLOCK),)](
+            labels, counted, rows, problem.ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS
+        )
     given = isinstance(problem.alpha, Tensor)
+    arrays = (z, prior, problem.soft, dlogits)
+    strides = [0 if x is None else x.stride(0) for x in arrays]
+    addresses = [x.data_ptr() for x in arrays if x is not None]
     kernel = kernels.local_loss_loop if plan.looped else kernels.local_loss_tile
     kernel[(programs,)](
         z,
@@ -137,10 +159,7 @@ def _launch(
         belief,
         belief if dlogits is None else dlogits,
         *losses,
-        z.stride(0),
-        0 if prior is None else prior.stride(0),
-        0 if hard else target.stride(0),
-        0 if dlogits is None else dlogits.stride(0),
+        *strides,
         problem.alpha.dim() if given else -1,
         rows,
         classes,
@@ -160,6 +179,7 @@ def _launch(
         BLOCK_C=plan.block,
         COUNT_BLOCK=COUNT_BLOCK,
         num_warps=plan.warps,
+        **register_limit(plan, hard, wide=all(n % 16 == 0 for n in (classes, *strides, *addresses))),
     )
 
 
@@ -169,7 +189,7 @@ def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     if rows and classes:
         tile, block = next((t for t in scale_tiles() if classes <= t[1]), scale_tiles()[-1])
         with _on(grad.device):
-            kernels.scale_rows[(-(-rows // tile), -(-classes // block))](
+            _kernels().scale_rows[(-(-rows // tile), -(-classes // block))](
                 grad, scale, grad.stride(0), scale.dim(), rows, classes, ROWS=tile, BLOCK_C=block, num_warps=SCALE_WARPS
             )
     return grad

@@ -1,120 +1,24 @@
-# The Triton kernels of the fused local loss: the mathematics of csrc/row_math.h on tiles of whole rows.
+# The Triton kernels of the fused local loss, over the mathematics in triton_math.
 #
-# A tile is (ROWS, BLOCK_C). Logits enter the sums as t = z - max(z), so nothing overflows; a lane beyond a
-# row's end enters as t = -inf with q = y = 0, so it counts nothing. This file imports triton and is imported
-# by triton_kernels.py alone; no choice of sizes is made here. Loops with a bound known at run time are `while`
-# loops: Triton's interpreter cannot take such a bound in `range` under numpy 2.4 and later.
+# It imports triton and is imported by triton_kernels.py alone, which chooses all sizes. Loops with a bound known at run
+# time are `while` loops: Triton's interpreter cannot take such a bound in `range` under numpy 2.4 and later.
 import triton
 import triton.language as tl
 
-# The least argument a logarithm of a probability is taken at: float32's smallest normal number.
-TINY = tl.constexpr(2.0**-126)
-MASKED = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
+from .triton_math import MASKED, NAN, finish, gradient, reference, row_sums, settle
 
-# Sizes that change from call to call and say nothing about alignment: compiling again for them would be waste.
-# (`classes` and the row strides stay specialised: divisible by 16 means 16-byte accesses.)
-PER_CALL = ["rows", "alpha_stride", "scan_rows", "ignore_index"]
-
-
-@triton.jit
-def log_probability(q):
-    return tl.log(tl.where(q < TINY, TINY, q))  # a NaN passes through
-
-
-@triton.jit
-def times(a, b):
-    """a b, where a = 0 wins even over b = -inf: a class of no weight counts nothing, masked or not."""
-    return tl.where(a == 0, 0.0, a * b)
-
-
-@triton.jit
-def reference(top):
-    """What logits are taken relative to: the largest so far, or 0 while every logit so far is masked."""
-    return tl.where(top == MASKED, 0.0, top)
-
-
-@triton.jit
-def row_sums(t, e, q, y, inside, zero, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr):
-    """The seven sums over a tile's columns, each (ROWS,); those that a variant does not need are `zero`.
-
-    Forward: of e, t, q, q t, q log q, y, y t.   Reverse: of e, e t, 0, e log q, 0, 0, e log y.
-    """
-    total = tl.sum(e, 1)
-    logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot = zero, zero, zero, zero, zero, zero
-    if REVERSE:
-        logit_sum = tl.sum(times(e, t), 1)
-        if HAS_PRIOR:
-            prior_dot = tl.sum(e * log_probability(q), 1)
-        if not HARD:
-            target_dot = tl.sum(e * log_probability(y), 1)
-    else:
-        if HAS_PRIOR:
-            prior_mass = tl.sum(q, 1)
-            prior_dot = tl.sum(times(q, t), 1)
-            entropy = tl.sum(q * log_probability(q), 1)
-        if HARD or not HAS_PRIOR:
-            logit_sum = tl.sum(tl.where(inside, t, 0.0), 1)
-        if not HARD:
-            target_mass = tl.sum(y, 1)
-            target_dot = tl.sum(times(y, t), 1)
-    return total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot
-
-
-@triton.jit
-def finish(
-    total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot,  # (ROWS,) each
-    label_t, alpha, smoothing, uniform, log_classes,
-    HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """loss, fidelity, consistency, log_sum and the gradient's centre of every row, from its sums."""
-    log_sum = tl.log(total)
-    off = smoothing * uniform
-    if REVERSE:
-        scale = 1.0 / total
-        own = logit_sum * scale - log_sum  # sum of p log p
-        if HAS_PRIOR:
-            prior = prior_dot * scale
-        else:
-            prior = -log_classes
-        if HARD:
-            log_off, log_on = log_probability(off), log_probability(1.0 - smoothing + off)
-            target = log_off + (log_on - log_off) * tl.exp(label_t - log_sum)
-        else:
-            target = target_dot * scale
-        fidelity, consistency = own - target, own - prior
-    else:
-        if HARD:
-            target_mass = 1.0
-            target_dot = times(1.0 - smoothing, label_t) + times(off, logit_sum)
-        if not HAS_PRIOR:
-            prior_mass = 1.0
-            prior_dot = logit_sum * uniform
-            entropy = -log_classes
-        fidelity = target_mass * log_sum - target_dot
-        consistency = entropy - prior_dot + prior_mass * log_sum
-    loss = times(alpha, fidelity) + times(1.0 - alpha, consistency)
-    if REVERSE:
-        centre = loss
-    else:
-        centre = alpha * target_mass + (1.0 - alpha) * prior_mass
-    return loss, fidelity, consistency, log_sum, centre
-
-
-@triton.jit
-def gradient(t, p, q, y, log_sum, centre, alpha, REVERSE: tl.constexpr):
-    """dL/dz of a tile; log_sum, centre and alpha are (ROWS, 1)."""
-    if REVERSE:
-        u = t - log_sum - alpha * log_probability(y) - (1.0 - alpha) * log_probability(q)
-        return times(p, u - centre)
-    return centre * p - alpha * y - (1.0 - alpha) * q
+# Arguments that change from call to call and say nothing about wide accesses: compiling again for them would be waste.
+# (C, the row strides and the big arrays stay specialised: divisible by 16 means 16-byte accesses.)
+PER_CALL = [
+    "rows", "alpha_stride", "scan_rows", "ignore_index", "alpha", "loss", "fidelity", "consistency",
+]  # fmt: skip
 
 
 @triton.jit
 def load_tiles(
     logits, prior, target, cols, inside, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, HINT: tl.constexpr
 ):
-    """z, q and y of a tile as they lie in memory, all asked for before the first is used; z stands in for the absent."""
+    """z, q and y of a tile as they lie in memory, all asked for before the first is used (z for absent ones)."""
     z = tl.load(logits + cols, mask=inside, other=MASKED, eviction_policy=HINT)
     q, y = z, z
     if HAS_PRIOR:
@@ -159,17 +63,6 @@ def gradient_scale(target, scale, counted, scan_rows, ignore_index, BLOCK: tl.co
 
 
 @triton.jit
-def settle(label, ignore_index, classes, loss, fidelity, consistency):
-    """Rows that do not count become 0, rows with a label out of range NaN; also returns which are which."""
-    ignored = label == ignore_index
-    bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
-    loss = tl.where(ignored, 0.0, tl.where(bad, NAN, loss))
-    fidelity = tl.where(ignored, 0.0, tl.where(bad, NAN, fidelity))
-    consistency = tl.where(ignored, 0.0, tl.where(bad, NAN, consistency))
-    return loss, fidelity, consistency, ignored, bad
-
-
-@triton.jit
 def emit_losses(loss_out, fidelity_out, consistency_out, loss, fidelity, consistency, row, valid, scale,
                 REDUCE: tl.constexpr):  # fmt: skip
     """Reduced: this program's share of the three values, at its own place. Otherwise one of each a row."""
@@ -201,8 +94,8 @@ def local_loss_tile(
     inside = valid[:, None] & (cols < classes)
 
     z, q, y = load_tiles(
-        logits + row[:, None] * logits_stride, prior + row[:, None] * prior_stride, target + row[:, None] * target_stride,
-        cols, inside, HAS_PRIOR, HARD, "",
+        logits + row[:, None] * logits_stride, prior + row[:, None] * prior_stride,
+        target + row[:, None] * target_stride, cols, inside, HAS_PRIOR, HARD, "",
     )  # fmt: skip
     label = row  # stands in where there are no labels
     if HARD:
@@ -239,7 +132,7 @@ def local_loss_tile(
             dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
         tl.store(dlogits + row[:, None] * dlogits_stride + cols, dz, mask=inside)
     emit_losses(
-        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor if REDUCE else 1.0, REDUCE
+        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE
     )
 
 
@@ -263,6 +156,7 @@ def local_loss_loop(
     z_row = logits + row[:, None] * logits_stride
     q_row = prior + row[:, None] * prior_stride
     y_row = target + row[:, None] * target_stride
+    p_row, dz_row = belief + row[:, None] * classes, dlogits + row[:, None] * dlogits_stride
     a = tl.load(alpha + row * alpha_stride, mask=valid & (alpha_stride >= 0), other=alpha_value)
     factor = scale
     if HARD:
@@ -330,18 +224,20 @@ def local_loss_loop(
         start -= BLOCK_C
         cols = start + lane
         inside = valid[:, None] & (cols < classes)
-        z, q, y = load_tiles(z_row, q_row, y_row, cols, inside, HAS_PRIOR and NEED_GRAD, HARD or not NEED_GRAD, "evict_first")
+        z, q, y = load_tiles(
+            z_row, q_row, y_row, cols, inside, HAS_PRIOR and NEED_GRAD, HARD or not NEED_GRAD, "evict_first"
+        )
         t = z.to(tl.float32) - reference(top)[:, None]
         p = tl.exp(t) * inverse[:, None]
-        tl.store(belief + row[:, None] * classes + cols, p, mask=inside, eviction_policy="evict_first")
+        tl.store(p_row + cols, p, mask=inside, eviction_policy="evict_first")
         if NEED_GRAD:
             q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
             dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
             if HARD:
                 dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
-            tl.store(dlogits + row[:, None] * dlogits_stride + cols, dz, mask=inside, eviction_policy="evict_first")
+            tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
     emit_losses(
-        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor if REDUCE else 1.0, REDUCE
+        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE
     )
 
 

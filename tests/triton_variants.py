@@ -26,7 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = ("fp32", "bf16", "fp16")
-SMALL = {"rows", "classes", "scan_rows", "ignore_index", "alpha_stride", "scale_stride", "parts"}
+INTEGERS = {"rows", "classes", "scan_rows", "ignore_index", "parts"}
 FLAGS = ("HAS_PRIOR", "HARD", "REVERSE", "REDUCE", "NEED_GRAD")
 
 
@@ -35,6 +35,7 @@ class Variant(NamedTuple):
     constants: tuple[tuple[str, int], ...]
     pointers: tuple[tuple[str, str], ...]  # argument, element type
     warps: int
+    options: tuple[tuple[str, int], ...]  # of NVIDIA's compiler
     aligned: bool  # pointers, strides and C divisible by 16, as for most sizes; False: C = 50257, say
 
 
@@ -45,37 +46,51 @@ class Compiled(NamedTuple):
     spills: int  # bytes on NVIDIA, registers on AMD
     stack: int  # bytes
     vector_accesses: int  # 128-bit global loads and stores
+    truncates: bool  # a conversion to bfloat16 or float16 that does not round to nearest
 
 
-def local_loss_variants(logits: str, prior: str, soft: str, aligned: bool) -> list[Variant]:
+def local_loss_variant(
+    plan: triton_kernels.Plan, flags: tuple[bool, ...], logits: str, prior: str, soft: str, aligned: bool
+) -> Variant:
+    constants = dict(
+        zip(FLAGS, flags, strict=True), ROWS=plan.rows, BLOCK_C=plan.block, COUNT_BLOCK=triton_kernels.COUNT_BLOCK
+    )
+    belief = prior if constants["HAS_PRIOR"] else logits
+    target = "i64" if constants["HARD"] else soft
+    pointers = {
+        "logits": logits, "prior": belief, "target": target, "alpha": "fp32", "counted": target,
+        "belief": belief, "dlogits": logits if constants["NEED_GRAD"] else belief,
+        "loss": "fp32", "fidelity": "fp32", "consistency": "fp32",
+    }  # fmt: skip
+    options = tuple(triton_kernels.register_limit(plan, constants["HARD"], wide=aligned, nvidia=True).items())
+    kernel = "local_loss_loop" if plan.looped else "local_loss_tile"
+    return Variant(kernel, tuple(constants.items()), tuple(pointers.items()), plan.warps, options, aligned)
+
+
+def full_product(logits: str, prior: str, soft: str, aligned: bool) -> list[Variant]:
     """All plans times all flags, for one choice of element types."""
+    flags = itertools.product((True, False), repeat=len(FLAGS))
+    return [
+        local_loss_variant(plan, f, logits, prior, soft, aligned) for f in flags for plan in triton_kernels.PLANS
+    ]
+
+
+def covering_set() -> list[Variant]:
+    """Every plan with every dtype, walking through the flags so that each value meets each dtype and each plan.
+
+    Three quarters carry the gradient and a prior: those are the kernels that need the most registers.
+    """
+    walk = [
+        (True, True, False, True, True), (True, False, True, True, True), (True, True, True, False, True),
+        (True, False, False, True, True), (False, True, True, True, True), (True, True, False, False, False),
+        (False, False, False, True, True), (True, False, True, False, True),
+    ]  # fmt: skip
     variants = []
-    for hard in (True, False):
-        for plan in triton_kernels.plans(soft=not hard):
-            for has_prior, reverse, reduce, need_grad in itertools.product((True, False), repeat=4):
-                constants = dict(
-                    zip(FLAGS, (has_prior, hard, reverse, reduce, need_grad), strict=True),
-                    ROWS=plan.rows,
-                    BLOCK_C=plan.block,
-                    COUNT_BLOCK=triton_kernels.COUNT_BLOCK,
-                )
-                target = "i64" if hard else soft
-                pointers = {
-                    "logits": logits,
-                    "prior": prior if has_prior else logits,
-                    "target": target,
-                    "alpha": "fp32",
-                    "counted": target,
-                    "belief": prior if has_prior else logits,
-                    "dlogits": logits if need_grad else prior if has_prior else logits,
-                    "loss": "fp32",
-                    "fidelity": "fp32",
-                    "consistency": "fp32",
-                }
-                kernel = "local_loss_loop" if plan.looped else "local_loss_tile"
-                variants.append(
-                    Variant(kernel, tuple(constants.items()), tuple(pointers.items()), plan.warps, aligned)
-                )
+    for i, plan in enumerate(triton_kernels.PLANS):
+        for j, logits in enumerate(DTYPES):
+            prior, soft = DTYPES[(j + i // 3) % 3], DTYPES[(j + i // 5) % 3]
+            flags, aligned = walk[(i + 3 * j) % len(walk)], (i + j) % 3 != 0
+            variants.append(local_loss_variant(plan, flags, logits, prior, soft, aligned))
     return variants
 
 
@@ -86,10 +101,12 @@ def other_variants() -> list[Variant]:
         (("BLOCK", triton_kernels.COUNT_GRID_BLOCK),),
         (("target", "i64"), ("counted", "i64")),
         triton_kernels.COUNT_WARPS,
+        (),
         True,
     )
     floats = tuple((name, "fp32") for name in ("partial", "loss", "fidelity", "consistency"))
-    variants = [count, Variant("sum_parts", (("BLOCK", triton_kernels.SUM_BLOCK),), floats, triton_kernels.SUM_WARPS, True)]
+    constants = (("BLOCK", triton_kernels.SUM_BLOCK),)
+    variants = [count, Variant("sum_parts", constants, floats, triton_kernels.SUM_WARPS, (), True)]
     for dtype, aligned, (rows, block) in itertools.product(DTYPES, (True, False), triton_kernels.scale_tiles()):
         variants.append(
             Variant(
@@ -97,6 +114,7 @@ def other_variants() -> list[Variant]:
                 (("ROWS", rows), ("BLOCK_C", block)),
                 (("grad", dtype), ("scale", "fp32")),
                 triton_kernels.SCALE_WARPS,
+                (),
                 aligned,
             )
         )
@@ -108,22 +126,24 @@ def compile_variant(job: tuple[Variant, str]) -> Compiled:
     function = getattr(triton_rows, variant.kernel)
     pointers, constants = dict(variant.pointers), dict(variant.constants)
     signature, attrs = {}, {}
+    excluded = {p.num for p in function.params if p.do_not_specialize}
     for place, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in pointers:
             signature[name] = f"*{pointers[name]}"
         else:
-            signature[name] = "i32" if name in SMALL or name.endswith("_stride") else "fp32"
-        specialised = name in pointers or (name in ("classes",) or name.endswith("_stride") and name not in SMALL)
-        if specialised and (variant.aligned or name in pointers):
+            signature[name] = "i32" if name in INTEGERS or name.endswith("_stride") else "fp32"
+        sizes = name == "classes" or name.endswith("_stride")
+        if (name in pointers or sizes and variant.aligned) and place not in excluded:
             attrs[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in constants.items()}, attrs)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": variant.warps})
+    options = {"num_warps": variant.warps} | (dict(variant.options) if TARGETS[target].backend == "cuda" else {})
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     return Compiled(variant, target, *(_amd if target.startswith("gfx") else _nvidia)(compiled, target))
 
 
-def _nvidia(compiled, target: str) -> tuple[int, int, int, int]:
+def _nvidia(compiled, target: str) -> tuple[int, int, int, int, bool]:
     ptx = compiled.asm["ptx"]
     arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
     folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -135,13 +155,16 @@ def _nvidia(compiled, target: str) -> tuple[int, int, int, int]:
         command = [ptxas, "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack, stores, loads = (
-        sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", log)) for what in ("stack frame", "spill stores", "spill loads")
+        sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", log))
+        for what in ("stack frame", "spill stores", "spill loads")
     )
     registers = int(re.search(r"Used (\d+) registers", log).group(1))
-    return registers, stores + loads, stack, len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
+    wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
+    truncates = bool(re.search(r"cvt\.(?!rn)\w+(?:\.\w+)*\.(?:bf16|f16)(?:x2)?\.f32", ptx))
+    return registers, stores + loads, stack, wide, truncates
 
 
-def _amd(compiled, target: str) -> tuple[int, int, int, int]:
+def _amd(compiled, target: str) -> tuple[int, int, int, int, bool]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -149,4 +172,4 @@ def _amd(compiled, target: str) -> tuple[int, int, int, int]:
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     wide = len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", assembly))
-    return field("vgpr_count"), spills, field("private_segment_fixed_size"), wide
+    return field("vgpr_count"), spills, field("private_segment_fixed_size"), wide, False

@@ -1,0 +1,48 @@
+"""Runs triton_cases.py under Triton's interpreter, in a fresh process: triton reads TRITON_INTERPRET at its import."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",  # tiny tensors
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=900
+    )
+
+
+def test_cases_under_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    command = ["-m", "pytest", str(HERE / "triton_cases.py"), "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    done = python(*command, folder=tmp_path, interpret=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
+    assert passed >= 217, done.stdout  # all were collected
+    print(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("hide", ("triton", "gpu"))
+def test_why_it_cannot_be_used(tmp_path, hide):
+    """Importing never fails; the reason names what is missing and what would help."""
+    block = "import sys; sys.modules['triton'] = None; " if hide == "triton" else ""
+    no_gpu = "import torch; torch.cuda.is_available = lambda: False; "
+    code = block + no_gpu + "from sid_kernels import triton_kernels; print(triton_kernels.unavailable())"
+    done = python("-c", code, folder=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stderr
+    if hide == "triton":
+        assert "install the triton package" in done.stdout
+    elif pytest.importorskip("triton"):
+        assert "no GPU" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
