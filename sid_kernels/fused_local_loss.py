@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu, operator
-from .problem import Problem, check_tensor, make_problem
+from .problem import Problem, check_out_like, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
 _is_compiling = torch.compiler.is_compiling
@@ -116,6 +116,8 @@ def local_loss_and_grad(
     """
     if _needs_operator(logits, prior, target, alpha, out):
         logits = logits.detach() if isinstance(logits, Tensor) else logits
+        if out is not None:
+            check_out_like(out, logits)
         outputs = _through_operator(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, True
         )
@@ -165,7 +167,7 @@ class _Attach(torch.autograd.Function):
             return None, None
         (dlogits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return operator.first_derivative(dlogits, grad_loss), None
+            return operator.first_derivative(ctx, dlogits, grad_loss), None
         return _scale(dlogits, grad_loss), None
 
 
@@ -209,7 +211,7 @@ class _Functional(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        return operator.first_derivative(ctx.saved_tensors[0], grad_loss), None, None, None, None
+        return operator.first_derivative(ctx, ctx.saved_tensors[0], grad_loss), None, None, None, None
 
 
 def _through_operator(
@@ -217,7 +219,7 @@ def _through_operator(
 ) -> tuple[Tensor, ...]:
     for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
         check_tensor(name, x)
-    if _functorch() is not None:
+    if not _is_compiling() and _functorch() is not None:
         options = (divergence, label_smoothing, ignore_index, reduction, backend)
         return _Functional.apply(logits, prior, target, alpha, options)
     tensor = isinstance(alpha, Tensor)

@@ -85,7 +85,7 @@ def _backward(ctx, grad_loss, *_):
     grad = None
     if grad_loss is not None:
         (dlogits,) = ctx.saved_tensors
-        grad = first_derivative(dlogits, grad_loss) if torch.is_grad_enabled() else scaled(dlogits, grad_loss)
+        grad = first_derivative(ctx, dlogits, grad_loss) if torch.is_grad_enabled() else scaled(dlogits, grad_loss)
     return grad, None, None, None, None, None, None, None, None, None, None
 
 
@@ -99,7 +99,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     """The first derivative as part of a graph: its own derivative is refused by name."""
 
     @staticmethod
-    def forward(ctx, dlogits, grad_loss, leaf):
+    def forward(ctx, dlogits, grad_loss, *leaves):
         return scaled(dlogits, grad_loss)
 
     @staticmethod
@@ -110,16 +110,29 @@ class _OnceDifferentiable(torch.autograd.Function):
 _NO_SECOND = "fused_local_loss has no second derivative: it was asked for"
 
 
-def first_derivative(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """`scaled` for a backward pass that records a graph. A penalty on a gradient is refused, never taken as constant."""
+def first_derivative(node, dlogits: Tensor, grad_loss: Tensor) -> Tensor:
+    """`scaled` for a backward pass of `node` that records a graph: a penalty on it is refused, never a constant."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         if len(torch._C._functorch.get_interpreter_stack()) > 1:
             raise RuntimeError(f"{_NO_SECOND} by nested torch.func transforms")
         return scaled(dlogits, grad_loss)
     if torch._C._len_torch_dispatch_stack():  # tracing: no pass through its result can follow
         return scaled(dlogits, grad_loss)
-    leaf = torch.empty((), device=dlogits.device, requires_grad=True)  # makes the result part of a graph
-    return _OnceDifferentiable.apply(dlogits, grad_loss, leaf)
+    # The result hangs on every leaf the logits come from, so that no way to differentiate it goes past the refusal.
+    return _OnceDifferentiable.apply(dlogits, grad_loss, *_leaves(node))
+
+
+def _leaves(node) -> list[Tensor]:
+    found, seen, ahead = [], set(), [node]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        ahead.extend(following for following, _ in node.next_functions)
+    return found
 
 
 for _key in ("CPU", "CUDA"):

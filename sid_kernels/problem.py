@@ -205,13 +205,18 @@ def check_values(problem: Problem) -> None:
         check_labels(problem.labels, problem.logits.shape[1], problem.ignore_index)
 
 
-def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor | None, alpha: float | Tensor) -> None:
+def check_out_like(out: Tensor, logits: Tensor) -> None:
+    check_tensor("logits", logits)
     check_tensor("out", out)
     if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
         raise ValueError(
             f"out has shape {tuple(out.shape)}, dtype {out.dtype} on {out.device}; it must be like logits: "
             f"{tuple(logits.shape)}, {logits.dtype} on {logits.device}"
         )
+
+
+def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor | None, alpha: float | Tensor) -> None:
+    check_out_like(out, logits)
     strides = out.stride()
     viewable = out.dim() == 2 or out.is_contiguous()
     if (

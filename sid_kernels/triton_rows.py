@@ -15,9 +15,7 @@ PER_CALL = [
 
 
 @triton.jit
-def load_tiles(
-    logits, prior, target, cols, inside, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, HINT: tl.constexpr
-):
+def load_tiles(logits, prior, target, cols, inside, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, HINT: tl.constexpr):
     """z, q and y of a tile as they lie in memory, all asked for before the first is used (z for absent ones)."""
     z = tl.load(logits + cols, mask=inside, other=MASKED, eviction_policy=HINT)
     q, y = z, z
@@ -29,9 +27,7 @@ def load_tiles(
 
 
 @triton.jit
-def prior_and_target(
-    q, y, cols, inside, label, smoothing, uniform, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr
-):
+def prior_and_target(q, y, cols, inside, label, smoothing, uniform, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr):
     """float32 q, and y after smoothing, both 0 beyond the row's end; `label` is (ROWS, 1)."""
     off = smoothing * uniform
     if HAS_PRIOR:
@@ -131,9 +127,7 @@ def local_loss_tile(
         if HARD:
             dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
         tl.store(dlogits + row[:, None] * dlogits_stride + cols, dz, mask=inside)
-    emit_losses(
-        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE
-    )
+    emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -178,9 +172,7 @@ def local_loss_loop(
         cols = start + lane
         inside = valid[:, None] & (cols < classes)
         z = z_next.to(tl.float32)
-        q, y = prior_and_target(
-            q_next, y_next, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD
-        )
+        q, y = prior_and_target(q_next, y_next, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
         ahead = cols + BLOCK_C  # the next chunk is on its way while this one is summed
         z_next, q_next, y_next = load_tiles(
             z_row, q_row, y_row, ahead, valid[:, None] & (ahead < classes), HAS_PRIOR, HARD, "evict_last"
@@ -236,9 +228,7 @@ def local_loss_loop(
             if HARD:
                 dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
             tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
-    emit_losses(
-        loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE
-    )
+    emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])

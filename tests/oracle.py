@@ -119,7 +119,9 @@ def oracle(case: Case, dtype=torch.float64) -> SizedTruth:
     (dlogits,) = torch.autograd.grad(torch.where(counts, loss, 0.0).sum() / number, z)
     with torch.no_grad():
         size = _sizes(p, log_p, q, log_q, y, log_y, a, o["divergence"] == "reverse")
-        size = {name: x if name == "belief" else x / number if name == "dlogits" else reduced(x) for name, x in size.items()}
+        size = {
+            name: x if name == "belief" else x / number if name == "dlogits" else reduced(x) for name, x in size.items()
+        }
     values = [reduced(x).detach() for x in (loss, fidelity, consistency)]
     return SizedTruth(*values, p.detach(), dlogits, size)
 

@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from oracle import Case, assert_within_budget, make_case, oracle
 
+from oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,14 +18,18 @@ TARGETS = {
     "soft": dict(soft=True),
     "soft smoothed": dict(soft=True, label_smoothing=0.2),
 }
-KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]  # that one is undefined
+KINDS = [
+    (d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")
+]  # that one is undefined
 BORDERS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 1023, 1024, 1025, 2049)  # of vectors and of blocks
 
 
 def run(case: Case, backend, **more):
     """Run on the backend and device, and hold the result to the budget."""
     on = case.to(backend.device)
-    result, dlogits = local_loss_and_grad(on.logits, on.prior, on.target, on.alpha, backend=backend.name, **on.options, **more)
+    result, dlogits = local_loss_and_grad(
+        on.logits, on.prior, on.target, on.alpha, backend=backend.name, **on.options, **more
+    )
     assert_within_budget(result, dlogits, case)
     return result, dlogits
 
@@ -47,7 +51,10 @@ def test_every_kind(backend, dtype, divergence, target, prior):
 @pytest.mark.parametrize("classes", BORDERS)
 def test_borders_of_vectors_and_blocks(backend, classes, divergence, target):
     for dtype, prior in itertools.product(DTYPES, (True, False)):
-        run(make_case(3, classes, dtype=dtype, prior=prior, divergence=divergence, seed=classes, **TARGETS[target]), backend)
+        run(
+            make_case(3, classes, dtype=dtype, prior=prior, divergence=divergence, seed=classes, **TARGETS[target]),
+            backend,
+        )
 
 
 @pytest.mark.parametrize("divergence,target", KINDS)

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these cases and is not installed")
 
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from oracle import make_case  # noqa: E402
-from test_accuracy import DTYPES, run  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oracle import make_case
+from test_accuracy import DTYPES, run
 
 SMALL = st.one_of(st.integers(1, 70), st.sampled_from((127, 128, 129, 255, 257)))
 LARGE = st.one_of(st.integers(900, 3000), st.sampled_from((1023, 1024, 1025, 2047, 2048, 2049)))

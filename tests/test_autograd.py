@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from oracle import make_case
 
+from oracle import make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +129,27 @@ def test_second_derivative_is_refused_by_name(backend):
     assert torch.equal(first, dlogits)
     with pytest.raises(RuntimeError, match="fused_local_loss has no second derivative"):
         first.square().sum().backward()
+
+
+def test_gradient_penalty_is_never_ignored(backend):
+    """Added to a loss that has a derivative, behind a layer, asked for by .backward() or for some inputs only."""
+    layer = torch.nn.Linear(5, 7).to(backend.device)
+    x = torch.randn(4, 5, device=backend.device, requires_grad=True)
+    labels = torch.tensor([0, 6, 3, 3], device=backend.device)
+
+    def penalised():
+        loss = fused_local_loss(layer(x), None, labels, backend=backend.name).loss
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + gradient.square().sum()
+
+    for differentiate in (
+        lambda total: total.backward(),
+        lambda total: torch.autograd.grad(total, x),
+        lambda total: torch.autograd.grad(total, layer.bias),
+    ):
+        total = penalised()
+        with pytest.raises(RuntimeError, match="fused_local_loss has no second derivative"):
+            differentiate(total)
 
 
 def test_only_the_gradient_is_saved(backend):

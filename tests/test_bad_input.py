@@ -103,14 +103,24 @@ def test_refused_before_anything_runs(backend, case):
 
 
 LABELS = {
-    "too large": ([0, 6, 1, 2], r"target has label 6 in row 1; it must be in \[0, 6\) or equal ignore_index \(-100\)", {}),
+    "too large": (
+        [0, 6, 1, 2],
+        r"target has label 6 in row 1; it must be in \[0, 6\) or equal ignore_index \(-100\)",
+        {},
+    ),
     "negative": ([0, 1, 2, -1], r"target has label -1 in row 3; it must be in \[0, 6\)", {}),
-    "the default when another is ignored": ([-100, 3, 3, 3], r"label -100 in row 0; .* ignore_index \(3\)", dict(ignore_index=3)),
+    "the default when another is ignored": (
+        [-100, 3, 3, 3],
+        r"label -100 in row 0; .* ignore_index \(3\)",
+        dict(ignore_index=3),
+    ),
     "huge": ([0, 0, 2**40, 7], rf"target has label {2**40} in row 2", {}),
 }
 
 
-@pytest.mark.parametrize("more", ({}, dict(alpha=torch.full((ROWS,), 0.5)), dict(label_smoothing=0.1, reduction="none")), ids=str)
+@pytest.mark.parametrize(
+    "more", ({}, dict(alpha=torch.full((ROWS,), 0.5)), dict(label_smoothing=0.1, reduction="none")), ids=str
+)
 @pytest.mark.parametrize("case", LABELS)
 def test_label_out_of_range(backend, case, more):
     if backend.device != "cpu":
@@ -131,7 +141,9 @@ def test_label_out_of_range_in_more_dimensions_and_other_dtypes(backend):
     assert fused_local_loss(torch.randn(2, 2, 6), None, labels, ignore_index=255, backend=backend.name).loss.isfinite()
 
 
-@pytest.mark.parametrize("alpha", ([0.0, 0.5, 1.25, 0.5], [0.5, -0.125, 1.0, 2.0], [0.5, 0.5, 0.5, math.nan], -0.5, math.nan))
+@pytest.mark.parametrize(
+    "alpha", ([0.0, 0.5, 1.25, 0.5], [0.5, -0.125, 1.0, 2.0], [0.5, 0.5, 0.5, math.nan], -0.5, math.nan)
+)
 def test_alpha_tensor_out_of_range(backend, alpha):
     if backend.device != "cpu":
         pytest.skip("values on a GPU are read under SID_KERNELS_DEBUG=1 only: test_gpu.py")
@@ -167,12 +179,19 @@ def test_out_that_overlaps_other_memory(backend):
 
 
 def test_unknown_backend():
-    refused(None, ValueError, r"backend is 'cudnn'; it must be 'auto' or one of \('reference', 'cpu', 'cuda', 'triton'\)", backend="cudnn")
+    refused(
+        None,
+        ValueError,
+        r"backend is 'cudnn'; it must be 'auto' or one of \('reference', 'cpu', 'cuda', 'triton'\)",
+        backend="cudnn",
+    )
 
 
 def test_float64_is_for_the_reference_backend():
     case = arguments(logits=torch.randn(4, 6).double(), prior=None)
-    with pytest.raises(TypeError, match=r"logits has dtype torch\.float64, which only backend 'reference' takes; backend is 'cpu'"):
+    with pytest.raises(
+        TypeError, match=r"logits has dtype torch\.float64, which only backend 'reference' takes; backend is 'cpu'"
+    ):
         fused_local_loss(**case, backend="cpu")
     assert fused_local_loss(**case).loss.dtype is torch.float64  # auto finds it
 
