@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     rows: int  # rows a program
     block: int  # columns held at once; the whole row unless `looped`
     warps: int
-    registers: int  # a thread's limit on NVIDIA
+    registers: tuple[int, int, int]  # a thread's limit on NVIDIA, with 0, 1 or 2 of: soft targets, narrow accesses
     looped: bool = False
 
 
@@ -37,23 +37,22 @@ class Plan(NamedTuple):
 # Loops hold 8 elements of a chunk and of the next. To 32768 classes, 64 registers: four blocks a multiprocessor. The
 # rows of 4 x 132 blocks fit a 50 MB second-level cache, for the second sweep, up to 12k classes in float32 or 24k in
 # 16 bits. Beyond, one block, whose row's end stays in its first-level cache.
-# Register limits: the least at which no variant spills. Without one, ptxas may spill a few bytes to fit another block.
-# All by compiling (tests/test_triton_aot.py) and arithmetic, none of it by timing: no GPU was at hand.
+# Register limits: about the least at which nothing spills. Without one, ptxas may spill a few bytes to fit one more
+# block. All by compiling (tests/test_triton_aot.py) and arithmetic, none of it by timing: no GPU was at hand.
 PLANS = (
-    Plan(16, 128, 16, 8, 112),
-    Plan(32, 64, 32, 8, 112),
-    Plan(64, 32, 64, 8, 112),
-    Plan(128, 16, 128, 8, 112),
-    Plan(256, 2, 256, 1, 112),
-    Plan(512, 1, 512, 1, 112),
-    Plan(1024, 1, 1024, 2, 96),
-    Plan(2048, 1, 2048, 4, 96),
-    Plan(4096, 1, 4096, 8, 96),
-    Plan(8192, 1, 8192, 16, 112),
-    Plan(32768, 1, 2048, 8, 64, looped=True),
-    Plan(2**62, 1, 4096, 16, 80, looped=True),
+    Plan(16, 128, 16, 8, (112, 144, 176)),
+    Plan(32, 64, 32, 8, (112, 144, 176)),
+    Plan(64, 32, 64, 8, (112, 144, 176)),
+    Plan(128, 16, 128, 8, (112, 144, 176)),
+    Plan(256, 2, 256, 1, (112, 144, 176)),
+    Plan(512, 1, 512, 1, (112, 144, 176)),
+    Plan(1024, 1, 1024, 2, (96, 112, 144)),
+    Plan(2048, 1, 2048, 4, (96, 112, 144)),
+    Plan(4096, 1, 4096, 8, (96, 112, 144)),
+    Plan(8192, 1, 8192, 16, (112, 128, 128)),
+    Plan(32768, 1, 2048, 8, (64, 96, 128), looped=True),
+    Plan(2**62, 1, 4096, 16, (80, 112, 128), looped=True),
 )
-MORE_REGISTERS = 32  # for a third array, soft targets; and again where accesses are not 16 bytes wide
 
 COUNT_HERE = 1024  # rows up to which every program counts the labels itself, instead of a launch of its own
 COUNT_BLOCK = 256  # labels counted at a time inside a program
@@ -68,8 +67,7 @@ def plan_for(classes: int) -> Plan:
 
 def register_limit(plan: Plan, hard: bool, wide: bool, nvidia: bool = torch.version.hip is None) -> dict[str, int]:
     """The launch option that states the limit; AMD's compiler knows no such option and needs none."""
-    registers = plan.registers + MORE_REGISTERS * ((not hard) + (not wide))
-    return {"maxnreg": min(registers, 65536 // (32 * plan.warps))} if nvidia else {}
+    return {"maxnreg": plan.registers[(not hard) + (not wide)]} if nvidia else {}
 
 
 def scale_tiles() -> list[tuple[int, int]]:

@@ -48,6 +48,18 @@ def backend(request) -> Backend:
     return request.param
 
 
+def _kernels():
+    for name in ("cuda", "triton"):
+        reason = backends.unavailable(name) if torch.cuda.is_available() else None  # without: the marker gpu skips
+        yield pytest.param(name, marks=[pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else [])
+
+
+@pytest.fixture(params=_kernels())
+def kernel(request) -> str:
+    """The backends made for GPUs, for tests marked gpu."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     torch.manual_seed(0)

@@ -13,9 +13,7 @@ def lazily_reserved(rows, classes, stride, dtype):
     """(rows, classes) with this row stride, zeros, on address space that is backed page by page where it is touched."""
     assert (rows - 1) * stride > 2**31
     elements = (rows - 1) * stride + classes
-    memory = mmap.mmap(
-        -1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    )
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     try:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     except (OSError, AttributeError):

@@ -23,7 +23,7 @@ FLUSHED = 264 * TINY
 
 @dataclass
 class Case:
-    """Arguments of one call, on the CPU."""
+    """Arguments of one call."""
 
     logits: Tensor  # (N, C)
     prior: Tensor | None
@@ -85,21 +85,25 @@ def make_case(
 
 
 def oracle(case: Case, dtype=torch.float64) -> SizedTruth:
-    """The loss by log_softmax and sums, its gradient by autograd, evaluated in `dtype`."""
+    """The loss by log_softmax and sums, its gradient by autograd, evaluated in `dtype` where the case lies."""
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     z = case.logits.detach().to(dtype).requires_grad_()
     rows, classes = z.shape
     q = torch.full_like(z, 1.0 / classes) if case.prior is None else case.prior.to(dtype)
     q, s = q.detach(), o["label_smoothing"]
     if case.target.dtype.is_floating_point:
-        y, counts = case.target.to(dtype), torch.ones(rows, dtype=torch.bool)
+        y, counts = case.target.to(dtype), torch.ones(rows, dtype=torch.bool, device=z.device)
     else:
         counts = case.target != o["ignore_index"]
         y = torch.nn.functional.one_hot(torch.where(counts, case.target, 0), classes).to(dtype)
     y = (1 - s) * y + s / classes
     log_p = z.log_softmax(-1)
     p = log_p.exp()
-    alpha = case.alpha.to(dtype) if isinstance(case.alpha, Tensor) else torch.tensor(case.alpha, dtype=dtype)
+    alpha = (
+        case.alpha.to(dtype)
+        if isinstance(case.alpha, Tensor)
+        else torch.tensor(case.alpha, dtype=dtype, device=z.device)
+    )
     a = alpha.expand(rows)
     log_q, log_y = q.clamp(min=TINY).log(), y.clamp(min=TINY).log()
     if o["divergence"] == "forward":
@@ -168,7 +172,7 @@ def assert_within_budget(result, dlogits: Tensor | None, case: Case, factor: flo
         want = getattr(truth, name)
         assert got.dtype == dtype, f"{name}: dtype {got.dtype}, expected {dtype}"
         assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        got = got.detach().cpu().double()
+        got = got.detach().to(want.device).double()
         assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN in other places than in float64"
         assert torch.equal(got[want.isinf()], want[want.isinf()]), f"{name}: infinities differ from float64's"
         finite = want.isfinite()
@@ -192,5 +196,5 @@ def _largest(error: Tensor) -> Tensor:
     """Largest finite error of each row of a matrix, of all rows together otherwise."""
     error = error.nan_to_num(0.0, 0.0, 0.0).abs()
     if error.numel() == 0:
-        return torch.zeros(())
+        return torch.zeros((), device=error.device)
     return error.amax(-1, keepdim=True) if error.dim() == 2 else error.max()

@@ -47,7 +47,9 @@ def test_weights_for_each_row(backend, dtype):
     weights = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0, 1.0], device=z.device)
     dlogits = local_loss_and_grad(z, *rest, **options)[1]
     (fused_local_loss(z, *rest, **options).loss * weights).sum().backward()
-    torch.testing.assert_close(z.grad.float(), dlogits.float() * weights[:, None], rtol=torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(
+        z.grad.float(), dlogits.float() * weights[:, None], rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
     z.grad = None
     fused_local_loss(z, *rest, **options).loss.sum().backward()  # an expanded gradient of ones
     assert torch.equal(z.grad, dlogits)

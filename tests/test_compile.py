@@ -64,7 +64,11 @@ def compiled_step(backend, **options):
 
 @pytest.mark.parametrize(
     "kinds",
-    (dict(ignored=0.3), dict(soft=True, divergence="reverse", reduction="none"), dict(prior=False, dtype=torch.bfloat16)),
+    (
+        dict(ignored=0.3),
+        dict(soft=True, divergence="reverse", reduction="none"),
+        dict(prior=False, dtype=torch.bfloat16),
+    ),
     ids=("labels", "soft reverse", "bfloat16 without prior"),
 )
 def test_compiled_is_eager(backend, kinds):
@@ -77,7 +81,9 @@ def test_compiled_is_eager(backend, kinds):
         loss, result = f(z, case.prior, case.target)
         (gradient,) = torch.autograd.grad(loss, z)
         outputs.append((loss, *result, gradient))
-    for name, eager, compiled in zip(("total", "loss", "belief", "fidelity", "consistency", "dz"), *outputs, strict=True):
+    for name, eager, compiled in zip(
+        ("total", "loss", "belief", "fidelity", "consistency", "dz"), *outputs, strict=True
+    ):
         torch.testing.assert_close(compiled, eager, msg=lambda m, name=name: f"{name}: {m}")
 
 

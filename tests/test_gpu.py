@@ -1,4 +1,4 @@
-"""What only a GPU can show: capture in CUDA graphs, streams, devices, no waiting, memory, real sizes, determinism.
+"""What only a GPU can show: capture in CUDA graphs, streams, devices, no waiting, labels out of range, debugging.
 
 The other files run on a GPU too, through the fixture `backend`; here is what has no counterpart on a CPU.
 """
@@ -6,88 +6,10 @@ The other files run on a GPU too, through the fixture `backend`; here is what ha
 import pytest
 import torch
 
-from conftest import Backend
-from oracle import assert_within_budget, make_case
-from sid_kernels import backends, fused_local_loss, local_loss_and_grad
-from test_accuracy import run
+from gpu_cases import call, equal_bits, on_gpu
+from sid_kernels import fused_local_loss
 
 pytestmark = pytest.mark.gpu
-
-
-def _params():
-    for name in ("cuda", "triton"):
-        reason = backends.unavailable(name) if torch.cuda.is_available() else None  # without: the marker gpu skips
-        yield pytest.param(name, marks=[pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else [])
-
-
-@pytest.fixture(params=_params())
-def kernel(request) -> str:
-    return request.param
-
-
-def needs_memory(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of GPU memory; {free:.1f} are free")
-
-
-def on_gpu(rows, classes, device="cuda", **kinds):
-    """make_case, its numbers drawn on the GPU where there are many."""
-    if rows * classes < 2**20:
-        return make_case(rows, classes, **kinds).to(device)
-    case = make_case(rows, 1, **kinds).to(device)
-    torch.manual_seed(rows)
-    case.logits = (torch.randn(rows, classes, device=device) * 3).to(case.logits.dtype)
-    if case.prior is not None:
-        case.prior = torch.randn(rows, classes, device=device).mul_(2).softmax(-1).to(case.prior.dtype)
-    if case.target.is_floating_point():
-        case.target = torch.randn(rows, classes, device=device).mul_(2).softmax(-1).to(case.target.dtype)
-    else:
-        ignored = case.target < 0
-        case.target = torch.randint(0, classes, (rows,), device=device).masked_fill_(ignored, -100)
-    return case
-
-
-def call(case, kernel, **more):
-    result, dlogits = local_loss_and_grad(
-        case.logits, case.prior, case.target, case.alpha, backend=kernel, **(case.options | more)
-    )
-    return (*result, dlogits)
-
-
-def equal_bits(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_auto_takes_a_compiled_kernel():
-    expected = next((name for name in ("cuda", "triton") if backends.unavailable(name) is None), None)
-    assert expected is not None, "neither cuda nor triton kernels run on this GPU"
-    assert backends.automatic("cuda") == expected
-
-
-SIZES = ((65536, 1000), (2048, 32000), (512, 50257), (8, 262144), (1, 262144), (65536, 10), (300000, 3))
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("rows,classes", SIZES)
-def test_real_sizes_within_budget(kernel, rows, classes, dtype):
-    needs_memory(30 if rows * classes > 2**24 else 4)
-    kinds = [dict(ignored=0.1), dict(soft=True, divergence="reverse")]
-    for kind in kinds:
-        case = on_gpu(rows, classes, dtype=dtype, **kind)
-        first = call(case, kernel)
-        result = fused_local_loss(case.logits, case.prior, case.target, backend=kernel, **case.options)
-        assert_within_budget(result, first[4], case)
-        assert equal_bits(call(case, kernel), first), "two runs differ"
-
-
-@pytest.mark.parametrize(
-    "classes", (1, 2, 3, 8, 31, 64, 65, 127, 128, 129, 257, 1536, 3073, 6145, 8191, 16385, 32769, 65537)
-)
-def test_sizes_about_the_borders_of_the_plans(kernel, classes):
-    for dtype in (torch.float32, torch.float16):
-        for kind in (dict(ignored=0.2, label_smoothing=0.1), dict(soft=True, divergence="reverse", prior=False)):
-            run(make_case(5, classes, dtype=dtype, alpha="rows", **kind), Backend(kernel, "cuda"))
 
 
 # ---- graphs, streams, devices ----------------------------------------------------------------------------------------
@@ -256,66 +178,3 @@ def test_debug_raises(kernel, monkeypatch):
     case.alpha = torch.tensor(1.5, device="cuda")
     with pytest.raises(ValueError, match=r"alpha is 1\.5; it must lie in \[0, 1\]"):
         call(case, kernel)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows,classes", ((4096, 1000), (256, 50257), (4, 262_144)))
-def test_no_memory_beside_belief_and_gradient(kernel, rows, classes):
-    case = on_gpu(rows, classes, dtype=torch.bfloat16, ignored=0.2)
-    z = case.logits.requires_grad_()
-    small = 2**20 + 64 * rows  # losses, partial sums, rounding up to blocks
-
-    def peak(f):
-        f()
-        z.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = f()
-        torch.cuda.synchronize()
-        used = torch.cuda.max_memory_allocated() - before
-        del kept
-        z.grad = None
-        return used
-
-    def step():
-        result = fused_local_loss(z, case.prior, case.target, backend=kernel)
-        (2 * result.loss).backward()
-        return result
-
-    matrix = z.numel() * z.element_size()
-    out = torch.empty_like(case.logits)
-    assert peak(lambda: call(case, kernel)) <= 2 * matrix + small
-    assert peak(lambda: call(case, kernel, out=out)) <= matrix + small
-    assert peak(step) <= 2 * matrix + small, "the scaled gradient was not written in place"
-
-
-def test_gradient_is_scaled_in_place_unless_the_graph_is_kept(kernel):
-    case = on_gpu(64, 1000)
-    z = case.logits.requires_grad_()
-    dlogits = call(case, kernel)[4]
-    for scale in (1.0, 3.0):
-        loss = fused_local_loss(z, case.prior, case.target, backend=kernel).loss
-        (saved,) = loss.grad_fn.saved_tensors
-        (kept,) = torch.autograd.grad(loss * scale, z, retain_graph=True)
-        assert torch.equal(saved, dlogits)
-        torch.testing.assert_close(kept, dlogits * scale)
-        (last,) = torch.autograd.grad(loss * scale, z)
-        assert last.data_ptr() == saved.data_ptr()
-        torch.testing.assert_close(last, dlogits * scale)
-
-
-@pytest.mark.parametrize("which", ("logits", "prior", "target", "out"))
-def test_offsets_beyond_two_to_the_31(kernel, which):
-    needs_memory(10)
-    case = on_gpu(4, 1000, dtype=torch.bfloat16, soft=True)
-    expected = call(case, kernel)
-    stride = 2**30 + 8
-    far = torch.empty(3 * stride + 1000, dtype=torch.bfloat16, device="cuda").as_strided((4, 1000), (stride, 1))
-    if which == "out":
-        assert equal_bits(call(case, kernel, out=far), expected)
-    else:
-        setattr(case, which, far.copy_(getattr(case, which)))
-        assert equal_bits(call(case, kernel), expected)

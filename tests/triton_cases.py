@@ -37,7 +37,7 @@ def _round_to_bfloat16(self, src, dst_type):
 interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOOP = (Plan(2**62, 1, 16, 1, 64, looped=True),)  # chunks of 16: three of them, the last cut short, at C = 37
+LOOP = (Plan(2**62, 1, 16, 1, (64, 64, 64), looped=True),)  # chunks of 16: three of them, the last cut short, at C = 37
 
 
 @pytest.fixture(params=("tile", "loop"))
@@ -269,10 +269,13 @@ def test_rows_apart_and_rows_that_repeat(plans):
 
 
 def test_row_offsets_beyond_32_bits(plans):
-    """Two rows 2**31 + 64 elements apart: 4 GiB that are reserved and never touched but for two rows."""
-    apart, case = 2**31 + 64, make_case(2, 37, dtype=torch.float16)
+    """Three rows 2**30 + 64 elements apart: 4 GiB that are reserved and never touched but for the rows themselves.
+
+    A stride itself beyond 2**31 would be passed as 64 bits and hide a product taken in 32.
+    """
+    apart, case = 2**30 + 64, make_case(3, 37, dtype=torch.float16)
     want = run(case)
-    far = torch.empty(apart + 37, dtype=torch.float16).as_strided((2, 37), (apart, 1))
+    far = torch.empty(2 * apart + 37, dtype=torch.float16).as_strided((3, 37), (apart, 1))
     far.copy_(case.logits)
     result = run(Case(far, case.prior, case.target, case.alpha), out=far)
     for x, y in zip(want, result, strict=True):

@@ -70,9 +70,7 @@ def local_loss_variant(
 def full_product(logits: str, prior: str, soft: str, aligned: bool) -> list[Variant]:
     """All plans times all flags, for one choice of element types."""
     flags = itertools.product((True, False), repeat=len(FLAGS))
-    return [
-        local_loss_variant(plan, f, logits, prior, soft, aligned) for f in flags for plan in triton_kernels.PLANS
-    ]
+    return [local_loss_variant(plan, f, logits, prior, soft, aligned) for f in flags for plan in triton_kernels.PLANS]
 
 
 def covering_set() -> list[Variant]:
