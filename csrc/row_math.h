@@ -176,7 +176,7 @@ template <class F> struct Reverse {
   SID_HD void add_target(F, F e, F y) { sums.v[TARGET] += e * log_probability(y); }
   SID_HD void rescale(float old_max, float next_max) {
     const float factor = rescale_factor(old_max, next_max), shift = reference(next_max) - reference(old_max);
-    sums.v[SELF] = (sums.v[SELF] - sums.v[SUM] * shift) * factor;
+    sums.v[SELF] = times(splat<F>(factor), sums.v[SELF] - sums.v[SUM] * shift);  // the shift may overflow where factor is 0
     sums.v[SUM] *= factor;
     sums.v[PRIOR] *= factor;
     sums.v[TARGET] *= factor;

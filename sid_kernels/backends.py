@@ -64,7 +64,7 @@ def _choose(problem: Problem, backend: str) -> str:
         if dtype is torch.float64:
             return "reference"
         return automatic(device, problem.logits.numel())
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {tuple(BACKENDS)}")
     if dtype is torch.float64 and backend != "reference":
         raise TypeError(f"logits has dtype torch.float64, which only backend 'reference' takes; backend is {backend!r}")

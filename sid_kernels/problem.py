@@ -80,6 +80,8 @@ def make_problem(
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1]")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is of type {type(ignore_index).__name__}; it must be an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}; it must fit 64 bits")
 
     reverse = divergence == "reverse"
     if prior is not None:

@@ -206,3 +206,14 @@ def test_truth_itself_on_a_case_by_hand():
     torch.testing.assert_close(result.loss, torch.tensor((fidelity + consistency) / 2))
     torch.testing.assert_close(dlogits, torch.tensor([[0.0, 0.0]]), atol=1e-7, rtol=0)  # (1/4 - 1/4, 3/4 - 3/4)
     assert_within_budget(result, dlogits, case)
+
+
+@pytest.mark.parametrize("masked", (slice(0, 2048), slice(2048, 4096)), ids=("first", "last"))
+def test_reverse_with_logits_masked_by_the_least_float(backend, masked):
+    """finfo.min in place of -inf: the jump to the next block's maximum overflows, and must not make a NaN."""
+    case = make_case(3, 4096, divergence="reverse", label_smoothing=0.1)
+    case.logits[:, masked] = torch.finfo(torch.float32).min
+    case.target %= 2048
+    on = case.to(backend.device)
+    result, dlogits = local_loss_and_grad(on.logits, on.prior, on.target, backend=backend.name, **on.options)
+    assert result.loss.isfinite() and dlogits.isfinite().all() and result.belief.isfinite().all()
