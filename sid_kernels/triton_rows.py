@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .triton_math import MASKED, NAN, finish, gradient, reference, row_sums, settle
+from .triton_math import MASKED, NAN, finish, gradient, reference, row_sums, settle, times
 
 # Arguments that change from call to call and say nothing about wide accesses: compiling again for them would be waste.
 # (C, the row strides and the big arrays stay specialised: divisible by 16 means 16-byte accesses.)
@@ -182,7 +182,7 @@ def local_loss_loop(
         shrink = tl.where((next_top == top) | (top == MASKED), 1.0, tl.exp(top - next_top))
         shift = reference(next_top) - reference(top)
         if REVERSE:
-            logit_sum = (logit_sum - total * shift) * shrink
+            logit_sum = times(shrink, logit_sum - total * shift)  # the shift may overflow where shrink is 0
             prior_dot = prior_dot * shrink
             target_dot = target_dot * shrink
         else:

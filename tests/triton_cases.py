@@ -230,6 +230,15 @@ def test_large_logits(plans):
         check(make_case(4, 37, dtype=dtype, scale=100.0))
 
 
+@pytest.mark.parametrize("masked", (slice(0, 20), slice(20, 37)), ids=("first", "last"))
+def test_reverse_with_logits_masked_by_the_least_float(plans, masked):
+    """finfo.min in place of -inf: the jump to the next chunk's maximum overflows, and must not make a NaN."""
+    case = make_case(3, 37, divergence="reverse", label_smoothing=0.1, reduction="none")
+    case.logits[:, masked] = torch.finfo(torch.float32).min
+    result = run(case)
+    assert all(x.isfinite().all() for x in result)
+
+
 def test_a_prior_that_underflowed(plans):
     """Reverse: logarithms at float32's smallest normal number, so the loss is large, not infinite."""
     case = make_case(4, 37, divergence="reverse", soft=True, dtype=torch.float16, reduction="none")
