@@ -12,10 +12,19 @@ import torch  # noqa: F401  (before the compiled modules, so that they share its
 # The module and the function share a name. The function stays what the name means: a later
 # `import sid_kernels.fused_local_loss` finds the module loaded and leaves the attribute alone.
 from .fused_local_loss import LocalLoss, fused_local_loss, local_loss_and_grad
+from .refine_cascade import CascadeResult, CascadeWeights, refine_cascade, refine_cascade_and_grad
 
 try:
     __version__ = version("sid_kernels")
 except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["LocalLoss", "fused_local_loss", "local_loss_and_grad"]
+__all__ = [
+    "CascadeResult",
+    "CascadeWeights",
+    "LocalLoss",
+    "fused_local_loss",
+    "local_loss_and_grad",
+    "refine_cascade",
+    "refine_cascade_and_grad",
+]

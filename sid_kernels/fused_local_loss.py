@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu, operator
+from .gradients import first_derivative, functorch_stack, is_compiling, keeps_graph, needs_operator, scaled
 from .problem import Problem, check_out_like, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
-_is_compiling = torch.compiler.is_compiling
 
 
 class LocalLoss(NamedTuple):
@@ -72,7 +72,7 @@ def fused_local_loss(
             synchronisation; SID_KERNELS_DEBUG=1 synchronises and raises.
         RuntimeError: the backend asked for cannot be used here; or a second derivative is asked for.
     """
-    if _needs_operator(logits, prior, target, alpha):
+    if needs_operator(logits, prior, target, alpha):
         differentiable = isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled()
         outputs = _through_operator(
             logits, prior, target, alpha, divergence, label_smoothing, ignore_index, reduction, backend, differentiable
@@ -114,7 +114,7 @@ def local_loss_and_grad(
     out: where dlogits is written, like logits in shape, dtype and device; `out=logits` overwrites the logits.
     The other arguments, the values and the errors are those of `fused_local_loss`.
     """
-    if _needs_operator(logits, prior, target, alpha, out):
+    if needs_operator(logits, prior, target, alpha, out):
         logits = logits.detach() if isinstance(logits, Tensor) else logits
         if out is not None:
             check_out_like(out, logits)
@@ -167,17 +167,13 @@ class _Attach(torch.autograd.Function):
             return None, None
         (dlogits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return operator.first_derivative(ctx, dlogits, grad_loss), None
+            return first_derivative(ctx, dlogits, grad_loss, "fused_local_loss"), None
         return _scale(dlogits, grad_loss), None
 
 
 # Function.apply looks for functorch transforms and setup_context first, which costs a fifth of a small call.
 # Under functorch the operator has been taken, and there is no setup_context.
 _attach = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attach)
-
-
-# Whether the running backward pass keeps its graph; a torch without it is taken to.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
@@ -187,10 +183,10 @@ def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
     graph is kept for another backward pass.
     """
     if grad_loss.is_cpu:
-        return dlogits if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else operator.scaled(dlogits, grad_loss)
-    in_place = None if _keeps_graph() else backends.scale_in_place(dlogits)
+        return dlogits if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else scaled(dlogits, grad_loss)
+    in_place = None if keeps_graph() else backends.scale_in_place(dlogits)
     if in_place is None:
-        return operator.scaled(dlogits, grad_loss)
+        return scaled(dlogits, grad_loss)
     in_place(dlogits.view(-1, dlogits.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
     return dlogits
 
@@ -211,7 +207,7 @@ class _Functional(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        return operator.first_derivative(ctx, ctx.saved_tensors[0], grad_loss), None, None, None, None
+        return first_derivative(ctx, ctx.saved_tensors[0], grad_loss, "fused_local_loss"), None, None, None, None
 
 
 def _through_operator(
@@ -219,7 +215,7 @@ def _through_operator(
 ) -> tuple[Tensor, ...]:
     for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
         check_tensor(name, x)
-    if not _is_compiling() and _functorch() is not None:
+    if not is_compiling() and functorch_stack() is not None:
         options = (divergence, label_smoothing, ignore_index, reduction, backend)
         return _Functional.apply(logits, prior, target, alpha, options)
     tensor = isinstance(alpha, Tensor)
@@ -239,17 +235,3 @@ def _through_operator(
         backend,
         need_grad,
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, float, type(None))
-_modes, _functorch = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-
-
-def _needs_operator(*tensors) -> bool:
-    """Whether a tensor has no memory to take the address of: while compiling, fake, functional, wrapped by a mode."""
-    if _is_compiling() or _modes() or _functorch() is not None:
-        return True
-    for x in tensors:
-        if type(x) not in _PLAIN and isinstance(x, Tensor):
-            return True
-    return False

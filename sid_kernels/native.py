@@ -31,14 +31,14 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
     z, prior, labels, soft, alpha, reverse, smoothing, ignore_index, reduction, out, need_grad = problem
     rows, classes = z.shape
     device, dtype = z.device, z.dtype
-    matrix, strides = (rows, classes), (classes, 1)
-    belief = _new(matrix, strides, dtype=dtype if prior is None else prior.dtype, device=device)
+    shape, strides = (rows, classes), (classes, 1)
+    belief = _new(shape, strides, dtype=dtype if prior is None else prior.dtype, device=device)
     if not need_grad:
         dlogits = None
     elif out is not None:
         dlogits = out
     else:
-        dlogits = _new(matrix, strides, dtype=dtype, device=device)
+        dlogits = _new(shape, strides, dtype=dtype, device=device)
     shape, strides = ((rows,), (1,)) if reduction == "none" else ((), ())
     loss = _new(shape, strides, dtype=torch.float32, device=device)
     fidelity = _new(shape, strides, dtype=torch.float32, device=device)
@@ -47,10 +47,10 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
     arguments = (
         rows,
         classes,
-        _matrix(z),
-        _NOTHING if prior is None else _matrix(prior),
+        matrix(z),
+        _NOTHING if prior is None else matrix(prior),
         0 if labels is None else labels.data_ptr(),
-        _NOTHING if soft is None else _matrix(soft),
+        _NOTHING if soft is None else matrix(soft),
         alpha.data_ptr() if tensor_alpha else 0,
         alpha.dim() if tensor_alpha else 0,
         0.0 if tensor_alpha else alpha,
@@ -58,8 +58,8 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
         ignore_index,
         reverse,
         REDUCTION_CODES[reduction],
-        _matrix(belief),
-        _NOTHING if dlogits is None else _matrix(dlogits),
+        matrix(belief),
+        _NOTHING if dlogits is None else matrix(dlogits),
         loss.data_ptr(),
         fidelity.data_ptr(),
         consistency.data_ptr(),
@@ -67,5 +67,5 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
     return Result(loss, fidelity, consistency, belief, dlogits), arguments
 
 
-def _matrix(x: Tensor) -> tuple[int, int, int]:
+def matrix(x: Tensor) -> tuple[int, int, int]:
     return (x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .gradients import first_derivative, scaled
 from .problem import Problem, make_problem
 
-_library = torch.library.Library("sid_kernels", "DEF")
-_library.define(
+library = torch.library.Library("sid_kernels", "DEF")
+library.define(
     "local_loss(Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, float alpha_value, str divergence, "
     "float label_smoothing, int ignore_index, str reduction, str backend, bool need_grad) "
     "-> (Tensor loss, Tensor belief, Tensor fidelity, Tensor consistency, Tensor dlogits)",
@@ -85,58 +86,16 @@ def _backward(ctx, grad_loss, *_):
     grad = None
     if grad_loss is not None:
         (dlogits,) = ctx.saved_tensors
-        grad = first_derivative(ctx, dlogits, grad_loss) if torch.is_grad_enabled() else scaled(dlogits, grad_loss)
+        grad = (
+            first_derivative(ctx, dlogits, grad_loss, "fused_local_loss")
+            if torch.is_grad_enabled()
+            else scaled(dlogits, grad_loss)
+        )
     return grad, None, None, None, None, None, None, None, None, None, None
 
 
-def scaled(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """(..., C) gradient times the incoming gradient, () or (...); computed in float32, in the gradient's dtype."""
-    weight = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
-    return (dlogits * weight).to(dlogits.dtype)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The first derivative as part of a graph: its own derivative is refused by name."""
-
-    @staticmethod
-    def forward(ctx, dlogits, grad_loss, *leaves):
-        return scaled(dlogits, grad_loss)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(f"{_NO_SECOND} by a backward pass through a gradient taken with create_graph=True")
-
-
-_NO_SECOND = "fused_local_loss has no second derivative: it was asked for"
-
-
-def first_derivative(node, dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """`scaled` for a backward pass of `node` that records a graph: a penalty on it is refused, never a constant."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        if len(torch._C._functorch.get_interpreter_stack()) > 1:
-            raise RuntimeError(f"{_NO_SECOND} by nested torch.func transforms")
-        return scaled(dlogits, grad_loss)
-    if torch._C._len_torch_dispatch_stack():  # tracing: no pass through its result can follow
-        return scaled(dlogits, grad_loss)
-    # The result hangs on every leaf the logits come from, so that no way to differentiate it goes past the refusal.
-    return _OnceDifferentiable.apply(dlogits, grad_loss, *_leaves(node))
-
-
-def _leaves(node) -> list[Tensor]:
-    found, seen, ahead = [], set(), [node]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        ahead.extend(following for following, _ in node.next_functions)
-    return found
-
-
 for _key in ("CPU", "CUDA"):
-    _library.impl("local_loss", _local_loss, _key)
-torch.library.register_fake("sid_kernels::local_loss", _fake, lib=_library)
-torch.library.register_autograd("sid_kernels::local_loss", _backward, setup_context=_setup_context, lib=_library)
+    library.impl("local_loss", _local_loss, _key)
+torch.library.register_fake("sid_kernels::local_loss", _fake, lib=library)
+torch.library.register_autograd("sid_kernels::local_loss", _backward, setup_context=_setup_context, lib=library)
 local_loss = torch.ops.sid_kernels.local_loss.default

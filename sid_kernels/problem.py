@@ -70,10 +70,40 @@ def make_problem(
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(shape)}; it must be (..., C) with at least one class")
     classes = shape[-1]
+    check_options(divergence, label_smoothing, ignore_index, reduction)
+    reverse = divergence == "reverse"
+    if prior is not None:
+        check_like("prior", prior, logits, shape)
+        if (prior.dtype is torch.float64) != (logits.dtype is torch.float64):
+            raise TypeError(f"prior has dtype {prior.dtype} and logits {logits.dtype}; float64 goes with float64 only")
+        prior = rows_of(prior.detach() if prior.requires_grad else prior, classes)  # a constant, by the method
+    labels, soft = target_of(target, logits, shape)
+    check_support(divergence, label_smoothing, labels)
+    if out is not None:
+        _check_out(out, logits, prior, soft, alpha)
+        out = rows_of(out, classes)
+    return Problem(
+        rows_of(logits, classes),
+        prior,
+        labels,
+        soft,
+        alpha_of(alpha, logits, shape),
+        reverse,
+        float(label_smoothing),
+        ignore_index,
+        reduction,
+        out,
+        need_grad,
+    )
+
+
+def check_options(
+    divergence: str, label_smoothing: float, ignore_index: int, reduction: str, reductions: tuple = REDUCTIONS
+) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; it must be one of {REDUCTIONS}")
+    if reduction not in reductions:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {reductions}")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing is of type {type(label_smoothing).__name__}; it must be a float in [0, 1]")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -83,34 +113,13 @@ def make_problem(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index is {ignore_index}; it must fit 64 bits")
 
-    reverse = divergence == "reverse"
-    if prior is not None:
-        _check_like("prior", prior, logits, shape)
-        if (prior.dtype is torch.float64) != (logits.dtype is torch.float64):
-            raise TypeError(f"prior has dtype {prior.dtype} and logits {logits.dtype}; float64 goes with float64 only")
-        prior = rows_of(prior.detach() if prior.requires_grad else prior, classes)  # a constant, by the method
-    labels, soft = _target(target, logits, shape)
-    if reverse and labels is not None and not label_smoothing > 0.0:
+
+def check_support(divergence: str, label_smoothing: float, labels: Tensor | None) -> None:
+    if divergence == "reverse" and labels is not None and not label_smoothing > 0.0:
         raise ValueError(
             "divergence='reverse' needs a target of full support: label_smoothing is 0 and target is hard labels; "
             "it must be > 0, or target must be class probabilities"
         )
-    if out is not None:
-        _check_out(out, logits, prior, soft, alpha)
-        out = rows_of(out, classes)
-    return Problem(
-        rows_of(logits, classes),
-        prior,
-        labels,
-        soft,
-        _alpha(alpha, logits, shape),
-        reverse,
-        float(label_smoothing),
-        ignore_index,
-        reduction,
-        out,
-        need_grad,
-    )
 
 
 def rows_of(x: Tensor, classes: int) -> Tensor:
@@ -139,21 +148,21 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
 
 
-def _check_like(name: str, x: Tensor, logits: Tensor, shape: torch.Size) -> None:
+def check_like(name: str, x: Tensor, logits: Tensor, shape: torch.Size) -> None:
     check_tensor(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have the shape of logits, {tuple(shape)}")
-    _check_device(name, x, logits)
+    check_device(name, x, logits)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16, float16 or float64")
 
 
-def _check_device(name: str, x: Tensor, logits: Tensor) -> None:
+def check_device(name: str, x: Tensor, logits: Tensor) -> None:
     if x.device != logits.device:
         raise ValueError(f"{name} is on {x.device}; it must be on the device of logits, {logits.device}")
 
 
-def _target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+def target_of(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
     check_tensor("target", target)
     if target.dtype in DTYPES:
         if target.shape != shape:
@@ -161,7 +170,7 @@ def _target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor |
                 f"target has shape {tuple(target.shape)} and dtype {target.dtype}; class probabilities must have "
                 f"the shape of logits, {tuple(shape)}"
             )
-        _check_device("target", target, logits)
+        check_device("target", target, logits)
         if target.dtype is torch.float64 and logits.dtype is not torch.float64:
             target = target.float()
         return None, rows_of(target.detach(), shape[-1])
@@ -171,20 +180,20 @@ def _target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor |
         )
     if target.shape != shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}; labels must have shape {tuple(shape[:-1])}")
-    _check_device("target", target, logits)
+    check_device("target", target, logits)
     labels = target if target.dim() == 1 else target.reshape(-1)
     if labels.dtype is not torch.int64:
         labels = labels.long()
     return labels.contiguous(), None
 
 
-def _alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
+def alpha_of(alpha: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
     if isinstance(alpha, Tensor):
         if not alpha.dtype.is_floating_point:
             raise TypeError(f"alpha has dtype {alpha.dtype}; it must be a floating dtype")
         if alpha.dim() and alpha.shape != shape[:-1]:
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a row, {tuple(shape[:-1])}")
-        _check_device("alpha", alpha, logits)
+        check_device("alpha", alpha, logits)
         rows = alpha.detach().to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
         rows = rows.reshape(-1).contiguous() if rows.dim() else rows
         return rows
@@ -197,14 +206,18 @@ def _alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) -> float | 
 
 def check_values(problem: Problem) -> None:
     """The checks that read values: alpha in [0, 1], labels in range. For CPU tensors, or under `debug`."""
-    alpha = problem.alpha
+    check_alpha(problem.alpha)
+    if problem.labels is not None:
+        check_labels(problem.labels, problem.logits.shape[1], problem.ignore_index)
+
+
+def check_alpha(alpha: float | Tensor) -> None:
+    """Raise ValueError for the first value of a tensor outside [0, 1]. Reads it."""
     if isinstance(alpha, Tensor):
         bad = ~((alpha >= 0) & (alpha <= 1))
         if bad.any():
             value = float(alpha[bad][0]) if alpha.dim() else float(alpha)
             raise ValueError(f"alpha is {value}; it must lie in [0, 1]")
-    if problem.labels is not None:
-        check_labels(problem.labels, problem.logits.shape[1], problem.ignore_index)
 
 
 def check_out_like(out: Tensor, logits: Tensor) -> None:

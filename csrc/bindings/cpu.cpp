@@ -1,6 +1,6 @@
 // sid_kernels._C: the CPU kernels. Torch-free: addresses, sizes and strides come as integers.
 #include "arguments.h"
-#include "cpu/local_loss.h"
+#include "cpu/cascade.h"
 
 namespace py = pybind11;
 
@@ -20,6 +20,39 @@ PYBIND11_MODULE(_C, m) {
     } else {
       py::gil_scoped_release release;
       bad = sid::local_loss_cpu(args, threads);
+    }
+    if (bad.row < 0) return py::none();
+    return py::make_tuple(bad.row, bad.label);
+  });
+  // -> as above. Addresses of float32 arrays, shaped as csrc/cascade.h says; labels int64.
+  m.def("cascade", [](int64_t stages, int64_t rows, int64_t classes, int64_t width, uintptr_t hidden_weight,
+                      int64_t hidden_weight_stride, uintptr_t hidden_bias, uintptr_t logits_weight, uintptr_t logits_bias,
+                      const py::tuple& prior, uintptr_t labels, const py::tuple& soft, uintptr_t alpha, float alpha_value,
+                      float label_smoothing, int64_t ignore_index, bool reverse, bool mean, uintptr_t hidden, uintptr_t dhidden,
+                      uintptr_t beliefs, uintptr_t dlogits, uintptr_t logits, uintptr_t losses, int threads) -> py::object {
+    using sid::pointer;
+    auto in = [](const py::tuple& t) {
+      const sid::Matrix x = sid::matrix(t);
+      return sid::Rows{pointer<const void>(x.address), x.stride, static_cast<sid::DType>(x.dtype)};
+    };
+    sid::Cascade a;
+    a.stages = stages, a.rows = rows, a.classes = classes, a.width = width;
+    a.hidden_weight = pointer<const float>(hidden_weight), a.hidden_weight_stride = hidden_weight_stride;
+    a.hidden_bias = pointer<const float>(hidden_bias);
+    a.logits_weight = pointer<const float>(logits_weight), a.logits_bias = pointer<const float>(logits_bias);
+    a.prior = in(prior), a.labels = pointer<const int64_t>(labels), a.soft = in(soft);
+    a.alpha = pointer<const float>(alpha), a.alpha_value = alpha_value, a.label_smoothing = label_smoothing;
+    a.ignore_index = ignore_index, a.reverse = reverse, a.mean = mean;
+    a.hidden = pointer<float>(hidden), a.dhidden = pointer<float>(dhidden), a.beliefs = pointer<float>(beliefs);
+    a.dlogits = pointer<float>(dlogits), a.logits = pointer<float>(logits), a.losses = pointer<float>(losses);
+    const bool weights = a.hidden_weight && a.hidden_bias && a.logits_weight && a.logits_bias;
+    const bool outputs = a.hidden && a.beliefs && a.logits && a.losses && (!a.dhidden || a.dlogits);
+    if (rows > 0 && (!weights || !outputs || (!a.labels && !a.soft.data)))
+      throw std::invalid_argument("sid_kernels: null pointer for a weight, the target or an output (is this a real tensor?)");
+    sid::BadLabel bad;
+    {
+      py::gil_scoped_release release;
+      bad = sid::cascade_cpu(a, threads);
     }
     if (bad.row < 0) return py::none();
     return py::make_tuple(bad.row, bad.label);

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/local_loss.h"
+#include "cpu/cascade.h"
 
 namespace sid {
 namespace {
@@ -37,6 +37,18 @@ RowsKernel rows_kernel() {
   if (kLevel == 1) return &avx2::local_loss_rows;
 #endif
   return &baseline::local_loss_rows;
+}
+
+struct CascadeKernel {
+  decltype(&baseline::cascade_rows) rows;
+  decltype(&baseline::row_lanes) lanes;
+};
+CascadeKernel cascade_kernel() {
+#ifdef SID_X86
+  if (kLevel == 2) return {&avx512::cascade_rows, &avx512::row_lanes};
+  if (kLevel == 1) return {&avx2::cascade_rows, &avx2::row_lanes};
+#endif
+  return {&baseline::cascade_rows, &baseline::row_lanes};
 }
 
 // A forked child has none of the parent's OpenMP threads, and libgomp would wait for them forever.
@@ -67,17 +79,22 @@ void advise_huge_pages(const MutableRows& out, int64_t rows, int64_t classes) {
 
 const char* cpu_instruction_set() { return kLevel == 2 ? "avx512" : kLevel == 1 ? "avx2" : "baseline"; }
 
-BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
-  int64_t counted = a.rows;
-  if (a.labels) {
-    counted = 0;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const int64_t label = a.labels[r];
-      if (label == a.ignore_index) continue;
-      if (label < 0 || label >= a.classes) return {r, label};
-      ++counted;
-    }
+BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted) {
+  *counted = rows;
+  if (!labels) return {};
+  *counted = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (labels[r] == ignore_index) continue;
+    if (labels[r] < 0 || labels[r] >= classes) return {r, labels[r]};
+    ++*counted;
   }
+  return {};
+}
+
+BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
+  int64_t counted;
+  const BadLabel bad = count_labels(a.labels, a.rows, a.classes, a.ignore_index, &counted);
+  if (bad.row >= 0) return bad;
   const bool each = a.reduction == Reduction::none, mean = a.reduction == Reduction::mean;
   const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
 
@@ -108,6 +125,25 @@ BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
     *a.consistency = static_cast<float>(c * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
     *a.loss = static_cast<float>(l * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
   }
+  return {};
+}
+
+BadLabel cascade_cpu(const Cascade& a, int threads) {
+  int64_t counted;
+  const BadLabel bad = count_labels(a.labels, a.rows, a.classes, a.ignore_index, &counted);
+  if (bad.row >= 0) return bad;
+  const float scale = a.mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
+  const CascadeKernel kernel = cascade_kernel();
+  if (forked) threads = 1;
+  // Tiles as wide as leave one for every thread; wide ones read the weights least often.
+  const int64_t lanes = kernel.lanes();
+  int vectors = 4;
+  while (vectors > 1 && (a.rows + vectors * lanes - 1) / (vectors * lanes) < threads) vectors /= 2;
+  const int64_t tile = vectors * lanes, tiles = (a.rows + tile - 1) / tile;
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tiles)));
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+  for (int t = 0; t < threads; ++t)
+    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile), vectors, scale);
   return {};
 }
 

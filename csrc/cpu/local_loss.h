@@ -9,6 +9,9 @@ struct BadLabel {
   int64_t row = -1, label = 0;
 };
 
+// The first bad label, if there is one; otherwise the number of rows that are not ignored (all, without labels).
+BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted);
+
 // Runs the whole operation on at most `threads` threads. Labels are checked before anything is written;
 // with a bad one nothing is. Equal bits for any number of threads.
 BadLabel local_loss_cpu(const LocalLoss& args, int threads);

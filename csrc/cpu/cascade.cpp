@@ -1,0 +1,147 @@
+// The cascade on a CPU, compiled once per instruction set (SID_ISA): a tile of rows goes through all stages without
+// meeting another thread. Rows lie side by side in vectors, so the weights are read as they lie; softmax, loss and
+// gradient of the logits are the fused local loss's own row kernel.
+#include "cpu/cascade.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/tile_product.h"
+
+namespace sid {
+namespace SID_ISA {
+namespace {
+
+constexpr int64_t kBlock = 16;  // rows and columns that are transposed at a time: two of them stay in the first-level cache
+
+// to[c * lanes + r] = from[r * columns + c]
+void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t lanes) {
+  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
+    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
+      for (int64_t c = c0, c1 = std::min(columns, c0 + kBlock); c < c1; ++c)
+        for (int64_t r = r0, r1 = std::min(rows, r0 + kBlock); r < r1; ++r) to[c * lanes + r] = from[r * columns + c];
+}
+
+// to[r * columns + c] = from[c * lanes + r]
+void transpose_back(const float* from, int64_t lanes, float* to, int64_t rows, int64_t columns) {
+  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
+    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
+      for (int64_t r = r0, r1 = std::min(rows, r0 + kBlock); r < r1; ++r)
+        for (int64_t c = c0, c1 = std::min(columns, c0 + kBlock); c < c1; ++c) to[r * columns + c] = from[c * lanes + r];
+}
+
+// `count` floats of a vector that may reach beyond them.
+Vec load_part(const float* p, int64_t count) {
+  return count >= kWidth ? load(p) : count <= 0 ? Vec{} : load_first(p, static_cast<int>(count % kWidth), 0.0f);
+}
+void store_part(float* p, Vec v, int64_t count) {
+  if (count >= kWidth) store(p, v);
+  else if (count > 0) store_first(p, v, static_cast<int>(count % kWidth));
+}
+
+template <int V> struct Tile {
+  static constexpr int64_t kLanes = V * kWidth;
+  const Cascade& a;
+  int64_t first, rows;  // of this tile
+  float scale;
+  std::vector<float>& memory;
+  float *hidden, *belief, *slope, *logits;  // (H, lanes), (C, lanes), (C, lanes), (rows, C)
+
+  Tile(const Cascade& cascade, int64_t begin, int64_t count, float s, std::vector<float>& m)
+      : a(cascade), first(begin), rows(count), scale(s), memory(m) {
+    const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes;
+    if (memory.size() < needed) memory.resize(needed);
+    hidden = memory.data();
+    belief = hidden + a.width * kLanes;
+    slope = belief + a.classes * kLanes;
+    logits = slope + a.classes * kLanes;
+  }
+
+  void start() {
+    std::fill(belief, belief + 2 * a.classes * kLanes, 0.0f);  // lanes beyond the rows stay finite
+    const float* prior = static_cast<const float*>(a.prior.data);
+    for (int64_t c = 0; c < a.classes; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        belief[c * kLanes + r] = prior ? prior[(first + r) * a.prior.stride + c] : 1.0f / static_cast<float>(a.classes);
+  }
+
+  void stage(int64_t i) {
+    const float* w1 = a.hidden_weight + i * a.width * a.hidden_weight_stride;
+    const float* w2 = a.logits_weight + i * a.classes * a.width;
+    const float *b1 = a.hidden_bias + i * a.width, *b2 = a.logits_bias + i * a.classes;
+    float* h_out = a.hidden + i * a.width * a.rows + first;
+
+    product<V>({w1, a.hidden_weight_stride, 1}, a.width, a.classes, belief, [&](int64_t j, const Vec* sum) {
+      for (int v = 0; v < V; ++v) {
+        const int64_t left = rows - v * kWidth;
+        const Vec x = sum[v] + load_part(h_out + j * a.rows + v * kWidth, left) + b1[j];
+        const Vec h = x < Vec{} ? Vec{} : x;  // a NaN stays
+        store(hidden + j * kLanes + v * kWidth, h);
+        store_part(h_out + j * a.rows + v * kWidth, h, left);
+      }
+    });
+    product<V>({w2, a.width, 1}, a.classes, a.width, hidden, [&](int64_t c, const Vec* sum) {
+      for (int v = 0; v < V; ++v) store(slope + c * kLanes + v * kWidth, sum[v] + b2[c]);
+    });
+    float* z = i + 1 == a.stages ? a.logits + first * a.classes : logits;
+    transpose_back(slope, kLanes, z, rows, a.classes);
+    loss(i, z);
+    const int64_t at = (i * a.rows + first) * a.classes;
+    if (i + 1 < a.stages) transpose(a.beliefs + at, rows, a.classes, belief, kLanes);
+    if (!a.dhidden) return;
+    transpose(a.dlogits + at, rows, a.classes, slope, kLanes);
+    float* dh_out = a.dhidden + i * a.width * a.rows + first;
+    product<V>({w2, 1, a.width}, a.width, a.classes, slope, [&](int64_t j, const Vec* sum) {
+      for (int v = 0; v < V; ++v) {
+        const Vec h = load(hidden + j * kLanes + v * kWidth);
+        store_part(dh_out + j * a.rows + v * kWidth, h <= Vec{} ? Vec{} : sum[v], rows - v * kWidth);
+      }
+    });
+  }
+
+  void loss(int64_t i, const float* z) const {
+    LocalLoss problem;
+    const int64_t row = i * a.rows + first;
+    problem.rows = rows;
+    problem.classes = a.classes;
+    problem.logits = {z, a.classes, DType::f32};
+    if (i) problem.prior = {a.beliefs + (row - a.rows) * a.classes, a.classes, DType::f32};
+    else if (a.prior.data) problem.prior = {static_cast<const float*>(a.prior.data) + first * a.prior.stride, a.prior.stride, DType::f32};
+    if (a.labels) problem.labels = a.labels + first;
+    if (a.soft.data)
+      problem.soft = {static_cast<const char*>(a.soft.data) + first * a.soft.stride * size_of(a.soft.dtype), a.soft.stride, a.soft.dtype};
+    problem.alpha_value = a.alpha ? a.alpha[i] : a.alpha_value;
+    problem.label_smoothing = a.label_smoothing;
+    problem.ignore_index = a.ignore_index;
+    problem.reverse = a.reverse;
+    problem.belief = {a.beliefs + row * a.classes, a.classes, DType::f32};
+    if (a.dhidden) problem.dlogits = {a.dlogits + row * a.classes, a.classes, DType::f32};
+    float* loss = a.losses + row;
+    float *fidelity = loss + a.stages * a.rows, *consistency = fidelity + a.stages * a.rows;
+    local_loss_rows(problem, 0, rows, scale, false, fidelity, consistency, loss);
+    for (int64_t r = 0; r < rows; ++r) loss[r] *= scale, fidelity[r] *= scale, consistency[r] *= scale;
+  }
+};
+
+template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float scale) {
+  static thread_local std::vector<float> memory;
+  constexpr int64_t lanes = Tile<V>::kLanes;
+  for (int64_t first = begin; first < end; first += lanes) {
+    Tile<V> tile(a, first, std::min(lanes, end - first), scale, memory);
+    tile.start();
+    for (int64_t i = 0; i < a.stages; ++i) tile.stage(i);
+  }
+}
+
+}  // namespace
+
+int row_lanes() { return kWidth; }
+
+void cascade_rows(const Cascade& a, int64_t begin, int64_t end, int vectors, float scale) {
+  if (vectors >= 4 && kMostVectors >= 4) run<kMostVectors>(a, begin, end, scale);
+  else if (vectors >= 2) run<2>(a, begin, end, scale);
+  else run<1>(a, begin, end, scale);
+}
+
+}  // namespace SID_ISA
+}  // namespace sid

@@ -1,0 +1,49 @@
+// A small matrix product for tiles of rows that lie side by side in vectors: out (M x lanes) = A (M x K) B (K x lanes).
+// A is any matrix of scalars (weights, as they lie), B a panel whose rows are V vectors. Nothing is packed.
+#pragma once
+#include "cpu/simd.h"
+
+namespace sid {
+namespace {  // one copy per translation unit
+
+// Rows of `out` held in registers with V vectors each: 24 sums, V rows of B and a scalar fit 32 registers; 12 fit 16.
+constexpr int kHeldRows = 6;
+constexpr int kMostVectors = SID_WIDTH == 16 ? 4 : 2;
+
+// Element (m, k) of A at a[m * row + k * column].
+struct Scalars {
+  const float* a;
+  int64_t row, column;
+};
+
+template <int M, int V, class Emit>
+inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_t first, int64_t depth, const float* panel,
+                                                        Emit emit) {
+  Vec sum[M][V] = {};
+  const float* a = s.a + first * s.row;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b[V];
+    for (int v = 0; v < V; ++v) b[v] = load(panel + (k * V + v) * kWidth);
+    for (int m = 0; m < M; ++m) {
+      const float x = a[m * s.row + k * s.column];
+      for (int v = 0; v < V; ++v) sum[m][v] += b[v] * x;
+    }
+  }
+  for (int m = 0; m < M; ++m) emit(first + m, sum[m]);
+}
+
+// emit(m, Vec sums[V]) for every row m of A (rows x depth) times panel (depth x V vectors).
+template <int V, class Emit> inline void product(const Scalars& s, int64_t rows, int64_t depth, const float* panel, Emit emit) {
+  int64_t m = 0;
+  for (; m + kHeldRows <= rows; m += kHeldRows) product_rows<kHeldRows, V>(s, m, depth, panel, emit);
+  switch (rows - m) {
+    case 5: return product_rows<5, V>(s, m, depth, panel, emit);
+    case 4: return product_rows<4, V>(s, m, depth, panel, emit);
+    case 3: return product_rows<3, V>(s, m, depth, panel, emit);
+    case 2: return product_rows<2, V>(s, m, depth, panel, emit);
+    case 1: return product_rows<1, V>(s, m, depth, panel, emit);
+  }
+}
+
+}  // namespace
+}  // namespace sid
