@@ -11,7 +11,10 @@ import torch  # noqa: F401  (before the compiled modules, so that they share its
 
 # The module and the function share a name. The function stays what the name means: a later
 # `import sid_kernels.fused_local_loss` finds the module loaded and leaves the attribute alone.
+from .belief_head import BeliefHead
+from .fused_belief_head import belief_head_and_grad, fused_belief_head
 from .fused_local_loss import LocalLoss, fused_local_loss, local_loss_and_grad
+from .head_problem import PriorHead
 from .refine_cascade import CascadeResult, CascadeWeights, refine_cascade, refine_cascade_and_grad
 
 try:
@@ -20,9 +23,13 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BeliefHead",
     "CascadeResult",
     "CascadeWeights",
     "LocalLoss",
+    "PriorHead",
+    "belief_head_and_grad",
+    "fused_belief_head",
     "fused_local_loss",
     "local_loss_and_grad",
     "refine_cascade",

@@ -64,8 +64,7 @@ def _choose(problem: Problem, backend: str) -> str:
         if dtype is torch.float64:
             return "reference"
         return automatic(device, problem.logits.numel())
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {tuple(BACKENDS)}")
+    check_name(backend)
     if dtype is torch.float64 and backend != "reference":
         raise TypeError(f"logits has dtype torch.float64, which only backend 'reference' takes; backend is {backend!r}")
     if (reason := unavailable(backend)) is not None:
@@ -76,6 +75,11 @@ def _choose(problem: Problem, backend: str) -> str:
     if backend != "reference" and device not in devices:
         raise ValueError(f"logits is on {problem.logits.device}; backend {backend!r} takes tensors on {devices[0]}")
     return backend
+
+
+def check_name(backend: str) -> None:
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {tuple(BACKENDS)}")
 
 
 def scale_in_place(dlogits):

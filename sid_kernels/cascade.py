@@ -77,8 +77,7 @@ def stages_at_once(problem: CascadeProblem) -> int:
 
 def _choose(problem: CascadeProblem, backend: str):
     """What runs along the cascade: a kernel that takes all of it, or its stages one by one, on that backend's loss."""
-    if backend not in ("auto", *backends.BACKENDS):
-        raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {tuple(backends.BACKENDS)}")
+    backends.check_name(backend)
     if backend in ("auto", "cpu") and cascade_cpu.takes(problem):
         return cascade_cpu.run
     if backend in ("auto", "triton") and triton_cascade.takes(problem):

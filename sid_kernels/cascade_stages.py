@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import backends
 from .cascade_problem import CascadePass, CascadeProblem
-from .problem import Problem
+from .problem import Problem, scale_of_mean
 
 
 def run(problem: CascadeProblem, backend: str) -> CascadePass:
@@ -19,7 +19,9 @@ def run(problem: CascadeProblem, backend: str) -> CascadePass:
     features, weights = problem.features, problem.weights
     stages, _, classes = weights.sizes
     compute = torch.float64 if features.dtype is torch.float64 else torch.float32
-    prior, scale = problem.prior, _scale(problem, compute)
+    prior, scale = problem.prior, None
+    if problem.reduction == "mean":
+        scale = scale_of_mean(problem.labels, problem.ignore_index, features)
     if prior is None:
         prior = features.new_full((features.shape[0], classes), 1.0 / classes)
     prior = prior.to(compute)  # between stages it is not rounded, as it is not in a kernel that keeps it on chip
@@ -46,12 +48,3 @@ def run(problem: CascadeProblem, backend: str) -> CascadePass:
     losses = losses if scale is None else losses * scale
     gradients = [torch.stack(x) if problem.need_grad else None for x in (hiddens, slopes, dhiddens)]
     return CascadePass(losses, torch.stack(beliefs), logits, *gradients)
-
-
-def _scale(problem: CascadeProblem, dtype: torch.dtype):
-    """1 over the number of rows that count, as a tensor: nobody waits for a device. None: 1."""
-    if problem.reduction == "sum":
-        return None
-    if problem.labels is None:
-        return torch.full((), 1.0 / max(problem.features.shape[0], 1), dtype=dtype, device=problem.features.device)
-    return 1.0 / (problem.labels != problem.ignore_index).sum().clamp(min=1).to(dtype)

@@ -6,32 +6,14 @@ It computes nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import backends, cpu, operator
 from .gradients import first_derivative, functorch_stack, is_compiling, keeps_graph, needs_operator, scaled
-from .problem import Problem, check_out_like, check_tensor, make_problem
+from .problem import LocalLoss, Problem, check_out_like, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
-
-
-class LocalLoss(NamedTuple):
-    """Result of the local loss of a stage.
-
-    loss: alpha * fidelity + (1 - alpha) * consistency, in nats; () for reduction "mean" and "sum", (...) for "none";
-        float32 (float64 for float64 logits). The only differentiable part, in logits alone.
-    belief: softmax(logits), (..., C), contiguous, in the prior's dtype (the logits' where there is no prior).
-    fidelity: CE(y, p) (forward) or KL(p || y) (reverse), shaped and reduced like loss.
-    consistency: KL(q || p) (forward) or KL(p || q) (reverse), shaped and reduced like loss.
-    """
-
-    loss: Tensor
-    belief: Tensor
-    fidelity: Tensor
-    consistency: Tensor
 
 
 def fused_local_loss(

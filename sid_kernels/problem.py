@@ -34,6 +34,23 @@ class Problem(NamedTuple):
     need_grad: bool
 
 
+class LocalLoss(NamedTuple):
+    """Result of the local loss of a stage.
+
+    loss: alpha * fidelity + (1 - alpha) * consistency, in nats; () for reduction "mean" and "sum", (...) for "none";
+        float32 (float64 for float64 logits). The only differentiable part, in logits alone.
+    belief: softmax(logits), (..., C), contiguous, in the prior's dtype (the logits' where there is no prior);
+        None where it was not asked for.
+    fidelity: CE(y, p) (forward) or KL(p || y) (reverse), shaped and reduced like loss.
+    consistency: KL(q || p) (forward) or KL(p || q) (reverse), shaped and reduced like loss.
+    """
+
+    loss: Tensor
+    belief: Tensor | None
+    fidelity: Tensor
+    consistency: Tensor
+
+
 class Result(NamedTuple):
     """What a backend returns for a `Problem`."""
 
@@ -127,6 +144,17 @@ def rows_of(x: Tensor, classes: int) -> Tensor:
     if x.dim() != 2:
         x = x.reshape(-1, classes)
     return x if classes == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def scale_of_mean(labels: Tensor | None, ignore_index: int, rows: Tensor) -> Tensor:
+    """1 over the number of rows that count, () in float32 (float64 for float64), on the device of `rows` (N, ...).
+
+    A tensor: nobody waits for a device to tell a number.
+    """
+    compute = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    if labels is None:
+        return torch.full((), 1.0 / max(rows.shape[0], 1), dtype=compute, device=rows.device)
+    return 1.0 / (labels != ignore_index).sum().clamp(min=1).to(compute)
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:

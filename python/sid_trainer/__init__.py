@@ -3,6 +3,7 @@
 from .architectures import build_network
 from .data import load_data
 from .network import BeliefHead, SIDNetwork, Stage
+from .stacked import StackedStages, stacked_stages
 from .step import StepResult, bp_step, reference_step, sid_step
 from .trainer import TrainConfig, Trainer
 
@@ -10,6 +11,7 @@ __all__ = [
     "BeliefHead",
     "SIDNetwork",
     "Stage",
+    "StackedStages",
     "StepResult",
     "TrainConfig",
     "Trainer",
@@ -18,4 +20,5 @@ __all__ = [
     "load_data",
     "reference_step",
     "sid_step",
+    "stacked_stages",
 ]

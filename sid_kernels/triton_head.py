@@ -1,0 +1,5 @@
+"""Placeholder until the kernel is merged."""
+
+
+def takes(problem):
+    return False
