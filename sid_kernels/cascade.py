@@ -36,18 +36,17 @@ def solve(features, weights, target, alpha, prior, options, backend, need_grad, 
         for name, x, weight in zip(CascadeWeights._fields, out, weights, strict=True):
             if not x.is_contiguous() or x.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
                 raise ValueError(f"out.{name} must be contiguous and share no memory with weights.{name}")
-    losses, done, dfeatures = run(problem, backend, need_features, out)
+    losses, belief, logits, dfeatures = run(problem, backend, need_features, out)
     stage_loss, fidelity, consistency = losses.unbind()
-    belief = done.beliefs[-1].clone()  # not the memory of all stages
-    result = CascadeResult(stage_loss.sum(), stage_loss, fidelity, consistency, belief, done.logits)
+    result = CascadeResult(stage_loss.sum(), stage_loss, fidelity, consistency, belief, logits)
     return result, dfeatures, out
 
 
 def run(
     problem: CascadeProblem, backend: str, need_features: bool, gradients: CascadeWeights | None
-) -> tuple[Tensor, CascadePass, Tensor | None]:
-    """Fills `gradients` (like the weights; where the problem wants any); returns the losses (3, L), the last group's
-    pass, and the gradient of the features (B, D) where wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Fills `gradients` (like the weights), where the problem wants any. Returns the losses (3, L), the last stage's
+    belief and logits (B, C), and the gradient of the features (B, D) where it is wanted."""
     along = _choose(problem, backend)
     if problem.features.device.type == "cpu" or debug():
         check_alpha(problem.alpha)
@@ -64,8 +63,11 @@ def run(
             if problem.need_grad:
                 into = gradients if group == stages else _slice(gradients, slice(first, first + group))
                 _products(part, done, into, dfeatures, first > 0)
-            problem = problem._replace(prior=done.beliefs[-1])
-    return losses[0] if len(losses) == 1 else torch.cat(losses, 1), done, dfeatures
+            # Not a view: that would keep the beliefs of all stages.
+            problem = problem._replace(prior=done.beliefs[-1].clone())
+            logits = done.logits
+            del done, part  # before the next group takes as much memory
+    return losses[0] if len(losses) == 1 else torch.cat(losses, 1), problem.prior, logits, dfeatures
 
 
 def stages_at_once(problem: CascadeProblem) -> int:

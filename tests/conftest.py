@@ -65,6 +65,26 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def allocated():
+    """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
+
+    def peak(call) -> int:
+        call()  # whatever is set up once
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            kept = call()
+        held = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+        del kept
+        assert most > 0, "the profiler saw no allocation"
+        return most
+
+    return peak
+
+
 def pytest_report_header():
     lines = []
     for name in backends.BACKENDS:
