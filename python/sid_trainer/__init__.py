@@ -1,6 +1,7 @@
 """Training networks by synergistic information distillation, over `sid_kernels`."""
 
 from .architectures import build_network
+from .capture import CapturedStep, capture
 from .data import load_data
 from .network import BeliefHead, SIDNetwork, Stage
 from .stacked import StackedStages, stacked_stages
@@ -9,6 +10,7 @@ from .trainer import TrainConfig, Trainer
 
 __all__ = [
     "BeliefHead",
+    "CapturedStep",
     "SIDNetwork",
     "Stage",
     "StackedStages",
@@ -17,6 +19,7 @@ __all__ = [
     "Trainer",
     "bp_step",
     "build_network",
+    "capture",
     "load_data",
     "reference_step",
     "sid_step",
