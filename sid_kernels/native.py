@@ -28,11 +28,13 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
 
 def pack(problem: Problem) -> tuple[Result, tuple]:
     """The result to be filled, and the arguments of `local_loss` in csrc/bindings/arguments.h."""
-    z, prior, labels, soft, alpha, reverse, smoothing, ignore_index, reduction, out, need_grad = problem
+    z, prior, labels, soft, alpha, reverse, smoothing, ignore_index, reduction, out, need_grad, need_belief = problem
     rows, classes = z.shape
     device, dtype = z.device, z.dtype
     matrix, strides = (rows, classes), (classes, 1)
-    belief = _new(matrix, strides, dtype=dtype if prior is None else prior.dtype, device=device)
+    belief = None
+    if need_belief:
+        belief = _new(matrix, strides, dtype=dtype if prior is None else prior.dtype, device=device)
     if not need_grad:
         dlogits = None
     elif out is not None:
@@ -58,7 +60,7 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
         ignore_index,
         reverse,
         REDUCTION_CODES[reduction],
-        _matrix(belief),
+        _NOTHING if belief is None else _matrix(belief),
         _NOTHING if dlogits is None else _matrix(dlogits),
         loss.data_ptr(),
         fidelity.data_ptr(),

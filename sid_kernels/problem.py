@@ -32,6 +32,7 @@ class Problem(NamedTuple):
     reduction: str
     out: Tensor | None  # (N, C), where dlogits goes; None: allocate
     need_grad: bool
+    need_belief: bool = True
 
 
 class Result(NamedTuple):
@@ -40,8 +41,8 @@ class Result(NamedTuple):
     loss: Tensor  # () or (N,), float32 (float64 for float64 logits)
     fidelity: Tensor  # likewise
     consistency: Tensor  # likewise
-    belief: Tensor  # (N, C), contiguous
-    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss
+    belief: Tensor | None  # (N, C), contiguous; None: not wanted
+    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss; None: not wanted
 
 
 def debug() -> bool:
@@ -60,6 +61,7 @@ def make_problem(
     reduction: str,
     out: Tensor | None,
     need_grad: bool,
+    need_belief: bool = True,
 ) -> Problem:
     check_tensor("logits", logits)
     shape = logits.shape
@@ -110,6 +112,7 @@ def make_problem(
         reduction,
         out,
         need_grad,
+        need_belief,
     )
 
 

@@ -53,8 +53,9 @@ def run(problem: Problem) -> Result:
         losses = [x / number for x in losses]
         gradient = gradient / number
 
-    belief = p.to(z.dtype if problem.prior is None else problem.prior.dtype)
-    dlogits = None
+    belief = dlogits = None
+    if problem.need_belief:
+        belief = p.to(z.dtype if problem.prior is None else problem.prior.dtype)
     if problem.need_grad:
         dlogits = gradient.to(z.dtype) if problem.out is None else problem.out.copy_(gradient)
     return Result(*losses, belief, dlogits)
