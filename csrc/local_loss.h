@@ -37,7 +37,7 @@ struct LocalLoss {
   bool reverse = false;             // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
   Reduction reduction = Reduction::mean;
 
-  MutableRows belief;               // p = softmax(z), written for every row
+  MutableRows belief;               // p = softmax(z), written for every row; no data: not wanted
   MutableRows dlogits;              // gradient of the reduced loss; no data: not wanted. May alias logits exactly.
   float* loss = nullptr;            // reduction none: (rows) values each; otherwise one value each
   float* fidelity = nullptr;

@@ -56,7 +56,7 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
         losses = losses.view(3, *rows) if problem.reduction == "none" else losses.sum(1)
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=gradients.hidden.view(hidden.shape))
-    belief = None if belief is None else belief.view(*rows, -1)
+    belief = None if belief is None else belief.view(*rows, problem.weight.shape[0])
     loss, fidelity, consistency = losses.unbind()
     return LocalLoss(loss, belief, fidelity, consistency), gradients
 
@@ -64,11 +64,21 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
 def rows_at_once(problem: HeadProblem) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES hold, and about equally many in every chunk."""
     rows, classes = problem.hidden.shape[0], problem.weight.shape[0]
-    arrays = 2 if isinstance(problem.prior, PriorHead) else 1
+    held = problem.hidden.element_size() + (_prior_dtype(problem).itemsize if _recomputed(problem) else 0)
     limit = CHUNK_BYTES.get(problem.hidden.device.type, CHUNK_BYTES["cuda"])
-    most = max(1, limit // (arrays * classes * problem.hidden.element_size()))
+    most = max(1, limit // (classes * held))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
+
+
+def _recomputed(problem: HeadProblem) -> bool:
+    return isinstance(problem.prior, PriorHead)
+
+
+def _prior_dtype(problem: HeadProblem) -> torch.dtype:
+    """Of a prior that is computed here. The reverse divergence takes its logarithm, which half precision would cut off."""
+    half = problem.hidden.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and problem.reverse else problem.hidden.dtype
 
 
 def _on_chip(problem: HeadProblem, need: tuple[bool, bool, bool], row_scale: Tensor | None):
@@ -92,14 +102,15 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
         scale = scale_of_mean(problem.labels, problem.ignore_index, problem.hidden)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     given = isinstance(problem.prior, Tensor)
-    belief = new(rows, classes, dtype=problem.prior.dtype if given else dtype) if problem.need_belief else None
+    belief_dtype = problem.prior.dtype if given else _prior_dtype(problem) if _recomputed(problem) else dtype
+    belief = new(rows, classes, dtype=belief_dtype) if problem.need_belief else None
     losses = new(3, rows, dtype=compute)
     dhidden = new(rows, width) if need[0] else None
     step = rows_at_once(problem)
     weights = _WeightGradient(problem, scale, -(-rows // step)) if need[1] else None
     dbias = torch.zeros(classes, dtype=compute, device=problem.hidden.device) if need[2] else None
     logits_memory = new(step, classes)
-    prior_memory = new(step, classes) if isinstance(problem.prior, PriorHead) else None
+    prior_memory = new(step, classes, dtype=_prior_dtype(problem)) if _recomputed(problem) else None
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         chunk = problem.rows(part)
@@ -107,7 +118,8 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
         memory = logits_memory[: part.stop - start]
         if isinstance(prior, PriorHead):  # its logits pass through the memory of ours
             logits = _linear(*prior, memory)
-            prior = torch.softmax(logits, -1, out=prior_memory[: part.stop - start])
+            q = prior_memory[: part.stop - start]
+            prior = torch.softmax(logits, -1, dtype=q.dtype, out=q)
         logits = _linear(chunk.hidden, chunk.weight, chunk.bias, memory)
         result = backends.run(
             Problem(

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .problem import Problem, Result
+from .problem import Problem, Result, belief_memory
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}
@@ -28,11 +28,11 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
 
 def pack(problem: Problem) -> tuple[Result, tuple]:
     """The result to be filled, and the arguments of `local_loss` in csrc/bindings/arguments.h."""
-    z, prior, labels, soft, alpha, reverse, smoothing, ignore_index, reduction, out, need_grad = problem
+    z, prior, labels, soft, alpha, reverse, smoothing, ignore_index, reduction, out, need_grad, *_ = problem
     rows, classes = z.shape
     device, dtype = z.device, z.dtype
     shape, strides = (rows, classes), (classes, 1)
-    belief = _new(shape, strides, dtype=dtype if prior is None else prior.dtype, device=device)
+    belief = belief_memory(problem)
     if not need_grad:
         dlogits = None
     elif out is not None:
@@ -58,7 +58,7 @@ def pack(problem: Problem) -> tuple[Result, tuple]:
         ignore_index,
         reverse,
         REDUCTION_CODES[reduction],
-        matrix(belief),
+        _NOTHING if belief is None else matrix(belief),
         _NOTHING if dlogits is None else matrix(dlogits),
         loss.data_ptr(),
         fidelity.data_ptr(),

@@ -32,6 +32,8 @@ class Problem(NamedTuple):
     reduction: str
     out: Tensor | None  # (N, C), where dlogits goes; None: allocate
     need_grad: bool
+    need_belief: bool = True
+    belief_out: Tensor | None = None  # (N, C) contiguous, where the belief goes; None: allocate
 
 
 class LocalLoss(NamedTuple):
@@ -57,8 +59,8 @@ class Result(NamedTuple):
     loss: Tensor  # () or (N,), float32 (float64 for float64 logits)
     fidelity: Tensor  # likewise
     consistency: Tensor  # likewise
-    belief: Tensor  # (N, C), contiguous
-    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss
+    belief: Tensor | None  # (N, C), contiguous; None: not wanted
+    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss; None: not wanted
 
 
 def debug() -> bool:
@@ -77,6 +79,7 @@ def make_problem(
     reduction: str,
     out: Tensor | None,
     need_grad: bool,
+    need_belief: bool = True,
 ) -> Problem:
     check_tensor("logits", logits)
     shape = logits.shape
@@ -111,6 +114,7 @@ def make_problem(
         reduction,
         out,
         need_grad,
+        need_belief,
     )
 
 
@@ -144,6 +148,15 @@ def rows_of(x: Tensor, classes: int) -> Tensor:
     if x.dim() != 2:
         x = x.reshape(-1, classes)
     return x if classes == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def belief_memory(problem: Problem) -> Tensor | None:
+    """Where a backend writes the belief; None: nowhere."""
+    if not problem.need_belief or problem.belief_out is not None:
+        return problem.belief_out
+    z = problem.logits
+    dtype = z.dtype if problem.prior is None else problem.prior.dtype
+    return torch.empty_strided(z.shape, (z.shape[1], 1), dtype=dtype, device=z.device)
 
 
 def scale_of_mean(labels: Tensor | None, ignore_index: int, rows: Tensor) -> Tensor:

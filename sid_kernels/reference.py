@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Problem, Result
+from .problem import Problem, Result, belief_memory
 
 # Logarithms of probabilities are taken at no less than float32's smallest normal number.
 TINY = torch.finfo(torch.float32).tiny
@@ -53,8 +53,9 @@ def run(problem: Problem) -> Result:
         losses = [x / number for x in losses]
         gradient = gradient / number
 
-    belief = p.to(z.dtype if problem.prior is None else problem.prior.dtype)
-    dlogits = None
+    dlogits, belief = None, belief_memory(problem)
+    if belief is not None:
+        belief.copy_(p)
     if problem.need_grad:
         dlogits = gradient.to(z.dtype) if problem.out is None else problem.out.copy_(gradient)
     return Result(*losses, belief, dlogits)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem, Result
+from .problem import Problem, Result, belief_memory
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # triton itself reads it once, when it is imported
 
@@ -102,12 +102,11 @@ def _on(device: torch.device):
 
 def run(problem: Problem) -> Result:
     """Loss, belief and gradient in one launch, plus a small one where losses of several programs are summed."""
-    z, prior = problem.logits, problem.prior
+    z = problem.logits
     rows, classes = z.shape
     device = z.device
     reduce = problem.reduction != "none"
-    belief = torch.empty(rows, classes, device=device, dtype=(z if prior is None else prior).dtype)
-    dlogits = None
+    belief, dlogits = belief_memory(problem), None
     if problem.need_grad:
         dlogits = torch.empty(rows, classes, device=device, dtype=z.dtype) if problem.out is None else problem.out
     if rows == 0 or classes == 0:
@@ -127,14 +126,15 @@ def run(problem: Problem) -> Result:
 
 
 def _launch(
-    problem: Problem, plan: Plan, programs: int, belief: Tensor, dlogits: Tensor | None, losses: list[Tensor]
+    problem: Problem, plan: Plan, programs: int, belief: Tensor | None, dlogits: Tensor | None, losses: list[Tensor]
 ) -> None:
     z, prior, labels = problem.logits, problem.prior, problem.labels
     rows, classes = z.shape
     hard, mean = labels is not None, problem.reduction == "mean"
     target = labels if hard else problem.soft
     kernels = _kernels()
-    counted, scan_rows = target, 0  # what a launch does not read is any pointer of the same type, so nothing recompiles
+    # What a launch neither reads nor writes is any pointer of one type in all calls, so nothing recompiles.
+    counted, scan_rows = target, 0
     if hard and mean and rows <= COUNT_HERE:
         scan_rows = rows
     elif hard and mean:
@@ -154,8 +154,8 @@ def _launch(
         target,
         problem.alpha if given else losses[0],
         counted,
-        belief,
-        belief if dlogits is None else dlogits,
+        z if belief is None else belief,
+        z if dlogits is None else dlogits,
         *losses,
         *strides,
         problem.alpha.dim() if given else -1,
@@ -173,6 +173,7 @@ def _launch(
         REVERSE=problem.reverse,
         REDUCE=problem.reduction != "none",
         NEED_GRAD=dlogits is not None,
+        NEED_BELIEF=belief is not None,
         ROWS=plan.rows,
         BLOCK_C=plan.block,
         COUNT_BLOCK=COUNT_BLOCK,

@@ -81,7 +81,8 @@ def local_loss_tile(
     rows, classes, scan_rows, ignore_index,
     alpha_value, smoothing, uniform, log_classes, scale,
     HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr, REDUCE: tl.constexpr,
-    NEED_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+    NEED_GRAD: tl.constexpr, NEED_BELIEF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows held on chip: z and q are read once, p and dz written once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: N times C passes 2**31
@@ -117,7 +118,8 @@ def local_loss_tile(
         label_t, a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE,
     )  # fmt: skip
     p = e * (1.0 / total)[:, None]
-    tl.store(belief + row[:, None] * classes + cols, p, mask=inside)
+    if NEED_BELIEF:
+        tl.store(belief + row[:, None] * classes + cols, p, mask=inside)
     if HARD:
         row_loss, row_fidelity, row_consistency, ignored, bad = settle(
             label, ignore_index, classes, row_loss, row_fidelity, row_consistency
@@ -138,11 +140,13 @@ def local_loss_loop(
     rows, classes, scan_rows, ignore_index,
     alpha_value, smoothing, uniform, log_classes, scale,
     HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr, REDUCE: tl.constexpr,
-    NEED_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
+    NEED_GRAD: tl.constexpr, NEED_BELIEF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program, in chunks of BLOCK_C: sums relative to a running maximum, then a second sweep that emits.
 
-    The second sweep goes backwards, so that it begins with what the first one left in the caches.
+    The second sweep goes backwards, so that it begins with what the first one left in the caches. Where neither the
+    belief nor the gradient is wanted, there is none.
     """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)  # ROWS = 1
     lane = tl.arange(0, BLOCK_C)[None, :]
@@ -211,23 +215,25 @@ def local_loss_loop(
         row_loss, row_fidelity, row_consistency, ignored, bad = settle(
             label, ignore_index, classes, row_loss, row_fidelity, row_consistency
         )
-    inverse = 1.0 / total
-    while start > 0:
-        start -= BLOCK_C
-        cols = start + lane
-        inside = valid[:, None] & (cols < classes)
-        z, q, y = load_tiles(
-            z_row, q_row, y_row, cols, inside, HAS_PRIOR and NEED_GRAD, HARD or not NEED_GRAD, "evict_first"
-        )
-        t = z.to(tl.float32) - reference(top)[:, None]
-        p = tl.exp(t) * inverse[:, None]
-        tl.store(p_row + cols, p, mask=inside, eviction_policy="evict_first")
-        if NEED_GRAD:
-            q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-            dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
-            if HARD:
-                dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
-            tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
+    if NEED_BELIEF or NEED_GRAD:
+        inverse = 1.0 / total
+        while start > 0:
+            start -= BLOCK_C
+            cols = start + lane
+            inside = valid[:, None] & (cols < classes)
+            z, q, y = load_tiles(
+                z_row, q_row, y_row, cols, inside, HAS_PRIOR and NEED_GRAD, HARD or not NEED_GRAD, "evict_first"
+            )
+            t = z.to(tl.float32) - reference(top)[:, None]
+            p = tl.exp(t) * inverse[:, None]
+            if NEED_BELIEF:
+                tl.store(p_row + cols, p, mask=inside, eviction_policy="evict_first")
+            if NEED_GRAD:
+                q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
+                dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
+                if HARD:
+                    dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
+                tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
     emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 
 

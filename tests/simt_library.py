@@ -34,7 +34,7 @@ class Output(NamedTuple):
     loss: Tensor
     fidelity: Tensor
     consistency: Tensor
-    belief: Tensor
+    belief: Tensor | None
     dlogits: Tensor | None
 
 
@@ -161,12 +161,14 @@ def shifted(x: Tensor, shift: int) -> Tensor:
     return like(x, x.dtype, shift).copy_(x)
 
 
-def problem_of(case: Case, out: Tensor | None, need_grad: bool, shift: int) -> tuple[LocalLoss, Output]:
+def problem_of(
+    case: Case, out: Tensor | None, need_grad: bool, shift: int, need_belief: bool = True
+) -> tuple[LocalLoss, Output]:
     """The launcher's argument, and where its results go."""
     z, q, target, alpha = case.logits, case.prior, case.target, case.alpha
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     soft = target.dtype.is_floating_point
-    belief = like(z, z.dtype if q is None else q.dtype, shift)
+    belief = like(z, z.dtype if q is None else q.dtype, shift) if need_belief else None
     dlogits = (like(z, z.dtype, shift) if out is None else out) if need_grad else None
     shape = (z.shape[0],) if o["reduction"] == "none" else ()
     loss, fidelity, consistency = (torch.full(shape, torch.nan) for _ in range(3))
@@ -195,7 +197,15 @@ def problem_of(case: Case, out: Tensor | None, need_grad: bool, shift: int) -> t
 
 
 def run(
-    case: Case, plan: Plan | None = None, *, alias=False, need_grad=True, shift=0, multiprocessors=2, clusters=True
+    case: Case,
+    plan: Plan | None = None,
+    *,
+    alias=False,
+    need_grad=True,
+    need_belief=True,
+    shift=0,
+    multiprocessors=2,
+    clusters=True,
 ) -> Output:
     """Twice: threads and blocks in one order, then in the opposite one. The bits must be the same."""
     library = load()
@@ -205,7 +215,7 @@ def run(
         now = Case(case.logits.clone() if alias else case.logits, case.prior, case.target, case.alpha, case.options)
         if alias:
             now.logits = shifted(case.logits, shift)
-        a, result = problem_of(now, now.logits if alias else None, need_grad, shift)
+        a, result = problem_of(now, now.logits if alias else None, need_grad, shift, need_belief)
         library.simt_configure(multiprocessors, int(clusters), backwards)
         error = library.simt_local_loss(byref(a), None if plan is None else byref(plan), workspace.data_ptr())
         assert error is None, error.decode()

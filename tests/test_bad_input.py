@@ -234,8 +234,10 @@ def test_compiled_module_refuses_null_pointers():
         )  # fmt: skip
 
     assert call() is None
-    for name in ("z", "labels", "belief", "loss"):
-        with pytest.raises(ValueError, match="null pointer for logits, target, belief or a loss"):
+    for name in ("z", "labels", "loss"):
+        with pytest.raises(ValueError, match="null pointer for logits, target or a loss"):
             call(**{name: 0})
+    belief.fill_(7.0)
+    assert call(belief=0) is None and (belief == 7.0).all()  # that one is not wanted, and 0 is not written to
     with pytest.raises(TypeError):
         _C.local_loss(2, 3)

@@ -13,6 +13,7 @@ import torch
 from huge import lazily_reserved
 from oracle import assert_within_budget, make_case
 from sid_kernels import LocalLoss, backends, fused_local_loss, local_loss_and_grad
+from sid_kernels.problem import make_problem
 
 _missing = backends.unavailable("cpu")
 pytestmark = pytest.mark.skipif(_missing is not None, reason=f"backend cpu: {_missing}")
@@ -62,6 +63,7 @@ ALL_KINDS = """
     import itertools, torch
     from oracle import assert_within_budget, make_case
     from sid_kernels import cpu, local_loss_and_grad
+    from test_without_belief import problem
     torch.set_num_threads(1)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for dtype, prior, soft, divergence, classes in itertools.product(
@@ -72,6 +74,7 @@ ALL_KINDS = """
         result, dlogits = local_loss_and_grad(
             case.logits, case.prior, case.target, case.alpha, backend="cpu", **case.options)
         assert_within_budget(result, dlogits, case)
+        assert torch.equal(cpu.run(problem(case, need_belief=False)).dlogits, dlogits)
     # every value of the half types, as logits against a row of zeros, as prior and as the belief that is written
     for dtype in dtypes[1:]:
         every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
@@ -227,6 +230,31 @@ def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
     assert equal_bits(call(few), [x[picked] for x in whole])
     found = call(few)
     assert_within_budget(LocalLoss(*found[:4]), found[4], few)
+
+
+@pytest.mark.parametrize("divergence", ("forward", "reverse"))
+@pytest.mark.parametrize("classes", (10, 1000, 1031))
+def test_streaming_stores_without_a_belief(classes, divergence):
+    """The gradient alone decides: on a vector's border, beside one, and over the logits."""
+    rows = (33 << 20) // (classes * 4) + 3
+    case = make_case(rows, classes, divergence=divergence, label_smoothing=0.1)
+    expected = call(case)[-1]
+    aside = torch.zeros(rows, classes + 3)[:, 1 : classes + 1]
+    for out in (None, aside, case.logits):
+        problem = make_problem(
+            case.logits,
+            case.prior,
+            case.target,
+            case.alpha,
+            divergence,
+            0.1,
+            -100,
+            "mean",
+            out,
+            True,
+            need_belief=False,
+        )
+        assert torch.equal(backends.run(problem, "cpu").dlogits, expected)
 
 
 @pytest.mark.parametrize("which", ("logits", "prior", "target", "out"))

@@ -1,4 +1,5 @@
-"""Runs triton_cases.py under Triton's interpreter, in a fresh process: triton reads TRITON_INTERPRET at its import."""
+"""Runs triton_cases.py and triton_belief_cases.py under Triton's interpreter, in a fresh process: triton reads
+TRITON_INTERPRET at its import."""
 
 import os
 import re
@@ -26,11 +27,12 @@ def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.Complet
 
 def test_cases_under_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    command = ["-m", "pytest", str(HERE / "triton_cases.py"), "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    files = (str(HERE / name) for name in ("triton_cases.py", "triton_belief_cases.py"))
+    command = ["-m", "pytest", *files, "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
     done = python(*command, folder=tmp_path, interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
-    assert passed >= 221, done.stdout  # all were collected
+    assert passed >= 296, done.stdout  # all were collected
     print(done.stdout.splitlines()[-1])
 
 

@@ -27,7 +27,7 @@ TARGETS = {
 }
 DTYPES = ("fp32", "bf16", "fp16")
 INTEGERS = {"rows", "classes", "scan_rows", "ignore_index", "parts"}
-FLAGS = ("HAS_PRIOR", "HARD", "REVERSE", "REDUCE", "NEED_GRAD")
+FLAGS = ("HAS_PRIOR", "HARD", "REVERSE", "REDUCE", "NEED_GRAD", "NEED_BELIEF")
 
 
 class Variant(NamedTuple):
@@ -55,11 +55,11 @@ def local_loss_variant(
     constants = dict(
         zip(FLAGS, flags, strict=True), ROWS=plan.rows, BLOCK_C=plan.block, COUNT_BLOCK=triton_kernels.COUNT_BLOCK
     )
-    belief = prior if constants["HAS_PRIOR"] else logits
+    prior = prior if constants["HAS_PRIOR"] else logits
     target = "i64" if constants["HARD"] else soft
     pointers = {
-        "logits": logits, "prior": belief, "target": target, "alpha": "fp32", "counted": target,
-        "belief": belief, "dlogits": logits if constants["NEED_GRAD"] else belief,
+        "logits": logits, "prior": prior, "target": target, "alpha": "fp32", "counted": target,
+        "belief": prior if constants["NEED_BELIEF"] else logits, "dlogits": logits,
         "loss": "fp32", "fidelity": "fp32", "consistency": "fp32",
     }  # fmt: skip
     options = tuple(triton_kernels.register_limit(plan, constants["HARD"], wide=aligned, nvidia=True).items())
@@ -74,7 +74,8 @@ def full_product(logits: str, prior: str, soft: str, aligned: bool) -> list[Vari
 
 
 def covering_set() -> list[Variant]:
-    """Every plan with every dtype, walking through the flags so that each value meets each dtype and each plan.
+    """Every plan with every dtype, with the belief and without, walking through the other flags so that each value
+    meets each dtype and each plan.
 
     Three quarters carry the gradient and a prior: those are the kernels that need the most registers.
     """
@@ -87,8 +88,9 @@ def covering_set() -> list[Variant]:
     for i, plan in enumerate(triton_kernels.PLANS):
         for j, logits in enumerate(DTYPES):
             prior, soft = DTYPES[(j + i // 3) % 3], DTYPES[(j + i // 5) % 3]
-            flags, aligned = walk[(i + 3 * j) % len(walk)], (i + j) % 3 != 0
-            variants.append(local_loss_variant(plan, flags, logits, prior, soft, aligned))
+            for need_belief, ahead in ((True, 0), (False, 4)):
+                flags, aligned = walk[(i + 3 * j + ahead) % len(walk)], (i + j + ahead) % 3 != 0
+                variants.append(local_loss_variant(plan, (*flags, need_belief), logits, prior, soft, aligned))
     return variants
 
 

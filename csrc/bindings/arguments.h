@@ -54,8 +54,8 @@ inline LocalLoss local_loss_arguments(int64_t rows, int64_t classes, const pybin
   a.consistency = pointer<float>(consistency);
   const bool each = a.reduction == Reduction::none;
   const bool losses = a.loss && a.fidelity && a.consistency;
-  if ((rows > 0 && (!a.logits.data || !a.belief.data || (!a.labels && !a.soft.data))) || (!losses && !(each && rows == 0)))
-    throw std::invalid_argument("sid_kernels: null pointer for logits, target, belief or a loss (is this a real tensor?)");
+  if ((rows > 0 && (!a.logits.data || (!a.labels && !a.soft.data))) || (!losses && !(each && rows == 0)))
+    throw std::invalid_argument("sid_kernels: null pointer for logits, target or a loss (is this a real tensor?)");
   return a;
 }
 

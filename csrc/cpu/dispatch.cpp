@@ -105,7 +105,8 @@ BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
     fidelity = buffer.data(), consistency = fidelity + a.rows, loss = consistency + a.rows;
   }
   const int64_t elements = a.rows * a.classes;
-  const int64_t written = elements * (size_of(a.belief.dtype) + (a.dlogits.data ? size_of(a.dlogits.dtype) : 0));
+  const auto bytes = [](const MutableRows& out) { return out.data ? size_of(out.dtype) : 0; };
+  const int64_t written = elements * (bytes(a.belief) + bytes(a.dlogits));
   const bool streaming = written >= kStreamingBytes;
   if (written >= static_cast<int64_t>(kFreshBytes)) advise_huge_pages(a.belief, a.rows, a.classes), advise_huge_pages(a.dlogits, a.rows, a.classes);
   const RowsKernel kernel = rows_kernel();

@@ -35,7 +35,8 @@ Plan plan_local_loss(const LocalLoss& a, int multiprocessors, bool clusters) {
   Plan plan;
   // 16-byte accesses need one type, and rows that start alike within 16 bytes in every matrix.
   const Layout z = layout(a.logits);
-  const bool alike = (!a.prior.data || layout(a.prior).starts_as(z, a.rows)) && layout(a.belief).starts_as(z, a.rows) &&
+  const bool alike = (!a.prior.data || layout(a.prior).starts_as(z, a.rows)) &&
+                     (!a.belief.data || layout(a.belief).starts_as(z, a.rows)) &&
                      (!a.dlogits.data || layout(a.dlogits).starts_as(z, a.rows));
   plan.kind = !alike ? Kind::any : static_cast<Kind>(a.logits.dtype);
   const int pack = pack_size(plan.kind), held = held_packs(plan.kind);

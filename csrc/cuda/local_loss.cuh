@@ -157,6 +157,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
         for (int i = 0; i < 3; ++i) total[i] += values[i];
       }
     }
+    if (!a.belief.data && !a.dlogits.data) continue;
     {  // ---- write ----
       const View<T> view(job, again(r), lane);
       const Row<T> p(a.belief.data, a.belief.stride, a.belief.dtype, view.row);
@@ -198,7 +199,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
             for (int j = 0; j < U; j += 2)
               belief_pack.set(i + j, belief[j], belief[j + 1]), g_pack.set(i + j, g[j], g[j + 1]);
           }
-          p.store(element, belief_pack);
+          if (a.belief.data) p.store(element, belief_pack);
           if (!counts) g_pack.zero();  // whatever the logits are
           if (a.dlogits.data) dz.store(element, g_pack);
         }
@@ -213,7 +214,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
           targets(job, view.row, view.edge, y);
           g += Divergence<float>::target_gradient(slope, belief, y[0], log_probability(y[0]));
         }
-        p.store(view.edge, belief);
+        if (a.belief.data) p.store(view.edge, belief);
         if (a.dlogits.data) dz.store(view.edge, counts ? g : 0.0f);
       }
       // The gradient at the label was written as any other class's; the thread that wrote it mends it.
