@@ -76,7 +76,7 @@ def _recomputed(problem: HeadProblem) -> bool:
 
 
 def _prior_dtype(problem: HeadProblem) -> torch.dtype:
-    """Of a prior that is computed here. The reverse divergence takes its logarithm, which half precision would cut off."""
+    """Of a prior computed here. The reverse divergence takes its logarithm, which half precision would cut off."""
     half = problem.hidden.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and problem.reverse else problem.hidden.dtype
 
