@@ -18,17 +18,29 @@ class StackedStages:
     """The stacked parameters of a network's stages, as leaf parameters an optimizer can own, and their gradients."""
 
     def __init__(self, parts: list[list[nn.Parameter]]):
-        self.ids = [list(map(id, part)) for part in parts]
         self.parts = parts  # four lists, in CascadeWeights' order, of one parameter a stage
         self.weights = CascadeWeights(*(nn.Parameter(torch.stack([p.detach() for p in part])) for part in parts))
         self.gradients = CascadeWeights(*(torch.empty_like(w) for w in self.weights))
         self.views = [[_own_view(x, i) for i in range(len(x))] for x in self.weights]
         self.gradient_views = [[_own_view(x, i) for i in range(len(x))] for x in self.gradients]
+        self.addresses = [[view.data_ptr() for view in part] for part in self.views]
         self.bind()
 
     def parameters(self) -> CascadeWeights:
         """(L, ...) each: what one optimizer updates in place of L; the same numbers, for any update by element."""
         return self.weights
+
+    def holds(self, parts: list[list[nn.Parameter]]) -> bool:
+        """Whether these are its stages' parameters, still of the stacked ones' kind."""
+        return len(parts[0]) == len(self.parts[0]) and all(
+            p is own and p.shape == view.shape and p.dtype is view.dtype and p.device == view.device
+            for part, owns, views in zip(parts, self.parts, self.views, strict=True)
+            for p, own, view in zip(part, owns, views, strict=True)
+        )
+
+    def bound(self, parts: list[list[nn.Parameter]]) -> bool:
+        """Whether these parameters lie in the stacked memory already: what holds at every step but the first."""
+        return [[p.data_ptr() for p in part] for part in parts] == self.addresses
 
     def bind(self) -> None:
         """Where a stage's parameter lies elsewhere (moved, loaded by assignment), take its values back in."""
@@ -37,17 +49,6 @@ class StackedStages:
                 if parameter.data_ptr() != view.data_ptr():
                     view.copy_(parameter.detach())
                     parameter.data = view
-
-    def is_of(self, parts: list[list[nn.Parameter]]) -> bool:
-        return [list(map(id, part)) for part in parts] == self.ids
-
-    def fits(self) -> bool:
-        """Whether the stages' parameters are still of the stacked ones' kind."""
-        return all(
-            p.shape == view.shape and p.dtype is view.dtype and p.device == view.device
-            for part, views in zip(self.parts, self.views, strict=True)
-            for p, view in zip(part, views, strict=True)
-        )
 
     def show_gradients(self) -> None:
         """Every stage's `.grad` is its part of the stacked gradients."""
@@ -72,7 +73,9 @@ def stacked_stages(network: SIDNetwork) -> StackedStages | None:
     if parts is None:
         return None
     known = _known.get(network)
-    if known is not None and known.is_of(parts) and known.fits():
+    if known is not None and known.bound(parts):
+        return known
+    if known is not None and known.holds(parts):
         known.bind()
     else:
         known = _known[network] = StackedStages(parts)
@@ -83,32 +86,40 @@ _known: weakref.WeakKeyDictionary[SIDNetwork, StackedStages] = weakref.WeakKeyDi
 
 
 def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
-    """The parameters by kind, where every stage is a `Stage` of a `BeliefHead` on the features themselves."""
-    parts, like = [[], [], [], []], None
-    for stage in network.stages:
-        head = stage.head
-        if type(stage) is not Stage or type(head) is not BeliefHead or type(stage.body) is not nn.Identity:
+    """The parameters by kind, where every stage is a `Stage` of a `BeliefHead` on the features themselves.
+
+    This runs at every step, so it reads modules' dictionaries: looking names up in modules would take three times as
+    long as the rest.
+    """
+    parts, first = [[], [], [], []], None
+    for stage in network.stages._modules.values():
+        if type(stage) is not Stage:
             return None
-        hidden, logits = head.hidden, head.logits
-        modules = (stage, stage.body, head, hidden, head.relu, logits)
-        if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or any(map(_hooked, modules)):
+        body, head = stage._modules["body"], stage._modules["head"]
+        if type(body) is not nn.Identity or type(head) is not BeliefHead:
             return None
-        found = (hidden.weight, hidden.bias, logits.weight, logits.bias)
-        like = like or found
-        for parameter, first, part in zip(found, like, parts, strict=True):
-            if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter.shape != first.shape:
+        hidden, relu, logits = (head._modules[name] for name in ("hidden", "relu", "logits"))
+        if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or type(relu) is not nn.ReLU:
+            return None
+        for module in (stage, body, head, hidden, relu, logits):
+            # Hooks see a module's calls, and here it is not called.
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
                 return None
-            if parameter.dtype is not torch.float32 or parameter.device != first.device or parameter._backward_hooks:
+        own, last = hidden._parameters, logits._parameters
+        found = (own.get("weight"), own.get("bias"), last.get("weight"), last.get("bias"))
+        first = first or found
+        for parameter, like, part in zip(found, first, parts, strict=True):
+            if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
+                return None
+            if parameter.dtype is not torch.float32 or parameter.shape != like.shape or parameter.device != like.device:
                 return None
             part.append(parameter)
-    return parts if like else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Hooks see a module's calls, and here it is not called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return parts if first else None
 
 
 def _own_view(stacked: Tensor, i: int) -> Tensor:
