@@ -101,14 +101,8 @@ def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
         hidden, relu, logits = (head._modules[name] for name in ("hidden", "relu", "logits"))
         if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or type(relu) is not nn.ReLU:
             return None
-        for module in (stage, body, head, hidden, relu, logits):
-            # Hooks see a module's calls, and here it is not called.
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+        for m in (stage, body, head, hidden, relu, logits):  # hooks see a module's calls, and here it is not called
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
                 return None
         own, last = hidden._parameters, logits._parameters
         found = (own.get("weight"), own.get("bias"), last.get("weight"), last.get("bias"))
