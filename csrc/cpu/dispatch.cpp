@@ -107,7 +107,7 @@ BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
   const int64_t elements = a.rows * a.classes;
   const auto bytes = [](const MutableRows& out) { return out.data ? size_of(out.dtype) : 0; };
   const int64_t written = elements * (bytes(a.belief) + bytes(a.dlogits));
-  const bool streaming = written >= kStreamingBytes;
+  const bool streaming = written >= kStreamingBytes && a.dlogits.data != a.logits.data;
   if (written >= static_cast<int64_t>(kFreshBytes)) advise_huge_pages(a.belief, a.rows, a.classes), advise_huge_pages(a.dlogits, a.rows, a.classes);
   const RowsKernel kernel = rows_kernel();
   if (forked || elements < kSerialElements) threads = 1;
