@@ -1,4 +1,4 @@
-"""Runs triton_cases.py under Triton's interpreter, in a fresh process: triton reads TRITON_INTERPRET at its import."""
+"""Runs the triton_*_cases.py under Triton's interpreter, in fresh processes: triton reads TRITON_INTERPRET at its import."""
 
 import os
 import re
@@ -24,13 +24,17 @@ def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.Complet
     )
 
 
-def test_cases_under_the_interpreter(tmp_path):
+CASES = {"triton_cases.py": 221, "triton_cascade_cases.py": 60}  # and how many each holds
+
+
+@pytest.mark.parametrize("file", CASES)
+def test_cases_under_the_interpreter(file, tmp_path):
     pytest.importorskip("triton")
-    command = ["-m", "pytest", str(HERE / "triton_cases.py"), "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", str(HERE / file), "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
     done = python(*command, folder=tmp_path, interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
-    assert passed >= 221, done.stdout  # all were collected
+    assert passed >= CASES[file], done.stdout  # all were collected
     print(done.stdout.splitlines()[-1])
 
 
