@@ -82,7 +82,8 @@ def _choose(problem: CascadeProblem, backend: str):
     backends.check_name(backend)
     if backend in ("auto", "cpu") and cascade_cpu.takes(problem):
         return cascade_cpu.run
-    if backend in ("auto", "triton") and triton_cascade.takes(problem):
+    triton = backends.unavailable("triton") is None if backend == "auto" else backend == "triton"
+    if triton and triton_cascade.takes(problem):
         return triton_cascade.run
     return lambda part: cascade_stages.run(part, backend)
 

@@ -95,7 +95,7 @@ def unavailable() -> str | None:
     return None
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     """Launches go to the tensor's own device and its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -118,7 +118,7 @@ def run(problem: Problem) -> Result:
     losses = [torch.empty(() if reduce else (rows,), device=device, dtype=torch.float32) for _ in range(3)]
     kernels = _kernels()
     partial = torch.empty(3, programs, device=device, dtype=torch.float32) if reduce and programs > 1 else None
-    with _on(device):
+    with on_device(device):
         _launch(problem, plan, programs, belief, dlogits, losses if partial is None else list(partial.unbind()))
         if partial is not None:
             kernels.sum_parts[(3,)](partial, *losses, programs, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS)
@@ -134,15 +134,7 @@ def _launch(
     target = labels if hard else problem.soft
     kernels = _kernels()
     # What a launch neither reads nor writes is any pointer of one type in all calls, so nothing recompiles.
-    counted, scan_rows = target, 0
-    if hard and mean and rows <= COUNT_HERE:
-        scan_rows = rows
-    elif hard and mean:
-        scan_rows = -1
-        counted = torch.zeros((), device=z.device, dtype=torch.int64)
-        kernels.count_rows[(-(-rows // COUNT_GRID_BLOCK),)](
-            labels, counted, rows, problem.ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS
-        )
+    counted, scan_rows = count(labels if mean else None, target, problem.ignore_index)
     given = isinstance(problem.alpha, Tensor)
     arrays = (z, prior, problem.soft, dlogits)
     strides = [0 if x is None else x.stride(0) for x in arrays]
@@ -182,12 +174,29 @@ def _launch(
     )
 
 
+def count(labels: Tensor | None, unread: Tensor, ignore_index: int) -> tuple[Tensor, int]:
+    """`counted` and `scan_rows` of gradient_scale: how a kernel learns the number of labels (N,) that count.
+
+    Without labels it does not ask. What a launch does not read is any pointer of the same type, so nothing recompiles.
+    """
+    if labels is None:
+        return unread, 0
+    rows = labels.shape[0]
+    if rows <= COUNT_HERE:
+        return unread, rows
+    counted = torch.zeros((), device=labels.device, dtype=torch.int64)
+    _kernels().count_rows[(-(-rows // COUNT_GRID_BLOCK),)](
+        labels, counted, rows, ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS
+    )
+    return counted, -1
+
+
 def scale_(grad: Tensor, scale: Tensor) -> Tensor:
     """grad (N, C) *= scale in place; scale float32 on the device, 0-d or (N,). Nothing is touched where it is 1."""
     rows, classes = grad.shape
     if rows and classes:
         tile, block = next((t for t in scale_tiles() if classes <= t[1]), scale_tiles()[-1])
-        with _on(grad.device):
+        with on_device(grad.device):
             _kernels().scale_rows[(-(-rows // tile), -(-classes // block))](
                 grad, scale, grad.stride(0), scale.dim(), rows, classes, ROWS=tile, BLOCK_C=block, num_warps=SCALE_WARPS
             )

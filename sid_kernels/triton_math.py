@@ -113,3 +113,38 @@ def settle(label, ignore_index, classes, loss, fidelity, consistency):
     fidelity = tl.where(ignored, 0.0, tl.where(bad, NAN, fidelity))
     consistency = tl.where(ignored, 0.0, tl.where(bad, NAN, consistency))
     return loss, fidelity, consistency, ignored, bad
+
+
+@triton.jit
+def whole_rows(
+    z, q, y, cols, inside, label, alpha,  # (ROWS, C) of float32, z = -inf and q = y = 0 beyond a row's end; (ROWS,)
+    smoothing, uniform, log_classes,
+    HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Rows held whole: loss, fidelity, consistency, and what the gradient needs: t, belief, log_sum, centre."""
+    t = z - reference(tl.max(z, 1))[:, None]
+    e = tl.exp(t)
+    zero = tl.zeros_like(alpha)
+    total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot = row_sums(
+        t, e, q, y, inside, zero, HAS_PRIOR, HARD, REVERSE
+    )
+    label_t = zero
+    if HARD:
+        label_t = tl.sum(tl.where(cols == label[:, None], t, 0.0), 1)
+    loss, fidelity, consistency, log_sum, centre = finish(
+        total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot,
+        label_t, alpha, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE,
+    )  # fmt: skip
+    return loss, fidelity, consistency, t, e * (1.0 / total)[:, None], log_sum, centre
+
+
+@triton.jit
+def settled_gradient(
+    t, p, q, y, log_sum, centre, alpha, factor, label, ignore_index, classes, HARD: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """dL/dz times `factor`: 0 in rows that do not count, NaN in rows with a label out of range."""
+    dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], alpha[:, None], REVERSE) * factor
+    if HARD:
+        _, _, _, ignored, bad = settle(label, ignore_index, classes, log_sum, log_sum, log_sum)
+        dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
+    return dz

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .triton_math import MASKED, NAN, finish, gradient, reference, row_sums, settle, times
+from .triton_math import MASKED, NAN, finish, gradient, reference, row_sums, settle, settled_gradient, times, whole_rows
 
 # Arguments that change from call to call and say nothing about wide accesses: compiling again for them would be waste.
 # (C, the row strides and the big arrays stay specialised: divisible by 16 means 16-byte accesses.)
@@ -104,30 +104,17 @@ def local_loss_tile(
 
     z = z.to(tl.float32)
     q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-    t = z - reference(tl.max(z, 1))[:, None]
-    e = tl.exp(t)
-    zero = tl.full((ROWS,), 0.0, tl.float32)
-    total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot = row_sums(
-        t, e, q, y, inside, zero, HAS_PRIOR, HARD, REVERSE
+    row_loss, row_fidelity, row_consistency, t, p, log_sum, centre = whole_rows(
+        z, q, y, cols, inside, label, a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE
     )
-    label_t = zero
-    if HARD:
-        label_t = tl.sum(tl.where(cols == label[:, None], t, 0.0), 1)
-    row_loss, row_fidelity, row_consistency, log_sum, centre = finish(
-        total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot,
-        label_t, a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE,
-    )  # fmt: skip
-    p = e * (1.0 / total)[:, None]
     if NEED_BELIEF:
         tl.store(belief + row[:, None] * classes + cols, p, mask=inside)
     if HARD:
-        row_loss, row_fidelity, row_consistency, ignored, bad = settle(
+        row_loss, row_fidelity, row_consistency, _, _ = settle(
             label, ignore_index, classes, row_loss, row_fidelity, row_consistency
         )
     if NEED_GRAD:
-        dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
-        if HARD:
-            dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
+        dz = settled_gradient(t, p, q, y, log_sum, centre, a, factor, label, ignore_index, classes, HARD, REVERSE)
         tl.store(dlogits + row[:, None] * dlogits_stride + cols, dz, mask=inside)
     emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 

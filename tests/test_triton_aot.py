@@ -18,6 +18,9 @@ if triton_kernels.INTERPRETING:
 
 import triton_variants as tv
 
+# Bytes of shared memory a program may have: of sm_86 and sm_89, the least of those from sm_80 on, and of gfx942.
+SHARED = {"sm": 99 * 1024, "gf": 64 * 1024}
+
 
 def compile_all(variants, targets, cache) -> list[tv.Compiled]:
     """Two processes; fresh ones, because a process that holds torch's threads should not be forked."""
@@ -35,7 +38,7 @@ def compile_all(variants, targets, cache) -> list[tv.Compiled]:
 
 
 def check(compiled: list[tv.Compiled]) -> None:
-    bad = [c for c in compiled if c.spills or c.stack]
+    bad = [c for c in compiled if c.spills or c.stack or c.shared > SHARED[c.target[:2]]]
     assert not bad, "\n".join(map(str, bad))
     assert not [c for c in compiled if c.truncates]
 
@@ -63,6 +66,14 @@ def test_no_spills(target, tmp_path):
     expected = 6 * len(triton_kernels.PLANS) + 2 + 2 * len(tv.DTYPES) * len(triton_kernels.scale_tiles())
     assert len(compiled) == expected
     check(compiled)
+
+
+@pytest.mark.parametrize("target", tv.TARGETS)
+def test_no_spills_in_a_cascade(target, tmp_path):
+    """Every plan of the cascade, at sizes of its own."""
+    variants = tv.cascade_set(nvidia=target != "gfx942")
+    assert len(set(variants)) == 2 * len(tv.CASCADES)
+    check(compile_all(variants, [target], tmp_path))
 
 
 def test_rows_use_wide_accesses(tmp_path):

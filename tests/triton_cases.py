@@ -6,14 +6,12 @@ TRITON_INTERPRET must be set before triton is first imported. By hand: TRITON_IN
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton import language as tl
-from triton.runtime import interpreter
 
+import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
 from oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad, triton_kernels
 from sid_kernels.problem import make_problem
@@ -22,19 +20,6 @@ from sid_kernels.triton_kernels import Plan
 assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-_cast = interpreter.InterpreterBuilder.cast_impl
-
-
-def _round_to_bfloat16(self, src, dst_type):
-    """The interpreter cuts float32 off where GPUs round it to bfloat16 (cvt.rn, see test_triton_aot.py)."""
-    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-        rounded = torch.from_numpy(np.array(src.data, dtype=np.float32)).to(torch.bfloat16)
-        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-    return _cast(self, src, dst_type)
-
-
-interpreter.InterpreterBuilder.cast_impl = _round_to_bfloat16
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP = (Plan(2**62, 1, 16, 1, (64, 64, 64), looped=True),)  # chunks of 16: three of them, the last cut short, at C = 37

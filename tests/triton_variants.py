@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sid_kernels import triton_kernels, triton_rows
+from sid_kernels import triton_cascade, triton_cascade_rows, triton_kernels, triton_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,7 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = ("fp32", "bf16", "fp16")
-INTEGERS = {"rows", "classes", "scan_rows", "ignore_index", "parts"}
+INTEGERS = {"rows", "stages", "classes", "scan_rows", "ignore_index", "parts"}
 FLAGS = ("HAS_PRIOR", "HARD", "REVERSE", "REDUCE", "NEED_GRAD", "NEED_BELIEF")
 
 
@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     warps: int
     options: tuple[tuple[str, int], ...]  # of NVIDIA's compiler
     aligned: bool  # pointers, strides and C divisible by 16, as for most sizes; False: C = 50257, say
+    prefetch: int = 3  # num_stages, this is triton's own
 
 
 class Compiled(NamedTuple):
@@ -45,6 +46,7 @@ class Compiled(NamedTuple):
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
     stack: int  # bytes
+    shared: int  # bytes of a program
     vector_accesses: int  # 128-bit global loads and stores
     truncates: bool  # a conversion to bfloat16 or float16 that does not round to nearest
 
@@ -121,9 +123,48 @@ def other_variants() -> list[Variant]:
     return variants
 
 
+# (C, H, D): for each size of a row one of round numbers and one that no vector and no chunk divides.
+CASCADES = (
+    (10, 256, 128), (31, 250, 127), (64, 256, 128), (50, 250, 127), (100, 256, 128), (101, 250, 127),
+    (200, 256, 128), (255, 250, 127),
+)  # fmt: skip
+
+
+def cascade_variant(
+    sizes: tuple[int, int, int], flags: tuple[bool, ...], weights: str, soft: str, nvidia: bool
+) -> Variant:
+    plan = triton_cascade.plan_for(sizes[0], weights != "fp32", nvidia)
+    constants = dict(zip(("HAS_PRIOR", "HARD", "REVERSE", "NEED_GRAD"), flags, strict=True))
+    constants |= triton_cascade.constants(plan, *sizes)
+    target = "i64" if constants["HARD"] else soft
+    pointers = {
+        "pre": weights, "prior": soft if constants["HAS_PRIOR"] else weights, "target": target, "alpha": "fp32",
+        "counted": target, "hidden_weight": weights, "logits_weight": weights, "logits_bias": weights, "losses": "fp32",
+        "beliefs": weights, "logits": weights, "hidden": weights, "dlogits": weights,
+    }  # fmt: skip
+    options = triton_cascade.launch_options(plan, nvidia)
+    warps, prefetch = options.pop("num_warps"), options.pop("num_stages")
+    constants, pointers, options = (tuple(x.items()) for x in (constants, pointers, options))
+    return Variant("cascade_tile", constants, pointers, warps, options, True, prefetch)
+
+
+def cascade_set(nvidia: bool) -> list[Variant]:
+    """Every plan at round sizes and at odd ones, in float32 and a half dtype, walking through the flags as above."""
+    walk = [
+        (True, False, True, True), (True, True, False, True), (False, False, False, True), (True, True, True, True),
+        (False, True, False, True), (True, False, False, False), (False, False, True, True),
+    ]  # fmt: skip
+    variants = []
+    for i, sizes in enumerate(CASCADES):
+        for j, weights in enumerate(("fp32", DTYPES[1 + i // 2 % 2])):
+            variants.append(cascade_variant(sizes, walk[(2 * i + j) % len(walk)], weights, DTYPES[(j + i) % 3], nvidia))
+    return variants
+
+
 def compile_variant(job: tuple[Variant, str]) -> Compiled:
     variant, target = job
-    function = getattr(triton_rows, variant.kernel)
+    module = triton_rows if hasattr(triton_rows, variant.kernel) else triton_cascade_rows
+    function = getattr(module, variant.kernel)
     pointers, constants = dict(variant.pointers), dict(variant.constants)
     signature, attrs = {}, {}
     excluded = {p.num for p in function.params if p.do_not_specialize}
@@ -138,9 +179,11 @@ def compile_variant(job: tuple[Variant, str]) -> Compiled:
         if (name in pointers or sizes and variant.aligned) and place not in excluded:
             attrs[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, {k: v for k, v in constants.items()}, attrs)
-    options = {"num_warps": variant.warps} | (dict(variant.options) if TARGETS[target].backend == "cuda" else {})
+    options = {"num_warps": variant.warps, "num_stages": variant.prefetch}
+    options |= dict(variant.options) if TARGETS[target].backend == "cuda" else {}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return Compiled(variant, target, *(_amd if target.startswith("gfx") else _nvidia)(compiled, target))
+    registers, spills, stack, *rest = (_amd if target.startswith("gfx") else _nvidia)(compiled, target)
+    return Compiled(variant, target, registers, spills, stack, compiled.metadata.shared, *rest)
 
 
 def _nvidia(compiled, target: str) -> tuple[int, int, int, int, bool]:
