@@ -82,8 +82,7 @@ def _choose(problem: CascadeProblem, backend: str):
     backends.check_name(backend)
     if backend in ("auto", "cpu") and cascade_cpu.takes(problem):
         return cascade_cpu.run
-    triton = backends.unavailable("triton") is None if backend == "auto" else backend == "triton"
-    if triton and triton_cascade.takes(problem):
+    if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_cascade.takes(problem):
         return triton_cascade.run
     return lambda part: cascade_stages.run(part, backend)
 
