@@ -22,18 +22,21 @@ library.define(
 )
 
 
-def call(features, weights, target, alpha, prior, divergence, smoothing, ignore_index, reduction, backend):
-    """The first six results of the operator. Values of alpha are checked by it."""
+def call(
+    features, weights, target, alpha, prior, divergence, smoothing, ignore_index, reduction, backend, need_grad=None
+):
+    """All results of the operator. `need_grad` None: as autograd wants it. Values of alpha are checked when it runs."""
     if not is_compiling() and functorch_stack() is not None:
         raise RuntimeError("refine_cascade does not take part in torch.func transforms; use torch.autograd")
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (features, *weights))
+    if need_grad is None:
+        need_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (features, *weights))
     tensor = isinstance(alpha, Tensor)
     values = [] if tensor else [float(x) for x in alpha] if isinstance(alpha, Sequence) else [float(alpha)]
     prior, alpha = None if prior is None else prior.detach(), alpha.detach() if tensor else None
     return refine_cascade(
         features, *weights, target.detach(), prior, alpha, values, divergence, float(smoothing),
-        ignore_index, reduction, backend, differentiable,
-    )[:6]  # fmt: skip
+        ignore_index, reduction, backend, need_grad,
+    )  # fmt: skip
 
 
 def _refine_cascade(

@@ -60,7 +60,7 @@ def fused_belief_head(
     options = (divergence, label_smoothing, ignore_index, reduction)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(hidden, weight, bias, *parts, target, alpha):
-        return head_operator.call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend)
+        return head_operator.call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend)[0]
     inputs = (hidden, weight, bias)
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     need = tuple(wanted and isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -96,6 +96,14 @@ def belief_head_and_grad(
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     need = (True, True, bias is not None)
+    parts = prior if isinstance(prior, tuple) else (prior,)
+    if needs_operator(hidden, weight, bias, *parts, target, alpha):
+        ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
+        result, gradients = head_operator.call(
+            hidden, weight, bias, prior, target, alpha, options, return_belief, backend, need, ones
+        )
+        result = LocalLoss(*(None if x is None else x.detach() for x in result))
+        return result, Gradients(*(x.detach() if n else None for x, n in zip(gradients, need, strict=True)))
     return head.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, need, backend)
 
 

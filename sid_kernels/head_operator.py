@@ -23,25 +23,29 @@ library.define(
 _INPUTS = 20
 
 
-def call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend) -> LocalLoss:
+def call(
+    hidden, weight, bias, prior, target, alpha, options, return_belief, backend, need=None, row_scale=None
+) -> tuple[LocalLoss, list[Tensor]]:
+    """The result and the three gradients, empty where not wanted. `need` None: as autograd wants them."""
     if not is_compiling() and functorch_stack() is not None:
         raise RuntimeError("fused_belief_head does not take part in torch.func transforms; use torch.autograd")
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
         check_tensor(name, x)
     grad = torch.is_grad_enabled()
-    need = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if need is None:
+        need = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     tensor = isinstance(alpha, Tensor)
     if not tensor and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
     priors = (None, *PriorHead(*prior)) if isinstance(prior, tuple) else (prior, None, None, None)
     priors = [None if x is None else x.detach() for x in priors]
     divergence, smoothing, ignore_index, reduction = options
-    loss, belief, fidelity, consistency, *_ = belief_head(
+    loss, belief, fidelity, consistency, *gradients = belief_head(
         hidden, weight, bias, *priors, target.detach(), alpha.detach() if tensor else None,
         0.0 if tensor else float(alpha), divergence, float(smoothing), ignore_index, reduction, return_belief,
-        *need, backend, None,
+        *need, backend, row_scale,
     )  # fmt: skip
-    return LocalLoss(loss, belief if return_belief else None, fidelity, consistency)
+    return LocalLoss(loss, belief if return_belief else None, fidelity, consistency), gradients
 
 
 def _prior(prior, hidden, weight, bias):

@@ -61,7 +61,7 @@ def refine_cascade(
     if isinstance(features, Tensor) and features.is_cuda and (dtype := autocast_dtype(features)) is not None:
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
     if needs_operator(features, *weights, target, prior, alpha):
-        return CascadeResult(*cascade_operator.call(features, weights, target, alpha, prior, *options, backend))
+        return CascadeResult(*cascade_operator.call(features, weights, target, alpha, prior, *options, backend)[:6])
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (features, *weights))
     result, dfeatures, gradients = cascade.solve(
         features, weights, target, alpha, prior, options, backend, wanted, wanted and features.requires_grad, None
@@ -92,4 +92,11 @@ def refine_cascade_and_grad(
     `need_features=False` leaves out the gradient of the features, which is then None. Raises as `refine_cascade` does.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
+    if needs_operator(features, *weights, target, prior, alpha):
+        found = cascade_operator.call(features, weights, target, alpha, prior, *options, backend, need_grad=True)
+        found = [x.detach() for x in found]
+        gradients = CascadeWeights(*found[7:])
+        if out is not None:
+            gradients = CascadeWeights(*(own.copy_(x) for own, x in zip(out, gradients, strict=True)))
+        return CascadeResult(*found[:6]), found[6] if need_features else None, gradients
     return cascade.solve(features, weights, target, alpha, prior, options, backend, True, need_features, out)

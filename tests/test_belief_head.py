@@ -7,6 +7,7 @@ further from float64 than PyTorch in the same dtype, plus a few roundings, in pr
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oracle import Case, oracle
 from sid_kernels import BeliefHead, PriorHead, belief_head_and_grad, fused_belief_head, fused_local_loss, head
@@ -262,6 +263,21 @@ def test_module_is_a_linear_layer_with_a_loss():
     assert teacher.weight.grad is None and student.weight.grad.abs().sum() > 0
     assert list(student.state_dict()) == ["weight", "bias"]
     student.load_state_dict(torch.nn.Linear(6, 30).state_dict())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_in_hand_under_a_mode_and_compiled(reduction):
+    """Where a tensor has no memory to point at, the operator is taken: fake tensors get shapes, compiled code numbers."""
+    problem = Problem(20, 6, 50, prior="head", reduction=reduction)
+    want = problem.run()
+    found = torch.compile(problem.run, fullgraph=True)()
+    assert all(torch.allclose(found[name], want[name], rtol=1e-6) for name in RESULTS)
+    with FakeTensorMode() as mode:
+        for name in ("hidden", "weight", "bias", "target"):
+            setattr(problem, name, mode.from_tensor(getattr(problem, name)))
+        problem.prior = PriorHead(*map(mode.from_tensor, problem.prior))
+        found = problem.run()
+    assert all(found[name].shape == want[name].shape and found[name].dtype == want[name].dtype for name in RESULTS)
 
 
 BAD = [

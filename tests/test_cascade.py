@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cascade_oracle import NAMES, Case, assert_within_budget, make_case, truth
 from sid_kernels import CascadeWeights, cascade, fused_local_loss, refine_cascade, refine_cascade_and_grad
@@ -211,6 +212,18 @@ def test_stages_are_the_fused_local_loss_of_what_they_read():
         found = run(case)
         for name, want in (("stage_loss", loss), ("fidelity", fidelity), ("consistency", consistency)):
             assert torch.allclose(found[name][i], want, rtol=1e-5)
+
+
+def test_gradients_in_hand_under_a_mode_and_compiled():
+    """Where a tensor has no memory to point at, the operator is taken: fake tensors get shapes, compiled code numbers."""
+    case = make_case(3, 20, 16, 8, 10, alpha="stages")
+    want = run(case)
+    found = torch.compile(lambda: run(case), fullgraph=True)()
+    assert all(torch.equal(found[name], want[name]) for name in NAMES)
+    with FakeTensorMode() as mode:
+        weights = CascadeWeights(*map(mode.from_tensor, case.weights))
+        found = run(Case(mode.from_tensor(case.features), weights, mode.from_tensor(case.target), case.alpha))
+    assert all(found[name].shape == want[name].shape and found[name].dtype == want[name].dtype for name in NAMES)
 
 
 BAD = [
