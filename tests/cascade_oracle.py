@@ -1,7 +1,7 @@
 """The truth a cascade is held to: its stages one by one in float64, by autograd, a `detach` between them.
 
 It shares no code with the library. `assert_within_budget` is the rule of oracle.py for a chain of stages: no further from
-float64 than the same formulas in PyTorch in the same dtype, plus a few roundings of each result's own scale.
+float64 than the same formulas in PyTorch in the same dtype, plus a few roundings of what a result is summed from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sid_kernels import CascadeWeights
 
 TINY = torch.finfo(torch.float32).tiny
 NAMES = ("loss", "stage_loss", "fidelity", "consistency", "belief", "logits", "features", *CascadeWeights._fields)
-# Roundings of a result's largest entry, beyond PyTorch's own error. Stages amplify what the ones before them were off by.
+# Roundings of what a result is summed from, beyond PyTorch's own error. Stages amplify what those before were off by.
 ROUNDINGS = 32
 
 
@@ -72,6 +72,7 @@ def truth(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
     number = max(int(counts.sum()), 1) if o["reduction"] == "mean" else 1
     alphas = case.alpha if isinstance(case.alpha, list) else [case.alpha] * stages
     rows_of = {"fidelity": [], "consistency": [], "stage_loss": []}
+    terms, sizes = 0.0, {name: 0.0 for name in ("features", *CascadeWeights._fields)}
     for i in range(stages):
         hidden = F.relu(F.linear(torch.cat((q, features), 1), w1[i], b1[i]))
         z = F.linear(hidden, w2[i], b2[i])
@@ -87,6 +88,20 @@ def truth(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
         for name, x in (("fidelity", fidelity), ("consistency", consistency),
                         ("stage_loss", a * fidelity + (1 - a) * consistency)):  # fmt: skip
             rows_of[name].append(torch.where(counts, x, 0.0).sum() / number)
+        with torch.no_grad():  # the same sums with all terms positive
+            by_target, by_prior = _product(y, 1 - log_p), _product(q, 1 - log_p - q.clamp(min=TINY).log())
+            if o["divergence"] == "reverse":
+                by_target, by_prior = (p * (1 - log_p - x.clamp(min=TINY).log()) for x in (y, q))
+            terms = max(terms, float((by_target + by_prior).sum(-1).max()) if rows else 0.0)
+            dz = (p + y + q + (by_target + by_prior if o["divergence"] == "reverse" else 0.0)) / number
+            dh = dz @ w2[i].abs()
+            parts = (
+                dh @ w1[i][:, classes:].abs(), dh.t() @ torch.cat((q, features), 1).abs(), dh.sum(0),
+                dz.t() @ hidden.abs(), dz.sum(0),
+            )  # fmt: skip
+            for name, x in zip(sizes, parts, strict=True):
+                largest = float(x.max()) if x.numel() else 0.0
+                sizes[name] = sizes[name] + largest if name == "features" else max(sizes[name], largest)
         q = p.detach()
     found = {name: torch.stack(x) for name, x in rows_of.items()}
     loss = found["stage_loss"].sum()
@@ -94,7 +109,10 @@ def truth(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
     found |= {"loss": loss, "belief": q, "logits": z} | dict(
         zip(("features", *CascadeWeights._fields), gradients, strict=True)
     )
-    return {name: x.detach() for name, x in found.items()}
+    share = rows if o["reduction"] == "sum" else 1
+    sizes |= dict.fromkeys(("stage_loss", "fidelity", "consistency"), share * terms)
+    sizes |= {"loss": share * terms * stages, "belief": 1.0, "logits": float(z.detach().abs().max()) if rows else 0.0}
+    return {name: x.detach() for name, x in found.items()} | {"sizes": sizes}
 
 
 def _product(a, b):
@@ -108,9 +126,10 @@ def assert_within_budget(found: dict[str, Tensor], case: Case) -> None:
     for name in NAMES:
         got, expected = found[name].double(), want[name]
         assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-        scale = expected.abs().max() if expected.numel() else torch.zeros(())
-        error = (got - expected).abs().max() if expected.numel() else torch.zeros(())
-        allowed = (peer[name].double() - expected).abs().max() if expected.numel() else 0.0
+        if not expected.numel():
+            continue
+        scale, error = want["sizes"][name], (got - expected).abs().max()
+        allowed = (peer[name].double() - expected).abs().max()
         # One rounding more where a result is stored in half precision
         allowed = allowed + (ROUNDINGS if dtype.itemsize >= 4 else 2) * torch.finfo(dtype).eps / 2 * scale + 1e-30
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e} (largest {scale:.2e})"
