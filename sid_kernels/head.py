@@ -97,9 +97,11 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
     rows, width = problem.hidden.shape
     classes, dtype = problem.weight.shape[0], problem.hidden.dtype
     new = problem.hidden.new_empty
-    scale = row_scale  # None, () or (N,)
+    factor, scale = 1.0, row_scale  # a number that products take along, and a tensor (), (N,) or None
     if problem.reduction == "mean":
         scale = scale_of_mean(problem.labels, problem.ignore_index, problem.hidden)
+        if problem.hidden.device.type == "cpu":
+            factor, scale = float(scale), None
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     given = isinstance(problem.prior, Tensor)
     belief_dtype = problem.prior.dtype if given else _prior_dtype(problem) if _recomputed(problem) else dtype
@@ -107,7 +109,7 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
     losses = new(3, rows, dtype=compute)
     dhidden = new(rows, width) if need[0] else None
     step = rows_at_once(problem)
-    weights = _WeightGradient(problem, scale, -(-rows // step)) if need[1] else None
+    weights = _WeightGradient(problem, factor, scale, -(-rows // step)) if need[1] else None
     dbias = torch.zeros(classes, dtype=compute, device=problem.hidden.device) if need[2] else None
     logits_memory = new(step, classes)
     prior_memory = new(step, classes, dtype=_prior_dtype(problem)) if _recomputed(problem) else None
@@ -136,33 +138,34 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
         dlogits = result.dlogits
         own_scale = scale if scale is None or scale.dim() == 0 else scale[part, None]
         if dhidden is not None:
-            torch.mm(dlogits, chunk.weight, out=dhidden[part])
+            into = dhidden[part]
+            torch.addmm(into, dlogits, chunk.weight, beta=0, alpha=factor, out=into)
             if own_scale is not None:
-                dhidden[part] *= own_scale
+                into *= own_scale
         if weights is not None:
             weights.add(dlogits, chunk.hidden, own_scale)
         if dbias is not None:
             if row_scale is None:
                 dbias += dlogits.sum(0, dtype=compute)
             else:
-                dbias += torch.mv(dlogits.t().to(compute), row_scale[part].to(compute))
-    if row_scale is None and scale is not None:
-        losses *= scale
-        if dbias is not None:
-            dbias *= scale
+                dbias += (row_scale[None, part].to(dtype) @ dlogits)[0]
+    if row_scale is None:
+        for total in (losses, dbias):
+            if total is not None and problem.reduction == "mean":
+                total *= factor if scale is None else scale
     dbias = None if dbias is None else dbias.to(dtype)
     return losses, belief, Gradients(dhidden, None if weights is None else weights.total(), dbias)
 
 
 class _WeightGradient:
-    """dL/dW = sum over chunks of dlogits^T (scale * hidden), (C, H)."""
+    """dL/dW = factor * sum over chunks of dlogits^T (scale * hidden), (C, H)."""
 
-    def __init__(self, problem: HeadProblem, scale: Tensor | None, chunks: int):
+    def __init__(self, problem: HeadProblem, factor: float, scale: Tensor | None, chunks: int):
         dtype = problem.hidden.dtype
         self.wide = chunks > 1 and (dtype is torch.float16 or (dtype is torch.bfloat16 and chunks > ROUNDINGS))
         make = torch.zeros if self.wide else torch.empty
         self.sum = make(problem.weight.shape, dtype=torch.float32 if self.wide else dtype, device=problem.hidden.device)
-        self.dtype, self.begun = dtype, False
+        self.dtype, self.begun, self.factor = dtype, False, factor
         # One factor for all rows waits until the sum is complete, where that costs nothing: it is rounded anyway.
         self.after = scale if self.wide and scale is not None and scale.dim() == 0 else None
         if not problem.hidden.shape[0]:
@@ -176,17 +179,14 @@ class _WeightGradient:
             for start in range(0, dlogits.shape[1], block):
                 classes = slice(start, start + block)
                 self.sum[classes] += dlogits[:, classes].t() @ hidden
-        elif self.begun:
-            self.sum.addmm_(dlogits.t(), hidden)
         else:
-            torch.mm(dlogits.t(), hidden, out=self.sum)
+            torch.addmm(self.sum, dlogits.t(), hidden, beta=int(self.begun), alpha=self.factor, out=self.sum)
         self.begun = True
 
     def total(self) -> Tensor:
         if not self.wide:
             return self.sum
-        if self.after is not None:
-            self.sum *= self.after
+        self.sum *= self.factor if self.after is None else self.after
         return self.sum.to(self.dtype)
 
 
