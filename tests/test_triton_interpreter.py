@@ -24,7 +24,7 @@ def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.Complet
     )
 
 
-CASES = {"triton_cases.py": 221, "triton_cascade_cases.py": 60}  # and how many each holds
+CASES = {"triton_cases.py": 221, "triton_cascade_cases.py": 60, "triton_head_cases.py": 60}  # and how many each holds
 
 
 @pytest.mark.parametrize("file", CASES)
