@@ -48,7 +48,7 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
     with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False):
-        if backend in ("auto", "triton") and triton_head.takes(problem):
+        if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_head.takes(problem):
             losses, belief, gradients = _on_chip(problem, need, row_scale)
         else:
             losses, belief, gradients = _in_chunks(problem, need, backend, row_scale)

@@ -97,7 +97,9 @@ def cascade_tile(
             dz = settled_gradient(t, p, q, y, log_sum, centre, a, factor, label, ignore_index, CLASSES, HARD, REVERSE)
             dz = dz.to(dtype)
             tl.store(dlogits + out * CLASSES + in_classes, dz, mask=inside)
-            tl.debug_barrier()  # below, hidden is read and pre overwritten by other threads than had them above
+            # Below, hidden is read and pre overwritten by other threads than had them above. The barrier orders global
+            # memory within a program too: bar.sync on NVIDIA, a workgroup fence around s_barrier on AMD.
+            tl.debug_barrier()
             for start in range(0, UNITS, BLOCK_H):
                 here = (start + lane < UNITS)[None, :]
                 h = tl.load(hidden + place + start + in_hidden, mask=here, other=0.0).to(tl.float32)

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sid_kernels import triton_cascade, triton_cascade_rows, triton_kernels, triton_rows
+from sid_kernels import triton_cascade, triton_cascade_rows, triton_head, triton_head_rows, triton_kernels, triton_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -142,10 +142,13 @@ def cascade_variant(
         "counted": target, "hidden_weight": weights, "logits_weight": weights, "logits_bias": weights, "losses": "fp32",
         "beliefs": weights, "logits": weights, "hidden": weights, "dlogits": weights,
     }  # fmt: skip
-    options = triton_cascade.launch_options(plan, nvidia)
+    return _variant("cascade_tile", constants, pointers, triton_cascade.launch_options(plan, nvidia), aligned=True)
+
+
+def _variant(kernel: str, constants: dict, pointers: dict, options: dict[str, int], aligned: bool) -> Variant:
     warps, prefetch = options.pop("num_warps"), options.pop("num_stages")
     constants, pointers, options = (tuple(x.items()) for x in (constants, pointers, options))
-    return Variant("cascade_tile", constants, pointers, warps, options, True, prefetch)
+    return Variant(kernel, constants, pointers, warps, options, aligned, prefetch)
 
 
 def cascade_set(nvidia: bool) -> list[Variant]:
@@ -161,10 +164,38 @@ def cascade_set(nvidia: bool) -> list[Variant]:
     return variants
 
 
+HEADS = ((10, 512), (31, 509), (64, 512), (50, 509), (100, 512), (101, 509), (200, 512), (255, 509))  # (C, H)
+HEAD_FLAGS = ("HAS_BIAS", "HAS_PRIOR", "HARD", "REVERSE", "NEED_BELIEF", "NEED_GRAD", "NEED_HIDDEN_GRAD")
+
+
+def head_set(nvidia: bool) -> list[Variant]:
+    """The same for the belief head."""
+    walk = [
+        (True, True, False, True, True, True, True), (True, True, True, False, True, True, True),
+        (False, False, True, True, True, True, True), (True, True, False, False, False, True, True),
+        (True, False, True, False, True, True, False), (False, True, True, True, True, False, False),
+        (True, False, False, True, False, True, True),
+    ]  # fmt: skip
+    variants = []
+    for i, (classes, units) in enumerate(HEADS):
+        for j, dtype in enumerate(("fp32", DTYPES[1 + i // 2 % 2])):
+            plan, other = triton_head.plan_for(classes, nvidia), DTYPES[(j + i) % 3]
+            constants = dict(zip(HEAD_FLAGS, walk[(2 * i + j) % len(walk)], strict=True))
+            constants |= triton_head.constants(plan, classes, units)
+            target, prior = "i64" if constants["HARD"] else other, other if constants["HAS_PRIOR"] else dtype
+            pointers = {
+                "hidden": dtype, "weight": dtype, "bias": dtype, "prior": prior, "target": target, "alpha": "fp32",
+                "counted": target, "losses": "fp32", "belief": prior, "dlogits": dtype, "dhidden": dtype,
+            }  # fmt: skip
+            options = triton_head.launch_options(plan, nvidia)
+            variants.append(_variant("head_tile", constants, pointers, options, aligned=units % 16 == 0))
+    return variants
+
+
 def compile_variant(job: tuple[Variant, str]) -> Compiled:
     variant, target = job
-    module = triton_rows if hasattr(triton_rows, variant.kernel) else triton_cascade_rows
-    function = getattr(module, variant.kernel)
+    modules = {"cascade_tile": triton_cascade_rows, "head_tile": triton_head_rows}
+    function = getattr(modules.get(variant.kernel, triton_rows), variant.kernel)
     pointers, constants = dict(variant.pointers), dict(variant.constants)
     signature, attrs = {}, {}
     excluded = {p.num for p in function.params if p.do_not_specialize}
