@@ -245,16 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     out = args.out or record.ROOT / "bench" / "results" / f"gpu-{name}.json"
-    filed = {
-        "what": "build, GPU tests, compute-sanitizer and benchmark on one machine",
-        "command": record.command(),
-        "date": record.now(),
-        "commit": record.commit(),
-        "machine": record.machine(),
-        "versions": record.package_versions(),
-        "seconds": None,
-        "steps": [],
-    }
+    filed = record.header("build, GPU tests, compute-sanitizer and benchmark on one machine")
+    filed |= {"seconds": None, "steps": []}
 
     def save(outcomes: list[dict]) -> None:
         filed.update(steps=outcomes, seconds=round(time.monotonic() - began, 1))
