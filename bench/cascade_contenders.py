@@ -135,9 +135,10 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
 
         replay = capture(copied, (features.detach(), target), network=network, optimizers=[optimizer])
 
+        stacked.show_gradients()
+
         def step() -> Tensor:
             replay(features.detach(), target)
-            stacked.show_gradients()
             return buffer
 
         return Run(step, network, features)
@@ -271,9 +272,8 @@ def _stacked(network: SIDNetwork, of: Callable[[Tensor], Tensor]) -> dict[str, T
     return {name: torch.stack(x) for name, x in zip(CascadeWeights._fields, zip(*parts, strict=True), strict=True)}
 
 
-def check(contender: Contender, problem: Problem, expected: dict[bool, dict[str, Tensor]]) -> dict[str, float]:
+def check(contender: Contender, run: Run, problem: Problem, expected: dict) -> dict[str, float]:
     """The relative errors of a first step's gradients, and of the parameters' change by what Adam makes of them."""
-    run = contender.run(problem)
     before = _stacked(run.network, lambda parameter: parameter.detach().double())
     found = run.gradients(run.step())
     after = _stacked(run.network, lambda parameter: parameter.detach().double())

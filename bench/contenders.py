@@ -92,10 +92,10 @@ def four_op(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tupl
 
 def collapsed(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """The same gradient from one cross-entropy with the mixed target; its loss lacks the prior's entropy."""
-    return F.cross_entropy(logits, _mixed(prior, target, alpha)), F.softmax(logits.detach(), dim=-1)
+    return F.cross_entropy(logits, mixed(prior, target, alpha)), F.softmax(logits.detach(), dim=-1)
 
 
-def _mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
+def mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
     """alpha y + (1 - alpha) q; nothing is materialised but itself, and under torch.compile not even that."""
     if torch.compiler.is_compiling():
         y = torch.arange(prior.shape[-1], device=prior.device) == target[:, None]
@@ -120,7 +120,7 @@ def liger_form() -> Callable:
 
     def form(logits, prior, target, alpha):
         log_p = F.log_softmax(logits, dim=-1)
-        loss = liger_kl_div(log_p, _mixed(prior, target, alpha), reduction="batchmean")
+        loss = liger_kl_div(log_p, mixed(prior, target, alpha), reduction="batchmean")
         return loss, log_p.detach().exp()
 
     return form

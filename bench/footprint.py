@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 from sid_kernels import cpu
 
 
-def peak(call: Callable[[], Any], device: str = "cpu", before: Callable[[], None] = lambda: None) -> int:
+def peak(call: Callable[[], Any], device: str = "cpu", warm: bool = True) -> int:
     """The most bytes that are alive during a call beyond those at its start, its result included.
 
-    `before` is run, unmeasured, between the call that sets up what is set up once and the one that is measured.
+    warm: call it once before, unmeasured, for what is set up once.
     """
-    call()
-    before()
+    if warm:
+        call()
     if device == "cuda":
         torch.cuda.synchronize()
         start = torch.cuda.memory_allocated()
@@ -70,7 +70,6 @@ def operators(call: Callable[[], Any]) -> int:
     Our kernels are called by address, past PyTorch's dispatcher; each such call counts as one. Code that torch.compile
     generates is not seen.
     """
-    call()
     native = mock.MagicMock(wraps=cpu._C)
     with mock.patch.object(cpu, "_C", native), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         call()
@@ -86,8 +85,7 @@ def _within_operator(event) -> bool:
 
 
 def launches(call: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that a GPU runs."""
-    call()
+    """Kernels, copies and fills that a GPU runs; RuntimeError where the profiler sees none."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         call()
@@ -96,4 +94,7 @@ def launches(call: Callable[[], Any]) -> int:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+    found = sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
+    return found

@@ -7,6 +7,7 @@ is lost where a run ends early. Exit status: 0; 1 where one of our own contender
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -38,8 +39,8 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if args.rounds < 1:
             self.error(f"--rounds is {args.rounds}; it must be at least 1")
-        if args.plot and not args.plot.is_file():
-            self.error(f"--plot: there is no file {args.plot}")
+        if args.plot:
+            self._check_file(args.plot)
         if args.device == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda: PyTorch sees no CUDA GPU")
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +50,14 @@ class Parser(argparse.ArgumentParser):
 
             args.keep_freed_memory = keep_freed_memory()
         return args
+
+    def _check_file(self, path: Path) -> None:
+        try:
+            filed = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            self.error(f"--plot: {path} cannot be read: {error.__class__.__name__}")
+        if not isinstance(filed, dict) or not (filed.get("results") or filed.get("steps")):
+            self.error(f"--plot: {path} holds no results")
 
 
 def screen(

@@ -13,48 +13,54 @@ from __future__ import annotations
 
 import argparse
 import functools
-from types import ModuleType
 
 import cascade_contenders as cascade
 import footprint
+import head_contenders as head
 import runner
 import torch
-from contenders import ALPHA
+from contenders import ALPHA, DTYPES
 from timing import Timer, interleave, quartiles, ratios
 
 # What the others' times are divided by, and what the summary compares with.
-BASES = {"cascade": (cascade.TRAINER, cascade.DIRECT)}
-ALTERNATIVES = {
-    "cascade": (cascade.REFERENCE, cascade.REFERENCE_FUSED, cascade.REFERENCE_COMPILED, cascade.BP, cascade.BP_FUSED),
-}
+BASES = {"cascade": (cascade.TRAINER, cascade.DIRECT), "head": (head.DIRECT, head.FUSED)}
+COSTS = ("peak_bytes", "peak_bytes_beyond_results", "calls")
+OPERATIONS = {"cascade": cascade, "head": head}
 
 
 def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     """One entry, and what was timed."""
-    module: ModuleType = {"cascade": cascade}[operation]
+    module = OPERATIONS[operation]
     device = args.device
     problem = module.make_problem(size, device)
     expected = module.truth(problem)
     listed, left_out = module.contenders(device, problem)
-    check = functools.partial(module.check, problem=problem, expected=expected)
-    errors, failed = runner.screen(listed, left_out, args.skip, check)
     runs, timers = {}, {}
-    for name, contender in listed.items():
+
+    def check(contender) -> dict[str, float]:
+        runs[contender.name] = contender.run(problem)
+        return module.check(contender, runs[contender.name], problem, expected)
+
+    errors, failed = runner.screen(listed, left_out, args.skip, check)
+    for name in listed:
         try:
-            runs[name] = contender.run(problem)
             timers[name] = Timer([runs[name].step], device)
         except Exception as error:
             left_out[name] = runner.reason(error)
     times = interleave(timers, args.rounds, args.seconds)
-    found = {}
+    found, uncounted = {}, {}
     for name, values in times.items():
+        try:
+            counted = costs(listed[name], runs[name], device)
+        except Exception as error:  # a profiler that does not work here: the times are worth having
+            counted, uncounted[name] = dict.fromkeys(COSTS), runner.reason(error)
         low, median, high = quartiles(values)
         found[name] = {
             "seconds": median,
             "quartiles": [low, high],
             "calls_a_round": timers[name].calls,
             "errors": errors[name],
-            **costs(listed[name], runs[name], device),
+            **counted,
         }
     entry = {
         "operation": operation,
@@ -64,6 +70,7 @@ def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple
         "contenders": found,
         "ratios": {name: ratios(times, name) for name in BASES[operation] if name in times},
         "left_out": left_out,
+        "not_counted": uncounted,
         "failed": failed,
     }
     return [entry], {contender.name: contender.what for contender in listed.values()}
@@ -71,13 +78,16 @@ def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple
 
 def costs(contender, run, device: str) -> dict[str, int | None]:
     """Measured after the times: a profiler that has been at work may leave something behind on a GPU."""
-    peak = None if contender.replayed else run.kept + footprint.peak(run.step, device, run.clear)
+    peak = None
+    if not contender.replayed:
+        run.clear()
+        peak = run.kept + footprint.peak(run.step, device, warm=False)
     if device == "cuda":
         calls = footprint.launches(run.step)
     else:
         calls = None if contender.compiled else footprint.operators(run.step)
     beyond = None if peak is None else max(0, peak - run.returned)
-    return {"peak_bytes": peak, "peak_bytes_beyond_results": beyond, "calls": calls}
+    return dict(zip(COSTS, (peak, beyond, calls), strict=True))
 
 
 def table(entry: dict, device: str) -> str:
@@ -103,15 +113,13 @@ def summary(entries: list[dict]) -> str:
     for operation, (base, _) in BASES.items():
         own = [entry for entry in entries if entry["operation"] == operation and base in entry["ratios"]]
         if own:
-            others = ALTERNATIVES[operation]
             lines.append(f"{base} is so many times faster than (peak memory beyond inputs: so many times less):")
         for entry in own:
             lines.append(f"  {entry['case']}")
-            for other in others:
-                if other in entry["ratios"][base]:
-                    ratio = entry["ratios"][base][other]["of_medians"]
-                    less = entry["contenders"][other]["peak_bytes"] / entry["contenders"][base]["peak_bytes"]
-                    lines.append(f"    {other:36s}{ratio:8.2f}  ({less:.2f})")
+            for other, ratio in entry["ratios"][base].items():
+                peaks = [entry["contenders"][name]["peak_bytes"] for name in (other, base)]
+                less = "-" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"
+                lines.append(f"    {other:36s}{ratio['of_medians']:8.2f}  ({less})")
     return "\n".join(lines)
 
 
@@ -124,16 +132,25 @@ def _text(value: float | None, form: str) -> str:
 
 
 def parse_size(parts: str, text: str) -> tuple[int, ...]:
-    """ "10x128x256x128x10" -> the numbers, as many as `parts` names."""
+    """Numbers with an x between them, as many as `parts` has letters."""
     numbers = text.split("x")
     if len(numbers) != len(parts) or not all(x.isdecimal() and int(x) for x in numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: a size is written {'x'.join(parts)}")
     return tuple(map(int, numbers))
 
 
+def parse_head(text: str) -> tuple[int, int, int, str]:
+    size, _, dtype = text.partition(":")
+    if (dtype := dtype or "float32") not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r}: the dtype must be one of {', '.join(DTYPES)}")
+    return *parse_size("NHC", size), dtype
+
+
 def cases(args: argparse.Namespace) -> list[tuple]:
     """Operation, size and label of each."""
+    heads = args.heads or head.SIZES + (head.GPU_SIZES if args.device == "cuda" else ())
     listed = [("cascade", size, cascade.label(size)) for size in args.cascades or cascade.SIZES]
+    listed += [("head", (*size, kind), head.label((*size, kind))) for size in heads for kind in head.PRIORS]
     return [case for case in listed if not args.only or any(part in case[2] for part in args.only)]
 
 
@@ -141,8 +158,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = runner.Parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", metavar="PART", help="cases whose labels contain one, as in: --only cascade")
+    # fmt: off
     add("--cascades", nargs="+", type=functools.partial(parse_size, "LBHDC"), metavar="LxBxHxDxC",
-        help="stages, batch, hidden width, features and classes (default: all of cascade_contenders.py)")  # fmt: skip
+        help="stages, batch, hidden width, features and classes (default: those of cascade_contenders.py)")
+    add("--heads", nargs="+", type=parse_head, metavar="NxHxC[:DTYPE]",
+        help="rows, hidden width and classes (default: those of head_contenders.py, which are more on a GPU)")
+    # fmt: on
     args = parser.parse(argv)
     if args.plot:
         import step_plot
