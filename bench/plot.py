@@ -27,7 +27,7 @@ def draw(source: Path, out: Path) -> None:
     filed = json.loads(source.read_text())
     for step in filed.get("steps", ()):  # a file of gpu.py holds that of report.py
         if step["name"] == "benchmark":
-            filed = step["result"]
+            filed = step.get("result", {"results": []})
     results = _chosen(filed["results"])
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry["dtype"] == dtype for entry in results)]
     widest = max(sum(entry["dtype"] == dtype for entry in results) for dtype in dtypes)

@@ -42,7 +42,7 @@ def draw(source: Path, out: Path) -> None:
     filed = json.loads(source.read_text())
     for step in filed.get("steps", ()):  # a file of gpu.py holds that of step_report.py
         if step["name"] == "steps":
-            filed = step["result"]
+            filed = step.get("result", {"results": []})
     results = {name: [e for e in filed["results"] if e["operation"] == name] for name in DRAWN}
     results = {name: entries for name, entries in results.items() if entries}
     rows = []

@@ -1,9 +1,11 @@
 """The benchmark of the cascade's step and the belief head at toy sizes: its checks, its counting, what a report holds."""
 
+import functools
 import importlib
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ def test_cascade_contenders_agree_with_float64(bench):
     before = [x.clone() for x in problem.network.parameters()]
     listed, left_out = cascade.contenders("cpu", problem)
     assert set(listed) | set(left_out) == set(cascade.names())
-    for contender in listed.values():
+    captured = cascade.Contender("captured", "", functools.partial(cascade.in_trainer, captured=True))  # here: the step
+    for contender in [*listed.values(), captured]:
         if not contender.compiled:
             passes(cascade, contender, problem, cascade.truth(problem))
     for parameter, old in zip(problem.network.parameters(), before, strict=True):  # each had a copy of its own
@@ -103,23 +106,30 @@ def test_a_wrong_head_is_found(bench, wrong):
         passes(head, head.Contender("bad", "", call), problem, head.truth(problem))
 
 
-@pytest.mark.parametrize("target", ("labels", "prior"))
-def test_truth_of_those_that_do_less(bench, target):
-    """What Liger-Kernel's operations compute: cross-entropy with labels, and KL(prior || belief) without biases."""
-    head = bench("head_contenders")
+def test_those_that_do_less_are_held_to_what_they_compute(bench, monkeypatch):
+    """Liger-Kernel's operations, by stand-ins: cross-entropy with labels, and KL(prior || belief) without biases."""
+    head, functional = bench("head_contenders"), torch.nn.functional
+
+    def cross_entropy(hidden, weight, target, bias=None):
+        return functional.cross_entropy(functional.linear(hidden, weight, bias), target)
+
+    def jsd(hidden, weight, prior_hidden, prior_weight, labels, beta):
+        assert labels is None and beta == 0.0
+        prior = (prior_hidden @ prior_weight.t()).softmax(-1)
+        return functional.kl_div((hidden @ weight.t()).log_softmax(-1), prior, reduction="batchmean")
+
+    names = {"liger_fused_linear_cross_entropy": cross_entropy, "liger_fused_linear_jsd": jsd}
+    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**names))
+    monkeypatch.setattr(head, "no_liger", lambda device: None)
     problem = head.make_problem((*HEAD, "float32", "head"), "cpu")
-
-    def call(problem):
-        functional = torch.nn.functional
-        if target == "labels":
-            loss = functional.cross_entropy(functional.linear(*problem[:3]), problem.target)
-            return loss.detach(), None, torch.autograd.grad(loss, problem[:3])
-        log_p = (problem.hidden @ problem.weight.t()).log_softmax(-1)
-        hidden, weight, _ = problem.prior
-        loss = functional.kl_div(log_p, (hidden @ weight.t()).softmax(-1), reduction="batchmean")
-        return loss.detach(), None, (*torch.autograd.grad(loss, problem[:2]), None)
-
-    passes(head, head.Contender("less", "", call, target, target), problem, head.truth(problem))
+    listed, _ = head.contenders("cpu", problem)
+    for name in (head.LIGER, head.LIGER_JSD):
+        passes(head, listed[name], problem, head.truth(problem))
+        with pytest.raises(AssertionError, match="is off by"):
+            passes(head, listed[name]._replace(target="mixed", value="loss"), problem, head.truth(problem))
+    problem = head.make_problem((*HEAD, "float32", "none"), "cpu")
+    assert head.LIGER_JSD in head.contenders("cpu", problem)[1]
 
 
 # ---- memory and operators --------------------------------------------------------------------------------------------
