@@ -92,10 +92,10 @@ def four_op(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tupl
 
 def collapsed(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """The same gradient from one cross-entropy with the mixed target; its loss lacks the prior's entropy."""
-    return F.cross_entropy(logits, _mixed(prior, target, alpha)), F.softmax(logits.detach(), dim=-1)
+    return F.cross_entropy(logits, mixed(prior, target, alpha)), F.softmax(logits.detach(), dim=-1)
 
 
-def _mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
+def mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
     """alpha y + (1 - alpha) q; nothing is materialised but itself, and under torch.compile not even that."""
     if torch.compiler.is_compiling():
         y = torch.arange(prior.shape[-1], device=prior.device) == target[:, None]
@@ -120,7 +120,7 @@ def liger_form() -> Callable:
 
     def form(logits, prior, target, alpha):
         log_p = F.log_softmax(logits, dim=-1)
-        loss = liger_kl_div(log_p, _mixed(prior, target, alpha), reduction="batchmean")
+        loss = liger_kl_div(log_p, mixed(prior, target, alpha), reduction="batchmean")
         return loss, log_p.detach().exp()
 
     return form
@@ -176,15 +176,13 @@ def contenders(device: str, rows: int, classes: int) -> tuple[dict[str, Contende
     left_out = {}
     for form, value in ((four_op, "loss"), (collapsed, "cross_entropy")):
         name = "compiled " + {four_op: "four-op", collapsed: "collapsed"}[form]
-        if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            left_out[name] = "torch.compile needs a C++ compiler"
+        if reason := no_compiler(device):
+            left_out[name] = reason
             continue
         run = with_gradient(torch.compile(form, dynamic=False))
         listed.append(Contender(name, f"{name[9:]} under torch.compile, this size alone", run, value, compiled=True))
-    if device == "cpu":
-        left_out["liger kl_div"] = "Liger-Kernel runs on GPUs only"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        left_out["liger kl_div"] = "Liger-Kernel is not installed (pip install -e .[liger])"
+    if reason := no_liger(device):
+        left_out["liger kl_div"] = reason
     else:
         what = "Liger-Kernel's kl_div to the mixed target, on a log_softmax, and exp"
         listed.append(Contender("liger kl_div", what, with_gradient(liger_form()), "kl", waits=True))
@@ -205,6 +203,21 @@ def contenders(device: str, rows: int, classes: int) -> tuple[dict[str, Contende
                 listed.append(Contender(f"{name}[{backend}]", what, run, ours=True))
     found = {contender.name: contender for contender in listed}
     return {name: found[name] for name in names() if name in found}, left_out
+
+
+def no_compiler(device: str) -> str | None:
+    """Why torch.compile cannot be used; None if it can."""
+    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def no_liger(device: str) -> str | None:
+    if device == "cpu":
+        return "Liger-Kernel runs on GPUs only"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "Liger-Kernel is not installed (pip install -e .[liger])"
+    return None
 
 
 # ---------------------------------------------------------------- the check

@@ -1,4 +1,4 @@
-"""What `make gpu` runs on a machine with CUDA: build, GPU tests, compute-sanitizer, benchmark; one JSON in the end.
+"""What `make gpu` runs on a machine with CUDA: build, GPU tests, compute-sanitizer, benchmarks; one JSON in the end.
 
     python bench/gpu.py [--out bench/results/gpu-NAME.json]
 
@@ -150,7 +150,7 @@ def read_sanitizer(outcome: dict, output: str) -> dict:
 
 
 def read_json(path: Path, outcome: dict) -> dict:
-    """The benchmark's own file; it is written after every size, so it is there even where time ran out."""
+    """A benchmark's own file; it is written after every size, so it is there even where time ran out."""
     return {"result": json.loads(path.read_text())} if path.exists() else {}
 
 
@@ -186,7 +186,7 @@ def make_steps(scratch: Path, capability: str) -> list[Step]:
     architectures = os.environ.get("SID_KERNELS_CUDA_ARCHS", f"{capability}-real")
     case = [python, "bench/sanitizer_case.py"]
     no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
-    tests, benchmark = scratch / "tests.xml", scratch / "benchmark.json"
+    tests, benchmark, training = scratch / "tests.xml", scratch / "benchmark.json", scratch / "steps.json"
 
     def sanitize(tool: str, **environment) -> Step:
         words = [sanitizer or "compute-sanitizer", "--tool", tool, "--target-processes", "all"]
@@ -205,7 +205,10 @@ def make_steps(scratch: Path, capability: str) -> list[Step]:
         sanitize("racecheck"),
         Step("benchmark", lambda limit: [python, "bench/report.py", "--device", "cuda", f"--out={benchmark}",
                                          f"--budget={max(limit - 45, 20):.0f}"],  # 45 s: for the size begun last
-             280, 120, programs, lambda outcome, output: read_json(benchmark, outcome)),
+             200, 100, programs, lambda outcome, output: read_json(benchmark, outcome)),
+        Step("steps", lambda limit: [python, "bench/step_report.py", "--device", "cuda", f"--out={training}",
+                                     "--seconds=2", f"--budget={max(limit - 45, 20):.0f}"],
+             200, 90, programs, lambda outcome, output: read_json(training, outcome)),
     ]  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def summary(outcomes: list[dict]) -> str:
             notes.append(", ".join(f"{count} {kind}" for kind, count in outcome["tests"].items()))
         if "result" in outcome:
             unmeasured = outcome["result"]["not_measured"]
-            notes.append(f"{len(outcome['result']['results'])} tables, {len(unmeasured)} sizes not measured")
+            notes.append(f"{len(outcome['result']['results'])} tables, {len(unmeasured)} cases not measured")
         notes += [outcome["reason"]] if outcome.get("reason") not in (None, *notes) else []
         lines.append(f"{outcome['name']:12s}{outcome['status']:10s}{outcome['seconds']:8.0f}  {'; '.join(notes)}")
     return "\n".join(lines)
@@ -245,16 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     out = args.out or record.ROOT / "bench" / "results" / f"gpu-{name}.json"
-    filed = {
-        "what": "build, GPU tests, compute-sanitizer and benchmark on one machine",
-        "command": record.command(),
-        "date": record.now(),
-        "commit": record.commit(),
-        "machine": record.machine(),
-        "versions": record.package_versions(),
-        "seconds": None,
-        "steps": [],
-    }
+    filed = record.header("build, GPU tests, compute-sanitizer and benchmarks on one machine")
+    filed |= {"seconds": None, "steps": []}
 
     def save(outcomes: list[dict]) -> None:
         filed.update(steps=outcomes, seconds=round(time.monotonic() - began, 1))

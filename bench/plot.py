@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -25,10 +26,10 @@ def draw(source: Path, out: Path) -> None:
     """One row of panels a dtype. On a GPU small sizes are those replayed from a graph, where there are such."""
     filed = json.loads(source.read_text())
     for step in filed.get("steps", ()):  # a file of gpu.py holds that of report.py
-        filed = step.get("result", filed)
+        if step["name"] == "benchmark":
+            filed = step.get("result", {"results": []})
     results = _chosen(filed["results"])
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(entry["dtype"] == dtype for entry in results)]
-    gpu = filed["machine"]["gpu"] if filed["settings"]["device"] == "cuda" else None
     widest = max(sum(entry["dtype"] == dtype for entry in results) for dtype in dtypes)
     size = (max(9.5, 1.9 * widest + 2.5), 2.9 * len(dtypes) + 0.9)
     figure, panels = plt.subplots(len(dtypes), 2, figsize=size, squeeze=False, width_ratios=(1.5, 1))
@@ -37,7 +38,7 @@ def draw(source: Path, out: Path) -> None:
         labels = [f"{e['rows']}×{e['classes']}" + ("\n(graph)" if e["launch"] == "graph" else "") for e in entries]
         drawn = {x: color for x, color in DRAWN.items() if any(x in e["ratios"].get(FUSED, {}) for e in entries)}
         speedups = {x: [e["ratios"].get(FUSED, {}).get(x, {}).get("of_medians") for e in entries] for x in drawn}
-        _bars(left, speedups, drawn, labels, "{:.1f}")
+        bars(left, speedups, drawn, labels, "{:.1f}".format)
         left.axhline(1.0, color="black", linewidth=0.8, zorder=0)
         left.set_yscale("log")
         shown = [value for values in speedups.values() for value in values if value] or [1.0]
@@ -46,26 +47,29 @@ def draw(source: Path, out: Path) -> None:
         left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         left.set_title(f"{dtype}: fused_local_loss is so many times faster than", fontsize=10, loc="left")
         shares = {x: [e["contenders"].get(x, {}).get("share_of_clone") for e in entries] for x in OURS}
-        _bars(right, shares, OURS, labels, "{:.0%}")
+        bars(right, shares, OURS, labels, "{:.0%}".format)
         right.axhline(1.0, color="black", linewidth=0.8, zorder=0)
         right.set_ylim(0, 1.15 * max(1.0, *(value for values in shares.values() for value in values if value)))
         right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         right.set_title(f"{dtype}: share of the bandwidth of {CLONE}", fontsize=10, loc="left")
     for column, place in ((panels[:, 0], 0.32), (panels[:, 1], 0.8)):  # one legend a column, under it
-        bars = {name: bar for panel in column for bar, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-        options = {"fontsize": 8, "ncols": len(bars), "frameon": False, "bbox_to_anchor": (place, 0.0)}
-        figure.legend(bars.values(), bars, loc="lower center", **options)
-    where = gpu["name"] if gpu else f"{filed['machine']['threads']} threads, {_words(filed)}"
-    figure.suptitle(f"Loss, belief and gradient of the logits, at rows×classes; {where}", fontsize=10)
+        handles = {name: bar for panel in column for bar, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        options = {"fontsize": 8, "ncols": len(handles), "frameon": False, "bbox_to_anchor": (place, 0.0)}
+        figure.legend(handles.values(), handles, loc="lower center", **options)
+    figure.suptitle(f"Loss, belief and gradient of the logits, at rows×classes; {where(filed)}", fontsize=10)
     figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-def _words(filed: dict) -> str:
-    instructions = filed["machine"]["instruction_set"]
-    return f"{filed['machine']['processor']}{f' ({instructions})' if instructions else ''}"
+def where(filed: dict) -> str:
+    """What the numbers were measured on."""
+    machine = filed["machine"]
+    if filed["settings"]["device"] == "cuda":
+        return machine["gpu"]["name"]
+    instructions = f" ({machine['instruction_set']})" if machine["instruction_set"] else ""
+    return f"{machine['threads']} threads, {machine['processor']}{instructions}"
 
 
 def _chosen(results: list[dict]) -> list[dict]:
@@ -77,16 +81,25 @@ def _chosen(results: list[dict]) -> list[dict]:
     return list(chosen.values())
 
 
-def _bars(panel, values: dict[str, list[float | None]], colors: dict[str, str], labels: list[str], form: str) -> None:
-    """Groups of bars with their values written above; a missing value leaves its place empty."""
+def bars(
+    panel,
+    values: dict[str, list[float | None]],
+    colors: dict[str, str],
+    labels: list[str],
+    text: Callable[[float], str],
+    base: float = 0.0,
+) -> None:
+    """Groups of bars from `base` on, with their values beyond their ends; a missing value leaves its place empty."""
     width = 0.8 / len(values)
     for i, (name, row) in enumerate(values.items()):
         places = [x - 0.4 + (i + 0.5) * width for x in range(len(row))]
-        panel.bar(places, [value or 0 for value in row], width * 0.94, color=colors[name], label=name)
+        heights = [(base if value is None else value) - base for value in row]
+        panel.bar(places, heights, width * 0.94, base, color=colors[name], label=name)
         for place, value in zip(places, row, strict=True):
             if value:
+                offset, side = ((0, 2), "bottom") if value >= base else ((0, -3), "top")
                 panel.annotate(
-                    form.format(value), (place, value), (0, 2), textcoords="offset points", ha="center", fontsize=7
+                    text(value), (place, value), offset, textcoords="offset points", ha="center", va=side, fontsize=7
                 )
     panel.set_xticks(range(len(labels)), labels, fontsize=8)
     panel.tick_params(axis="y", labelsize=8)

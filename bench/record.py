@@ -90,6 +90,18 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
+def header(what: str) -> dict:
+    """What every file begins with. Needs torch."""
+    return {
+        "what": what,
+        "command": command(),
+        "date": now(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": package_versions(),
+    }
+
+
 def machine() -> dict:
     """The processor, its cores and caches, and the GPUs. Needs torch; the instruction set needs the package."""
     import torch

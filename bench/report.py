@@ -11,10 +11,10 @@ must move, over the bandwidth of `clone`. On a CPU the table shows ratios only; 
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
+import functools
 
 import record
+import runner
 import torch
 from contenders import (
     ALPHA,
@@ -60,19 +60,7 @@ def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Names
         problems.append(make_problem(rows, classes, DTYPES[dtype], device, seed))
     expected = truth(first)
     listed, left_out = contenders(device, rows, classes)
-    errors, failed = {}, {}
-    for name, contender in list(listed.items()):
-        if any(part in name for part in args.skip):
-            left_out[name] = "skipped, as asked for"
-            del listed[name]
-            continue
-        try:
-            errors[name] = check(contender, first, expected)
-        except Exception as error:
-            left_out[name] = _reason(error)
-            if contender.ours and not isinstance(error, torch.OutOfMemoryError):
-                failed[name] = _reason(error)
-            del listed[name]
+    errors, failed = runner.screen(listed, left_out, args.skip, lambda one: check(one, first, expected))
     entries = []
     for launch in ("calls", "graph") if device == "cuda" and rows * classes <= GRAPH_ELEMENTS else ("calls",):
         timers, skipped = {}, dict(left_out)
@@ -84,16 +72,11 @@ def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Names
             try:
                 timers[name] = Timer(functions, device) if launch == "calls" else GraphTimer(functions)
             except Exception as error:
-                skipped[name] = ("cannot be captured: " if launch == "graph" else "") + _reason(error)
+                skipped[name] = ("cannot be captured: " if launch == "graph" else "") + runner.reason(error)
         times = interleave(timers, args.rounds, args.seconds)
         entries.append(_entry(first, dtype, launch, len(problems), device, timers, times, errors, skipped))
         entries[-1]["failed"] = failed
     return entries, {contender.name: contender.what for contender in listed.values()}
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return record.scrub(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
 
 
 def _entry(problem: Problem, dtype, launch, sets, device, timers, times, errors, skipped) -> dict:
@@ -165,8 +148,8 @@ def summary(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plan(args: argparse.Namespace, device: str) -> list[tuple[tuple[int, int], str]]:
-    sizes = args.sizes or (SIZES + GPU_SIZES if device == "cuda" else SIZES)
+def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int], str]]:
+    sizes = args.sizes or (SIZES + GPU_SIZES if args.device == "cuda" else SIZES)
     wanted = [(size, dtype) for size in sizes for dtype in args.dtypes]
     return [x for x in FIRST if x in wanted] + [x for x in wanted if x not in FIRST]
 
@@ -178,89 +161,25 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(rows), int(classes)
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write (with --plot: the picture)")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw this file's results")
+def main(argv: list[str] | None = None) -> int:
+    parser = runner.Parser(__doc__)
     parser.add_argument(
         "--sizes", type=parse_size, nargs="+", metavar="ROWSxCLASSES", help="default: all of contenders.py"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds at each size, at most (at least 3 are made)")
-    parser.add_argument("--seconds", type=float, help="for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all: no size is begun later")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="contenders whose names contain one")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="freed memory stays in the process, for all")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds is {args.rounds}; it must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA GPU")
-    return parser, args
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser, args = parse(argv)
+    args = parser.parse(argv)
     if args.plot:
         import plot
 
         plot.draw(args.plot, args.out)
         print(f"written: {args.out}")
         return 0
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.seconds = args.seconds or (40.0 if device == "cpu" else 4.0)
-    if args.keep_freed_memory:
-        from sid_trainer.memory import keep_freed_memory
-
-        args.keep_freed_memory = keep_freed_memory()
-    result = {
-        "what": "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone",
-        "command": record.command(),
-        "date": record.now(),
-        "commit": record.commit(),
-        "machine": record.machine(),
-        "versions": record.package_versions(),
-        "settings": {
-            "device": device,
-            "alpha": ALPHA,
-            "rounds": args.rounds,
-            "seconds_a_size": args.seconds,
-            "freed_memory_kept": args.keep_freed_memory,
-        },
-        "contenders": {},
-        "results": [],
-        "not_measured": {},
-    }
-    began, printed = time.monotonic(), {}
-    for size, dtype in plan(args, device):
-        label = f"{size[0]}x{size[1]} {dtype}"
-        if time.monotonic() - began > args.budget:
-            result["not_measured"][label] = "no time left"
-        else:
-            try:
-                entries, described = measure(size, dtype, device, args)
-            except torch.OutOfMemoryError as error:
-                result["not_measured"][label] = _reason(error)
-            else:
-                for entry in entries:
-                    print(table(entry, device) + "\n", flush=True)
-                    reasons = {name: why for name, why in entry["left_out"].items() if printed.get(name) != why}
-                    for name, why in reasons.items():
-                        print(f"  left out: {name}: {why}")
-                    printed |= reasons
-                result["results"] += entries
-                result["contenders"] |= described
-        if label in result["not_measured"]:
-            print(f"{label}: not measured: {result['not_measured'][label]}\n", flush=True)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        record.write_json(args.out, result)  # after every size: what was measured is not lost
-    print(summary(result["results"]) + f"\n\nwritten: {args.out}")
-    failed = {name: why for entry in result["results"] for name, why in entry["failed"].items()}
-    for name, why in failed.items():
-        print(f"FAILED: {name}: {why}")
-    return 1 if failed else 0
+    what = "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone"
+    cases = [
+        (f"{size[0]}x{size[1]} {dtype}", functools.partial(measure, size, dtype, args.device, args))
+        for size, dtype in plan(args)
+    ]
+    return runner.run(what, {"alpha": ALPHA}, args, cases, table, summary)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ A test that takes the fixture `backend` runs on each of them: reference and cpu 
 reference, cuda and triton there. The report's header says which, and why the others are not.
 """
 
+import importlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -66,23 +68,10 @@ def seeds():
 
 
 @pytest.fixture
-def allocated():
+def allocated(monkeypatch):
     """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
-
-    def peak(call) -> int:
-        call()  # whatever is set up once
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kept = call()
-        held = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                most = max(most, held)
-        del kept
-        assert most > 0, "the profiler saw no allocation"
-        return most
-
-    return peak
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "bench"))
+    return importlib.import_module("footprint").peak
 
 
 def pytest_report_header():

@@ -180,6 +180,8 @@ def test_dry_run_names_every_step():
     done = subprocess.run([sys.executable, BENCH / "gpu.py", "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["build", "backends", "tests", "memcheck", "racecheck", "benchmark"]
+    assert names == ["build", "backends", "tests", "memcheck", "racecheck", "benchmark", "steps"]
     limits = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert all(limit > 0 for limit in limits)
+    kept = [float(line.split("most,")[1].split()[0]) for line in done.stdout.splitlines()]
+    assert sum(kept) < 530  # so that a slow step never takes the time of those after it

@@ -1,0 +1,137 @@
+"""What the reports share: their options, the check before anything is timed, and the loop over cases that files each.
+
+A case is a label and a function that measures it. The file is written whole after every case, so that nothing measured
+is lost where a run ends early. Exit status: 0; 1 where one of our own contenders failed its check; 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import record
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """The options every report has. A bad argument is one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = self.add_argument
+        add("--out", type=Path, required=True, help="the JSON to write (with --plot: the picture)")
+        add("--plot", type=Path, metavar="JSON", help="measure nothing: draw this file's results")
+        add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        add("--rounds", type=int, default=50, help="rounds at each size, at most (at least 3 are made)")
+        add("--seconds", type=float, help="for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
+        add("--budget", type=float, default=float("inf"), help="seconds in all: no size is begun later")
+        add("--skip", nargs="+", default=[], metavar="PART", help="contenders whose names contain one")
+        add("--keep-freed-memory", action="store_true", help="freed memory stays in the process, for all")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """With `device` and `seconds` filled in, and freed memory kept where that is asked for."""
+        args = self.parse_args(argv)
+        if args.rounds < 1:
+            self.error(f"--rounds is {args.rounds}; it must be at least 1")
+        if args.plot:
+            self._check_file(args.plot)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            self.error("--device cuda: PyTorch sees no CUDA GPU")
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.seconds = args.seconds or (40.0 if args.device == "cpu" else 4.0)
+        if args.keep_freed_memory and not args.plot:
+            from sid_trainer.memory import keep_freed_memory
+
+            args.keep_freed_memory = keep_freed_memory()
+        return args
+
+    def _check_file(self, path: Path) -> None:
+        try:
+            filed = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            self.error(f"--plot: {path} cannot be read: {error.__class__.__name__}")
+        if not isinstance(filed, dict) or not (filed.get("results") or filed.get("steps")):
+            self.error(f"--plot: {path} holds no results")
+
+
+def screen(
+    listed: dict, left_out: dict[str, str], skip: Collection[str], check: Callable
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Check every contender listed; what is skipped or does not pass moves to `left_out`. Returns the errors by name,
+    and what is wrong with those of ours that did not pass."""
+    errors, failed = {}, {}
+    for name, contender in list(listed.items()):
+        if any(part in name for part in skip):
+            left_out[name] = "skipped, as asked for"
+            del listed[name]
+            continue
+        try:
+            errors[name] = check(contender)
+        except Exception as error:
+            left_out[name] = reason(error)
+            if contender.ours and not isinstance(error, torch.OutOfMemoryError):
+                failed[name] = reason(error)
+            del listed[name]
+    return errors, failed
+
+
+def reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return record.scrub(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
+
+
+def run(
+    what: str,
+    settings: dict,
+    args: argparse.Namespace,
+    cases: list[tuple[str, Callable[[], tuple[list[dict], dict[str, str]]]]],
+    table: Callable[[dict, str], str],
+    summary: Callable[[list[dict]], str],
+) -> int:
+    """A case's function returns entries, each with `left_out` and `failed`, and what the contenders named there are."""
+    result = record.header(what) | {
+        "settings": {
+            "device": args.device,
+            **settings,
+            "rounds": args.rounds,
+            "seconds_a_size": args.seconds,
+            "freed_memory_kept": args.keep_freed_memory,
+        },
+        "contenders": {},
+        "results": [],
+        "not_measured": {},
+    }
+    began, printed = time.monotonic(), {}
+    for label, measure in cases:
+        if time.monotonic() - began > args.budget:
+            result["not_measured"][label] = "no time left"
+        else:
+            try:
+                entries, described = measure()
+            except torch.OutOfMemoryError as error:
+                result["not_measured"][label] = reason(error)
+            else:
+                for entry in entries:
+                    print(table(entry, args.device) + "\n", flush=True)
+                    reasons = {name: why for name, why in entry["left_out"].items() if printed.get(name) != why}
+                    for name, why in reasons.items():
+                        print(f"  left out: {name}: {why}")
+                    printed |= reasons
+                result["results"] += entries
+                result["contenders"] |= described
+        if label in result["not_measured"]:
+            print(f"{label}: not measured: {result['not_measured'][label]}\n", flush=True)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        record.write_json(args.out, result)  # after every size: what was measured is not lost
+    print(summary(result["results"]) + f"\n\nwritten: {args.out}")
+    failed = {name: why for entry in result["results"] for name, why in entry["failed"].items()}
+    for name, why in failed.items():
+        print(f"FAILED: {name}: {why}")
+    return 1 if failed else 0
