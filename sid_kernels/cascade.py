@@ -50,7 +50,7 @@ def run(
     along = _choose(problem, backend)
     if problem.features.device.type == "cpu" or debug():
         check_alpha(problem.alpha)
-        if problem.labels is not None:
+        if problem.labels is not None and along is not cascade_cpu.run:  # which looks itself, before it writes
             check_labels(problem.labels, problem.weights.sizes[2], problem.ignore_index)
     stages = problem.weights.sizes[0]
     group = stages_at_once(problem)
