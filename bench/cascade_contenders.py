@@ -43,6 +43,11 @@ def make_problem(size: tuple[int, int, int, int, int], device: str, seed: int = 
         torch.manual_seed(seed)
         heads = [BeliefHead(dim, classes, width) for _ in range(stages)]
         features, target = torch.randn(rows, dim), torch.randint(0, classes, (rows,))
+    # Beliefs are about 1 / C. Weighted like features, they make backpropagated gradients vanish into denormal numbers,
+    # which slow a CPU down fourfold at C = 1000 (measured) and are no matter of how a step is computed.
+    with torch.no_grad():
+        for head in heads:
+            head.hidden.weight[:, :classes] *= classes
     network = SIDNetwork(nn.Identity(), [Stage(head) for head in heads], classes)
     return Problem(network.to(device), features.to(device), target.to(device))
 
@@ -243,7 +248,7 @@ def contenders(device: str, problem: Problem) -> tuple[dict[str, Contender], dic
 
 # ---------------------------------------------------------------- the check
 
-UPDATE_TOLERANCE = 1e-2  # of the change by a step: parameters are rounded to 2^-24 of themselves, the change is 1e-5
+UPDATE_TOLERANCE = 1e-2  # of the largest change Adam makes in its first step, which is its learning rate
 
 
 def truth(problem: Problem) -> dict[bool, dict[str, Tensor]]:
@@ -273,7 +278,7 @@ def _stacked(network: SIDNetwork, of: Callable[[Tensor], Tensor]) -> dict[str, T
 
 
 def check(contender: Contender, run: Run, problem: Problem, expected: dict) -> dict[str, float]:
-    """The relative errors of a first step's gradients, and of the parameters' change by what Adam makes of them."""
+    """The errors of a first step's gradients, and of what Adam makes of them, relative to the largest change."""
     before = _stacked(run.network, lambda parameter: parameter.detach().double())
     found = run.gradients(run.step())
     after = _stacked(run.network, lambda parameter: parameter.detach().double())
@@ -282,12 +287,12 @@ def check(contender: Contender, run: Run, problem: Problem, expected: dict) -> d
         errors[name] = _relative(found[name], want)
         allowed = TOLERANCE[torch.float32]
         assert errors[name] <= allowed, f"{contender.name}: gradient of {name} is off by {errors[name]:.1e}"
-    changes = []
+    errors["update"] = 0.0
     for name, start in before.items():
         gradient = found[name].double()
-        want = -RATE * gradient / (gradient.abs() + EPSILON)
-        changes.append(_relative(after[name] - start, want))
-    errors["update"] = max(changes)
+        want = start - RATE * gradient / (gradient.abs() + EPSILON)
+        off = (after[name] - want).abs() - 2.0**-23 * start.abs()  # beyond the rounding of the parameter itself
+        errors["update"] = max(errors["update"], float(off.max()) / RATE)
     assert errors["update"] <= UPDATE_TOLERANCE, f"{contender.name}: update is off by {errors['update']:.1e}"
     return errors
 

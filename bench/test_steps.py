@@ -1,7 +1,7 @@
 """`pytest bench/ --benchmark-only`: the cascade's training step and the belief head, at few sizes.
 
 Each contender is checked against float64 before it is timed. `step_report.py` measures all of it, interleaved, and
-memory and operator calls with it; what takes minutes (compiled steps, the largest heads) is there only.
+memory and operator calls with it; what takes minutes (all that is compiled, the largest heads) is there only.
 """
 
 import functools
@@ -11,6 +11,11 @@ import head_contenders as head
 import pytest
 import torch
 from benchmarked import DEVICE, checked
+
+
+def quick(names):
+    return [name for name in names if not name.startswith("compiled")]
+
 
 FEW = (cascade.DIRECT, cascade.TRAINER, cascade.REFERENCE, cascade.BP_FUSED)  # at the size that takes longest
 HEADS = [size for size in head.SIZES if size[2] <= 1000]
@@ -34,7 +39,7 @@ def measure(benchmark, module, size, name):
     benchmark.extra_info |= {"what": contender.what, "relative_errors": errors}
 
 
-@pytest.mark.parametrize("name", [name for name in cascade.names() if not name.startswith("compiled")])
+@pytest.mark.parametrize("name", quick(cascade.names()))
 @pytest.mark.parametrize("size", cascade.SIZES, ids=lambda size: f"C={size[4]}")
 def test_cascade_step(benchmark, size, name):
     if size == cascade.SIZES[-1] and name not in FEW and DEVICE == "cpu":
@@ -42,12 +47,10 @@ def test_cascade_step(benchmark, size, name):
     measure(benchmark, cascade, size, name)
 
 
-@pytest.mark.parametrize("name", head.names())
+@pytest.mark.parametrize("name", quick(head.names()))
 @pytest.mark.parametrize("prior", head.PRIORS)
 @pytest.mark.parametrize("size", HEADS, ids=lambda size: "x".join(map(str, size[:3])))
 def test_belief_head(benchmark, size, prior, name):
-    if name.startswith("compiled") and (name, prior, size) != (head.COMPILED_COLLAPSED, "given", HEADS[-1]):
-        pytest.skip("one form is compiled once, to be quick; step_report.py has all")
     measure(benchmark, head, (*size, prior), name)
 
 

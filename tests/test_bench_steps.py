@@ -82,6 +82,14 @@ def test_a_wrong_cascade_step_is_found(bench, wrong):
         passes(cascade, cascade.Contender("bad", "", start), problem, cascade.truth(problem))
 
 
+def test_backpropagated_gradients_do_not_vanish_into_denormal_numbers(bench):
+    """Nor do their squares, in Adam: arithmetic on those would be timed, and not the step."""
+    cascade = bench("cascade_contenders")
+    problem = cascade.make_problem((10, 16, 32, 8, 300), "cpu")
+    first = cascade.truth(problem)[True]["hidden_weight"][0]
+    assert first[first != 0].abs().median() > 1e-16
+
+
 def test_backpropagation_is_not_taken_for_the_local_gradient(bench):
     cascade = bench("cascade_contenders")
     problem = cascade.make_problem(CASCADE, "cpu")
