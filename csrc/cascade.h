@@ -32,7 +32,9 @@ struct Cascade {
   float* beliefs = nullptr;              // (L, B, C)
   float* dlogits = nullptr;              // (L, B, C), where dhidden is wanted
   float* logits = nullptr;               // (B, C) of the last stage
-  float* losses = nullptr;               // (3, L, B): each row's share of loss, fidelity and consistency
+  float* losses = nullptr;               // (3, L): loss, fidelity and consistency, reduced
+  float* hidden_bias_gradient = nullptr; // (L, H), where gradients are wanted
+  float* logits_bias_gradient = nullptr; // (L, C)
 };
 
 }  // namespace sid

@@ -33,9 +33,10 @@ def solve(features, weights, target, alpha, prior, options, backend, need_grad, 
         out = CascadeWeights(*(torch.empty_like(x) for x in problem.weights))
     elif need_grad:
         check_weights("out", out, problem.features)
-        for name, x, weight in zip(CascadeWeights._fields, out, weights, strict=True):
-            if not x.is_contiguous() or x.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-                raise ValueError(f"out.{name} must be contiguous and share no memory with weights.{name}")
+        taken = {x.untyped_storage().data_ptr() for x in (features, *weights)}
+        for name, x in zip(CascadeWeights._fields, out, strict=True):
+            if not x.is_contiguous() or (x.numel() and x.untyped_storage().data_ptr() in taken):
+                raise ValueError(f"out.{name} must be contiguous and share no memory with weights or features")
     losses, belief, logits, dfeatures = run(problem, backend, need_features, out)
     stage_loss, fidelity, consistency = losses.unbind()
     result = CascadeResult(stage_loss.sum(), stage_loss, fidelity, consistency, belief, logits)
@@ -58,16 +59,18 @@ def run(
     with torch.no_grad(), torch.autocast(problem.features.device.type, enabled=False):
         for first in range(0, stages, group):
             part = problem if group == stages else _part(problem, slice(first, first + group))
-            done = along(part)
-            losses.append(done.losses.sum(-1))
+            into = gradients if group == stages or gradients is None else _slice(gradients, slice(first, first + group))
+            done = along(part, into)
+            losses.append(done.losses)
             if problem.need_grad:
-                into = gradients if group == stages else _slice(gradients, slice(first, first + group))
                 _products(part, done, into, dfeatures, first > 0)
-            # Not a view: that would keep the beliefs of all stages.
-            problem = problem._replace(prior=done.beliefs[-1].clone())
-            logits = done.logits
+            belief, logits = (
+                done.beliefs[-1].clone(),
+                done.logits,
+            )  # no view, which would keep the beliefs of all stages
+            problem = problem._replace(prior=belief if done.carry is None else done.carry)
             del done, part  # before the next group takes as much memory
-    return losses[0] if len(losses) == 1 else torch.cat(losses, 1), problem.prior, logits, dfeatures
+    return losses[0] if len(losses) == 1 else torch.cat(losses, 1), belief, logits, dfeatures
 
 
 def stages_at_once(problem: CascadeProblem) -> int:
@@ -83,8 +86,8 @@ def _choose(problem: CascadeProblem, backend: str):
     if backend in ("auto", "cpu") and cascade_cpu.takes(problem):
         return cascade_cpu.run
     if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_cascade.takes(problem):
-        return triton_cascade.run
-    return lambda part: cascade_stages.run(part, backend)
+        return lambda part, into: triton_cascade.run(part)
+    return lambda part, into: cascade_stages.run(part, backend)
 
 
 def _slice(weights: CascadeWeights, part: slice) -> CascadeWeights:
@@ -101,18 +104,19 @@ def _products(
 ) -> None:
     """The gradients of weights and, added up over groups, of the features: sums over rows and stages, as products."""
     stages, width, classes = problem.weights.sizes
-    features, dhidden = problem.features, done.dhidden  # (B, D), (L, B, H)
+    features, hidden, dhidden, dlogits = problem.features, done.hidden, done.dhidden, done.dlogits
     rows = features.shape[0]
-    torch.bmm(done.dlogits.transpose(1, 2), done.hidden, out=into.logits_weight)
-    torch.sum(done.dlogits, 1, out=into.logits_bias)
-    torch.sum(dhidden, 1, out=into.hidden_bias)
-    by_input = into.hidden_weight.view(stages * width, -1)  # (L * H, C + D)
-    torch.mm(dhidden.transpose(1, 2).reshape(stages * width, rows), features, out=by_input[:, classes:])
+    torch.bmm(dlogits.transpose(1, 2), hidden, out=into.logits_weight)
+    if not done.has_biases:
+        torch.sum(dlogits, 1, out=into.logits_bias)
+        torch.sum(dhidden, 1, out=into.hidden_bias)
+    by_features = into.hidden_weight.view(stages * width, -1)[:, classes:]  # (L * H, D)
+    torch.mm(dhidden.transpose(1, 2).reshape(stages * width, rows), features, out=by_features)
     by_belief = into.hidden_weight[:, :, :classes]
     if problem.prior is None:  # every row's is 1 / C
         by_belief[0] = into.hidden_bias[0].unsqueeze(1) / classes
     else:
-        torch.mm(dhidden[0].t(), problem.prior, out=by_belief[0])
+        torch.mm(dhidden[0].t(), problem.prior.to(features.dtype), out=by_belief[0])
     if stages > 1:
         torch.bmm(dhidden[1:].transpose(1, 2), done.beliefs[:-1], out=by_belief[1:])
     if dfeatures is not None:

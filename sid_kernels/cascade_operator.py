@@ -31,7 +31,9 @@ def call(
     if need_grad is None:
         need_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (features, *weights))
     tensor = isinstance(alpha, Tensor)
-    values = [] if tensor else [float(x) for x in alpha] if isinstance(alpha, Sequence) else [float(alpha)]
+    values = (
+        [] if tensor else [float(x) for x in alpha] if isinstance(alpha, Sequence) else [float(alpha)] * len(weights[0])
+    )
     prior, alpha = None if prior is None else prior.detach(), alpha.detach() if tensor else None
     return refine_cascade(
         features, *weights, target.detach(), prior, alpha, values, divergence, float(smoothing),
@@ -57,7 +59,7 @@ def _refine_cascade(
     need_grad,
 ):
     weights = CascadeWeights(w1, b1, w2, b2)
-    alpha = (values if len(values) > 1 else values[0]) if alpha is None else alpha
+    alpha = values if alpha is None else alpha
     options = (divergence, smoothing, ignore_index, reduction)
     result, dfeatures, gradients = cascade.solve(
         features, weights, target, alpha, prior, options, backend, need_grad, need_grad, None

@@ -72,12 +72,14 @@ class CascadeResult(NamedTuple):
 class CascadePass(NamedTuple):
     """What a backend returns for a `CascadeProblem`: all that runs along the cascade. Any strides."""
 
-    losses: Tensor  # (3, L, B) float32 or float64: loss, fidelity, consistency; each row's share of the reduced value
+    losses: Tensor  # (3, L) float32 or float64: loss, fidelity and consistency of every stage, reduced
     beliefs: Tensor  # (L, B, C) in the weights' dtype
     logits: Tensor  # (B, C) of the last stage, likewise
-    hidden: Tensor | None  # h, (L, B, H); this and what follows: where gradients are wanted
-    dlogits: Tensor | None  # (L, B, C)
+    dlogits: Tensor | None  # (L, B, C); this and what follows: where gradients are wanted
+    hidden: Tensor | None  # h, (L, B, H)
     dhidden: Tensor | None  # (L, B, H), the gradient at the ReLU's input
+    carry: Tensor | None = None  # the last belief in float32, where `beliefs` are rounded
+    has_biases: bool = False  # whether the gradients of both biases have been written already
 
 
 def make_cascade(
@@ -128,14 +130,9 @@ def make_cascade(
 
 def check_weights(name: str, weights: CascadeWeights, features: Tensor) -> tuple[int, int, int]:
     """L, H and C of weights that fit together and the features (B, D)."""
-    if not isinstance(weights, tuple) or len(weights) != 4:
-        raise TypeError(
-            f"{name} is of type {type(weights).__name__}; it must be CascadeWeights(hidden_weight, hidden_bias, "
-            "logits_weight, logits_bias)"
-        )
+    _check_tuple(name, weights)
     weights = CascadeWeights(*weights)
     for part, x in zip(CascadeWeights._fields, weights, strict=True):
-        check_tensor(f"{name}.{part}", x)
         if x.dtype != features.dtype:
             raise TypeError(f"{name}.{part} has dtype {x.dtype}; it must be the features' dtype, {features.dtype}")
         if x.device != features.device:
@@ -153,6 +150,22 @@ def check_weights(name: str, weights: CascadeWeights, features: Tensor) -> tuple
                 f"C = {classes} (from logits_weight) and D = {features.shape[1]} (from features)"
             )
     return stages, width, classes
+
+
+def _check_tuple(name: str, weights: object) -> None:
+    if not isinstance(weights, tuple) or len(weights) != 4:
+        raise TypeError(
+            f"{name} is of type {type(weights).__name__}; it must be CascadeWeights(hidden_weight, hidden_bias, "
+            "logits_weight, logits_bias)"
+        )
+    for part, x in zip(CascadeWeights._fields, weights, strict=True):
+        check_tensor(f"{name}.{part}", x)
+
+
+def check_kinds(features: object, weights: object) -> None:
+    """That both are tensors, and as many as they must be: what is looked at before anything else is."""
+    check_tensor("features", features)
+    _check_tuple("weights", weights)
 
 
 def _alphas(alpha: float | Sequence[float] | Tensor, stages: int, features: Tensor) -> float | Tensor:
@@ -185,10 +198,9 @@ _alpha_tensors: dict[tuple, Tensor] = {}
 
 
 def _alpha_tensor(values: tuple[float, ...], double: bool, device: torch.device) -> Tensor:
-    """Copied to a device once: a copy from the host at every step would wait for it, and cannot be captured."""
+    """Copied to a device once: a copy from the host at every step would wait for it, and cannot be captured. Kept for
+    good: a captured graph may read it."""
     key = (values, double, device)
     if key not in _alpha_tensors:
-        if len(_alpha_tensors) >= 64:
-            _alpha_tensors.clear()
         _alpha_tensors[key] = torch.tensor(values, dtype=torch.float64 if double else torch.float32, device=device)
     return _alpha_tensors[key]

@@ -41,10 +41,10 @@ def run(problem: CascadeProblem, backend: str) -> CascadePass:
         beliefs.append(prior.to(features.dtype))
         if problem.need_grad:
             dlogits = result.dlogits.mul_(scale) if scale is not None else result.dlogits
-            dhiddens.append(torch.where(hidden > 0, dlogits @ weights.logits_weight[i], 0))
+            dhiddens.append(torch.where(hidden <= 0, 0, dlogits @ weights.logits_weight[i]))
             hiddens.append(hidden)
             slopes.append(dlogits)
-    losses = torch.stack(losses, 1)  # (3, L, B)
+    losses = torch.stack(losses, 1).sum(-1)  # (3, L)
     losses = losses if scale is None else losses * scale
-    gradients = [torch.stack(x) if problem.need_grad else None for x in (hiddens, slopes, dhiddens)]
-    return CascadePass(losses, torch.stack(beliefs), logits, *gradients)
+    gradients = [torch.stack(x) if problem.need_grad else None for x in (slopes, hiddens, dhiddens)]
+    return CascadePass(losses, torch.stack(beliefs), logits, *gradients, carry=prior)

@@ -26,12 +26,11 @@ def needs_operator(*tensors) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would give a product of x, where it is on and x is not in that dtype; None: leave x as it is."""
+    """What autocast makes the factors of a product with x, where it is on; None: leave them as they are."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype is torch.float64:
         return None
-    dtype = torch.get_autocast_dtype(device)
-    return None if dtype is x.dtype else dtype
+    return torch.get_autocast_dtype(device)
 
 
 class _Attach(torch.autograd.Function):
@@ -67,7 +66,7 @@ def times(node, gradients, grad_loss: Tensor, name: str) -> list[Tensor | None]:
         return [None if x is None else first_derivative(node, x, grad_loss, name) for x in gradients]
     if grad_loss.is_cpu and not _modes() and grad_loss.item() == 1.0:  # under a mode, as in tracing, it has no value
         return list(gradients)
-    return [None if x is None else _times(x, grad_loss) for x in gradients]
+    return [x if x is None or not x.numel() else _times(x, grad_loss) for x in gradients]
 
 
 def _times(gradient: Tensor, grad_loss: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, triton_head
-from .head_problem import HeadProblem, PriorHead, make_head
+from .head_problem import HeadProblem, PriorHead, belief_dtype, make_head
 from .problem import LocalLoss, Problem, check_alpha, check_labels, debug, scale_of_mean
 
 # Bytes of logits, and of a prior recomputed beside them, that are alive at a time. The weight's gradient is read and
@@ -64,21 +64,13 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
 def rows_at_once(problem: HeadProblem) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES hold, and about equally many in every chunk."""
     rows, classes = problem.hidden.shape[0], problem.weight.shape[0]
-    held = problem.hidden.element_size() + (_prior_dtype(problem).itemsize if _recomputed(problem) else 0)
+    held = problem.hidden.element_size()
+    if isinstance(problem.prior, PriorHead):
+        held += belief_dtype(problem.hidden.dtype, problem.prior, problem.reverse).itemsize
     limit = CHUNK_BYTES.get(problem.hidden.device.type, CHUNK_BYTES["cuda"])
     most = max(1, limit // (classes * held))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
-
-
-def _recomputed(problem: HeadProblem) -> bool:
-    return isinstance(problem.prior, PriorHead)
-
-
-def _prior_dtype(problem: HeadProblem) -> torch.dtype:
-    """Of a prior computed here. The reverse divergence takes its logarithm, which half precision would cut off."""
-    half = problem.hidden.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and problem.reverse else problem.hidden.dtype
 
 
 def _on_chip(problem: HeadProblem, need: tuple[bool, bool, bool], row_scale: Tensor | None):
@@ -103,16 +95,18 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
         if problem.hidden.device.type == "cpu":
             factor, scale = float(scale), None
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    given = isinstance(problem.prior, Tensor)
-    belief_dtype = problem.prior.dtype if given else _prior_dtype(problem) if _recomputed(problem) else dtype
-    belief = new(rows, classes, dtype=belief_dtype) if problem.need_belief else None
+    belief = (
+        new(rows, classes, dtype=belief_dtype(dtype, problem.prior, problem.reverse)) if problem.need_belief else None
+    )
     losses = new(3, rows, dtype=compute)
     dhidden = new(rows, width) if need[0] else None
     step = rows_at_once(problem)
     weights = _WeightGradient(problem, factor, scale, -(-rows // step)) if need[1] else None
     dbias = torch.zeros(classes, dtype=compute, device=problem.hidden.device) if need[2] else None
     logits_memory = new(step, classes)
-    prior_memory = new(step, classes, dtype=_prior_dtype(problem)) if _recomputed(problem) else None
+    prior_memory = None
+    if isinstance(problem.prior, PriorHead):
+        prior_memory = new(step, classes, dtype=belief_dtype(dtype, problem.prior, problem.reverse))
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         chunk = problem.rows(part)
@@ -178,7 +172,10 @@ class _WeightGradient:
             block = max(1, WIDE_BYTES // (hidden.shape[1] * hidden.element_size()))
             for start in range(0, dlogits.shape[1], block):
                 classes = slice(start, start + block)
-                self.sum[classes] += dlogits[:, classes].t() @ hidden
+                # As a mean over the chunk, whatever the rows: a sum might leave float16's range.
+                product = torch.empty_like(self.sum[classes], dtype=self.dtype)
+                torch.addmm(product, dlogits[:, classes].t(), hidden, beta=0, alpha=1 / len(hidden), out=product)
+                self.sum[classes].add_(product, alpha=len(hidden))
         else:
             torch.addmm(self.sum, dlogits.t(), hidden, beta=int(self.begun), alpha=self.factor, out=self.sum)
         self.begun = True

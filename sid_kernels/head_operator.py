@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import head
 from .gradients import first_derivative, functorch_stack, is_compiling, times
-from .head_problem import PriorHead, make_head
+from .head_problem import PriorHead, belief_dtype, make_head
 from .operator import library
 from .problem import LocalLoss, check_tensor
 
@@ -83,7 +83,8 @@ def _fake(
     losses = [hidden.new_empty(rows if reduction == "none" else (), dtype=compute) for _ in range(3)]
     belief = hidden.new_empty(0)
     if return_belief:
-        belief = hidden.new_empty((*rows, weight.shape[0]), dtype=hidden.dtype if prior is None else prior.dtype)
+        dtype = belief_dtype(hidden.dtype, given, divergence == "reverse")
+        belief = hidden.new_empty((*rows, weight.shape[0]), dtype=dtype)
     later = reduction == "none" and row_scale is None
     need = (need_hidden, need_weight, need_bias)
     gradients = [

@@ -60,6 +60,18 @@ class HeadPass(NamedTuple):
     dhidden: Tensor | None  # (N, H)
 
 
+def belief_dtype(dtype: torch.dtype, prior: Tensor | PriorHead | None, reverse: bool) -> torch.dtype:
+    """Of the belief, and of a prior that is computed here: the prior's, or the hidden's, `dtype`.
+
+    A prior head in half precision has its prior in float32 in the reverse divergence, which takes the logarithm: half
+    precision would cut it off.
+    """
+    if isinstance(prior, Tensor):
+        return prior.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and reverse and prior is not None else dtype
+
+
 def make_head(
     hidden: Tensor,
     weight: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cascade, cascade_operator
-from .cascade_problem import CascadeResult, CascadeWeights
+from .cascade_problem import CascadeResult, CascadeWeights, check_kinds
 from .gradients import attach, autocast_dtype, needs_operator
 
 
@@ -58,8 +58,11 @@ def refine_cascade(
         RuntimeError: the backend asked for cannot be used here; or a second derivative is asked for.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
-    if isinstance(features, Tensor) and features.is_cuda and (dtype := autocast_dtype(features)) is not None:
+    check_kinds(features, weights)
+    if (dtype := autocast_dtype(features)) is not None:
+        dtype = dtype if features.is_cuda else torch.float32
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
+        prior = prior.to(dtype) if isinstance(prior, Tensor) and prior.is_floating_point() else prior
     if needs_operator(features, *weights, target, prior, alpha):
         return CascadeResult(*cascade_operator.call(features, weights, target, alpha, prior, *options, backend)[:6])
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (features, *weights))
@@ -92,6 +95,7 @@ def refine_cascade_and_grad(
     `need_features=False` leaves out the gradient of the features, which is then None. Raises as `refine_cascade` does.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
+    check_kinds(features, weights)
     if needs_operator(features, *weights, target, prior, alpha):
         found = cascade_operator.call(features, weights, target, alpha, prior, *options, backend, need_grad=True)
         found = [x.detach() for x in found]

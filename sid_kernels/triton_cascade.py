@@ -122,8 +122,8 @@ def run(problem: CascadeProblem) -> CascadePass:
     beliefs, logits = empty(stages, rows, classes), empty(rows, classes)
     hidden, dlogits = (empty(rows, stages * units), empty(stages, rows, classes)) if need_grad else (None, None)
 
-    def by_stage(x: Tensor | None) -> Tensor | None:  # (B, L H) -> (L, B, H)
-        return None if x is None else x.view(rows, stages, units).transpose(0, 1)
+    def by_stage(x: Tensor) -> Tensor:  # (B, L H) -> (L, B, H)
+        return x.view(rows, stages, units).transpose(0, 1)
 
     if rows:
         plan = plan_for(classes, half=dtype is not torch.float32)
@@ -163,4 +163,7 @@ def run(problem: CascadeProblem) -> CascadePass:
                 **constants(plan, classes, units, features.shape[1]),
                 **launch_options(plan),
             )
-    return CascadePass(losses, beliefs, logits, by_stage(hidden), dlogits, by_stage(pre) if need_grad else None)
+    losses = losses.sum(-1)
+    if not need_grad:
+        return CascadePass(losses, beliefs, logits, None, None, None)
+    return CascadePass(losses, beliefs, logits, dlogits, by_stage(hidden), by_stage(pre))

@@ -222,6 +222,33 @@ def test_under_autocast_as_a_linear_layer():
     assert torch.allclose(weight.grad, exact["weight"], atol=0.03 * exact["weight"].abs().max().item())
 
 
+def test_under_autocast_after_a_layer_that_is():
+    """Hidden is in autocast's dtype already, the head's parameters are not: the usual case."""
+    layer, last = torch.nn.Linear(8, 12), BeliefHead(12, 5)
+    target = torch.randint(0, 5, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = last(layer(torch.randn(9, 8)), None, target)
+    result.loss.backward()
+    assert layer.weight.grad.dtype is torch.float32 and last.weight.grad.abs().sum() > 0
+
+
+def test_float16_sums_stay_in_range(monkeypatch):
+    """A gradient of 8 from sums of 10^5 and more: the mean's factor may not wait until they have overflowed."""
+    rows = 60_000
+    hidden = torch.linspace(4, 12, rows).half().view(rows, 1)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2 * 50 * 20_000)
+    target = torch.zeros(rows, dtype=torch.int64)
+    _, gradients = belief_head_and_grad(hidden, torch.zeros(50, 1).half(), None, None, target, 1.0)
+    assert abs(float(gradients.weight[0]) + 8 * 0.98) < 0.05
+
+
+def test_the_belief_of_a_half_precision_prior_head_is_what_the_operator_says():
+    problem = Problem(9, 7, 5, dtype=torch.bfloat16, prior="head", divergence="reverse", label_smoothing=0.1)
+    found = problem.run()["belief"].dtype
+    compiled = torch.compile(problem.run, fullgraph=True, backend="eager")()["belief"].dtype
+    assert found is compiled is torch.float32
+
+
 def test_leading_dimensions_and_strided_rows():
     problem = Problem(24, 12, 20)
     flat = problem.run()

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, NAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from sid_trainer import build_network, capture, sid_step, stacked_stages
+from sid_trainer.capture import _Snapshot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -28,7 +29,9 @@ def batches(device, number):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("kind", "options"), [(Adam, {"fused": True}), (SGD, {"momentum": 0.9})], ids=["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [(Adam, {"fused": True}), (SGD, {"momentum": 0.9, "fused": True})], ids=["adam", "sgd"]
+)
 def test_replays_are_the_steps(device, kind, options):
     """New data and a new learning rate at every call, from a scheduler and by assignment; the same parameters after."""
     ends = []
@@ -69,6 +72,46 @@ def test_a_batch_unlike_the_example_is_refused(batch, message):
     call = capture(lambda x, y: x, (torch.zeros(3, 2), torch.zeros(3)))
     with pytest.raises(ValueError, match=message):
         call(*batch)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: SGD(p, lr=0.1), "fused=True; one is SGD without it"),
+        (lambda p: NAdam(p, lr=0.1), "fused=True; one is NAdam"),
+        (lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5, fused=True), "dampening 0"),
+    ],
+)
+def test_optimizers_that_cannot_be_undone_or_captured_are_refused(optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        capture(lambda x: x, (torch.zeros(2),), optimizers=[optimizer([torch.nn.Parameter(torch.zeros(2))])])
+
+
+def test_what_a_snapshot_puts_back():
+    """What undoes the runs before a capture: parameters, all buffers, states old and new."""
+    for warm in (False, True):
+        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        twin = copy.deepcopy(network)
+        ends = []
+        for n, undone in ((network, True), (twin, False)):
+            torch.manual_seed(0)
+            optimizer = Adam(n.parameters(), lr=0.1, fused=True)
+
+            def step(n=n, optimizer=optimizer):
+                optimizer.zero_grad()
+                n(torch.linspace(0, 1, 15).view(5, 3).square()).square().sum().backward()
+                optimizer.step()
+
+            if warm:
+                step()
+            if undone:
+                before = _Snapshot(n, (optimizer,))
+                step()
+                step()
+                before.restore()
+            step()
+            ends.append(n.state_dict())
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_an_example_must_be_tensors():

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cascade_oracle import NAMES, Case, assert_within_budget, make_case, truth
-from sid_kernels import CascadeWeights, cascade, fused_local_loss, refine_cascade, refine_cascade_and_grad
+from sid_kernels import CascadeWeights, cascade, cascade_cpu, fused_local_loss, refine_cascade, refine_cascade_and_grad
 
 OPTIONS = [
     {},
@@ -202,6 +202,30 @@ def _problem(case):
     return make_cascade(case.features, case.weights, case.target, 0.5, None, "forward", 0.0, -100, "mean", True)
 
 
+def test_under_autocast_and_under_other_defaults():
+    case = make_case(3, 20, 16, 8, 10, prior=True)
+    want = run(case)
+    half = case.features.bfloat16()  # as a layer under autocast gives them
+    weights = CascadeWeights(*(x.clone().requires_grad_() for x in case.weights))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = refine_cascade(half, weights, case.target, case.alpha, prior=case.prior)
+    result.loss.backward()
+    assert torch.allclose(result.stage_loss, want["stage_loss"], rtol=0.02)
+    assert weights.hidden_weight.grad.dtype is torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        cascade_cpu._scratch.memory = cascade_cpu._scratch.new(0)  # as in a new thread
+        found = run(case)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], want[name]) for name in NAMES)
+
+
+def test_a_large_stage_is_not_kept_in_memory():
+    run(make_case(1, 9000, 256, 4, 4))
+    assert cascade_cpu._scratch.memory.nbytes <= cascade_cpu.KEPT_BYTES
+
+
 def test_stages_are_the_fused_local_loss_of_what_they_read():
     case = make_case(3, 40, 32, 16, 10, alpha="stages")
     prior = torch.full((40, 10), 0.1)
@@ -227,6 +251,8 @@ def test_gradients_in_hand_under_a_mode_and_compiled():
 
 
 BAD = [
+    ({"features": [1.0]}, TypeError, "features is of type list; it must be a torch.Tensor"),
+    ({"weights": None}, TypeError, "weights is of type NoneType; it must be CascadeWeights"),
     ({"features": torch.zeros(3)}, ValueError, r"features has shape \(3,\); it must be \(B, D\)"),
     ({"features": torch.zeros(9, 5, dtype=torch.int64)}, TypeError, "features has dtype torch.int64"),
     ({"features": torch.zeros(9, 6)}, ValueError, r"weights.hidden_weight has shape .* \(3, 7, 10\)"),
@@ -242,7 +268,11 @@ BAD = [
     ({"divergence": "reverse"}, ValueError, "full support"),
     ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
     ({"backend": "cuda"}, (ValueError, RuntimeError), "cuda"),
-    ({"out": "weights"}, ValueError, "out.hidden_weight must be contiguous and share no memory"),
+    (
+        {"out": "weights"},
+        ValueError,
+        "out.hidden_weight must be contiguous and share no memory with weights or features",
+    ),
 ]
 
 

@@ -174,7 +174,17 @@ def test_which_networks_do_not_qualify():
     def without_bias(network):
         network.stages[2].head.logits = nn.Linear(32, 10, bias=False)
 
-    for change in (wider, frozen, other_head, body, without_bias):
+    def twice(network):
+        network.stages[1] = network.stages[0]
+
+    def own_forward(network):
+        head = network.stages[0].head
+        head.forward = lambda features, prior, old=head.forward: old(features, prior)
+
+    def gradient_hook(network):
+        network.stages[0].head.hidden.weight.register_post_accumulate_grad_hook(lambda p: None)
+
+    for change in (wider, frozen, other_head, body, without_bias, twice, own_forward, gradient_hook):
         check(change)
 
 
@@ -198,6 +208,33 @@ def test_what_the_cascade_holds_does_not_grow_with_depth(allocated):
         owners = optimizers(network, SGD, True, lr=0.1)
         peaks.append(allocated(lambda n=network, i=inputs, t=targets, o=owners: sid_step(n, i, t, 0.5, o)))
     assert max(peaks) <= (16 << 20) + (1 << 20) and peaks[1] <= peaks[0] + (64 << 10)
+
+
+def test_shared_memory_new_parameters_and_inference_mode():
+    network, inputs, targets = make()
+    owners = optimizers(network, SGD, True, lr=0.1)
+
+    def moves():
+        before = values(network)
+        sid_step(network, inputs, targets, 0.5, owners)
+        return all(not torch.equal(value, before[name]) for name, value in values(network).items())
+
+    assert moves()
+    network.share_memory()  # moves every parameter's memory away under it
+    assert moves()
+    plain, _, _ = make(plain=True)
+    network.load_state_dict(network.state_dict(), assign=True)  # other parameters, where the old ones were
+    for parameter in network.parameters():
+        parameter.requires_grad_()
+    plain.load_state_dict(network.state_dict())
+    sid_step(network, inputs, targets)
+    sid_step(plain, inputs, targets)
+    for name, value in gradients(plain).items():
+        assert (gradients(network)[name] - value).abs().max() <= ROUNDING * value.abs().max(), name
+    fresh, _, _ = make()
+    with torch.inference_mode():
+        stacked_stages(fresh)
+    fresh(inputs).sum().backward()
 
 
 def test_the_trainers_network_qualifies():

@@ -28,8 +28,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cascade", [](int64_t stages, int64_t rows, int64_t classes, int64_t width, uintptr_t hidden_weight,
                       int64_t hidden_weight_stride, uintptr_t hidden_bias, uintptr_t logits_weight, uintptr_t logits_bias,
                       const py::tuple& prior, uintptr_t labels, const py::tuple& soft, uintptr_t alpha, float alpha_value,
-                      float label_smoothing, int64_t ignore_index, bool reverse, bool mean, uintptr_t hidden, uintptr_t dhidden,
-                      uintptr_t beliefs, uintptr_t dlogits, uintptr_t logits, uintptr_t losses, int threads) -> py::object {
+                      float label_smoothing, int64_t ignore_index, bool reverse, bool mean, uintptr_t hidden,
+                      uintptr_t dhidden, uintptr_t beliefs, uintptr_t dlogits, uintptr_t logits, uintptr_t losses,
+                      uintptr_t hidden_bias_gradient, uintptr_t logits_bias_gradient, int threads) -> py::object {
     using sid::pointer;
     auto in = [](const py::tuple& t) {
       const sid::Matrix x = sid::matrix(t);
@@ -43,12 +44,15 @@ PYBIND11_MODULE(_C, m) {
     a.prior = in(prior), a.labels = pointer<const int64_t>(labels), a.soft = in(soft);
     a.alpha = pointer<const float>(alpha), a.alpha_value = alpha_value, a.label_smoothing = label_smoothing;
     a.ignore_index = ignore_index, a.reverse = reverse, a.mean = mean;
+    a.hidden_bias_gradient = pointer<float>(hidden_bias_gradient);
+    a.logits_bias_gradient = pointer<float>(logits_bias_gradient);
     a.hidden = pointer<float>(hidden), a.dhidden = pointer<float>(dhidden), a.beliefs = pointer<float>(beliefs);
     a.dlogits = pointer<float>(dlogits), a.logits = pointer<float>(logits), a.losses = pointer<float>(losses);
     const bool weights = a.hidden_weight && a.hidden_bias && a.logits_weight && a.logits_bias;
-    const bool outputs = a.hidden && a.beliefs && a.logits && a.losses && (!a.dhidden || a.dlogits);
-    if (rows > 0 && (!weights || !outputs || (!a.labels && !a.soft.data)))
-      throw std::invalid_argument("sid_kernels: null pointer for a weight, the target or an output (is this a real tensor?)");
+    const bool gradients = !a.dhidden || (a.dlogits && a.hidden_bias_gradient && a.logits_bias_gradient);
+    const bool outputs = a.hidden && a.beliefs && a.logits && a.losses && gradients;
+    if (rows < 1 || (!weights || !outputs || (!a.labels && !a.soft.data)))
+      throw std::invalid_argument("sid_kernels: null pointer for a weight, the target or an output (is this a real tensor?), or no rows");
     sid::BadLabel bad;
     {
       py::gil_scoped_release release;

@@ -44,14 +44,16 @@ template <int V> struct Tile {
   const Cascade& a;
   int64_t first, rows;  // of this tile
   float scale;
-  std::vector<float>& memory;
+  float *losses, *sums;
   float *hidden, *belief, *slope, *logits;  // (H, lanes), (C, lanes), (C, lanes), (rows, C)
 
-  Tile(const Cascade& cascade, int64_t begin, int64_t count, float s, std::vector<float>& m)
-      : a(cascade), first(begin), rows(count), scale(s), memory(m) {
-    const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes;
+  Tile(const Cascade& cascade, int64_t begin, int64_t end, float s, float* loss_rows, float* bias_sums,
+       std::vector<float>& memory)
+      : a(cascade), first(begin), rows(std::min(kLanes, end - begin)), scale(s), losses(loss_rows), sums(bias_sums) {
+    // On cache lines: a vector that lies across two is read twice.
+    const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes + sizeof(Vec) / sizeof(float);
     if (memory.size() < needed) memory.resize(needed);
-    hidden = memory.data();
+    hidden = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
     belief = hidden + a.width * kLanes;
     slope = belief + a.classes * kLanes;
     logits = slope + a.classes * kLanes;
@@ -89,14 +91,24 @@ template <int V> struct Tile {
     const int64_t at = (i * a.rows + first) * a.classes;
     if (i + 1 < a.stages) transpose(a.beliefs + at, rows, a.classes, belief, kLanes);
     if (!a.dhidden) return;
+    if (rows < kLanes) std::fill(slope, slope + a.classes * kLanes, 0.0f);  // lanes beyond the rows count nothing
     transpose(a.dlogits + at, rows, a.classes, slope, kLanes);
+    float* bias_sums = sums + i * (a.width + a.classes);
     float* dh_out = a.dhidden + i * a.width * a.rows + first;
     product<V>({w2, 1, a.width}, a.width, a.classes, slope, [&](int64_t j, const Vec* sum) {
+      Vec total{};
       for (int v = 0; v < V; ++v) {
-        const Vec h = load(hidden + j * kLanes + v * kWidth);
-        store_part(dh_out + j * a.rows + v * kWidth, h <= Vec{} ? Vec{} : sum[v], rows - v * kWidth);
+        const Vec h = load(hidden + j * kLanes + v * kWidth), dh = h <= Vec{} ? Vec{} : sum[v];
+        store_part(dh_out + j * a.rows + v * kWidth, dh, rows - v * kWidth);
+        total += dh;
       }
+      bias_sums[j] += sum_lanes(total);
     });
+    for (int64_t c = 0; c < a.classes; ++c) {
+      Vec total{};
+      for (int v = 0; v < V; ++v) total += load(slope + c * kLanes + v * kWidth);
+      bias_sums[a.width + c] += sum_lanes(total);
+    }
   }
 
   void loss(int64_t i, const float* z) const {
@@ -116,18 +128,17 @@ template <int V> struct Tile {
     problem.reverse = a.reverse;
     problem.belief = {a.beliefs + row * a.classes, a.classes, DType::f32};
     if (a.dhidden) problem.dlogits = {a.dlogits + row * a.classes, a.classes, DType::f32};
-    float* loss = a.losses + row;
+    float* loss = losses + row;
     float *fidelity = loss + a.stages * a.rows, *consistency = fidelity + a.stages * a.rows;
     local_loss_rows(problem, 0, rows, scale, false, fidelity, consistency, loss);
-    for (int64_t r = 0; r < rows; ++r) loss[r] *= scale, fidelity[r] *= scale, consistency[r] *= scale;
   }
 };
 
-template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float scale) {
+template <int V>
+void run(const Cascade& a, int64_t begin, int64_t end, float scale, float* losses, float* sums) {
   static thread_local std::vector<float> memory;
-  constexpr int64_t lanes = Tile<V>::kLanes;
-  for (int64_t first = begin; first < end; first += lanes) {
-    Tile<V> tile(a, first, std::min(lanes, end - first), scale, memory);
+  for (int64_t first = begin; first < end; first += Tile<V>::kLanes) {
+    Tile<V> tile(a, first, end, scale, losses, sums, memory);
     tile.start();
     for (int64_t i = 0; i < a.stages; ++i) tile.stage(i);
   }
@@ -137,10 +148,10 @@ template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float sc
 
 int row_lanes() { return kWidth; }
 
-void cascade_rows(const Cascade& a, int64_t begin, int64_t end, int vectors, float scale) {
-  if (vectors >= 4 && kMostVectors >= 4) run<kMostVectors>(a, begin, end, scale);
-  else if (vectors >= 2) run<2>(a, begin, end, scale);
-  else run<1>(a, begin, end, scale);
+void cascade_rows(const Cascade& a, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums) {
+  if (vectors >= 4 && kMostVectors >= 4) run<kMostVectors>(a, begin, end, scale, losses, sums);
+  else if (vectors >= 2) run<2>(a, begin, end, scale, losses, sums);
+  else run<1>(a, begin, end, scale, losses, sums);
 }
 
 }  // namespace SID_ISA

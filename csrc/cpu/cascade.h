@@ -6,13 +6,14 @@
 namespace sid {
 
 // Runs all stages on at most `threads` threads. Labels are checked before anything is written; with a bad one nothing
-// is. Equal bits for any number of threads.
+// is. Equal bits for any number of threads, as long as the chunks are the same.
 BadLabel cascade_cpu(const Cascade& args, int threads);
 
 #define SID_DECLARE(isa)                                                            \
   namespace isa {                                                                   \
-  /* Rows [begin, end) through every stage, in tiles of `vectors` vectors of rows. */ \
-  void cascade_rows(const Cascade&, int64_t begin, int64_t end, int vectors, float scale); \
+  /* Rows [begin, end) through every stage, in tiles of `vectors` vectors of rows. `losses` (3, L, B) gets    \
+     each row's, unscaled; `sums` (L, H + C), zero before, the gradients of both biases. */                             \
+  void cascade_rows(const Cascade&, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums);  \
   int row_lanes();                                                                  \
   }
 SID_DECLARE(baseline)

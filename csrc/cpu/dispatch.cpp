@@ -142,9 +142,26 @@ BadLabel cascade_cpu(const Cascade& a, int threads) {
   while (vectors > 1 && (a.rows + vectors * lanes - 1) / (vectors * lanes) < threads) vectors /= 2;
   const int64_t tile = vectors * lanes, tiles = (a.rows + tile - 1) / tile;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tiles)));
+  static thread_local std::vector<float> buffer;  // losses of every row (3, L, B), then sums of every thread (L, H + C)
+  const int64_t rows = 3 * a.stages * a.rows, sums = a.stages * (a.width + a.classes);
+  buffer.assign(rows + threads * sums, 0.0f);
+  float* const losses = buffer.data();
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int t = 0; t < threads; ++t)
-    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile), vectors, scale);
+    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile), vectors, scale,
+                losses, losses + rows + t * sums);
+  for (int64_t i = 0; i < 3 * a.stages; ++i) {
+    double total = 0.0;
+    for (int64_t r = 0; r < a.rows; ++r) total += losses[i * a.rows + r];
+    a.losses[i] = static_cast<float>(a.mean ? total / std::max<int64_t>(counted, 1) : total);
+  }
+  if (!a.dhidden) return {};
+  for (int64_t i = 0; i < a.stages; ++i)
+    for (int64_t j = 0; j < a.width + a.classes; ++j) {
+      float total = 0.0f;
+      for (int t = 0; t < threads; ++t) total += losses[rows + t * sums + i * (a.width + a.classes) + j];
+      *(j < a.width ? a.hidden_bias_gradient + i * a.width + j : a.logits_bias_gradient + i * a.classes + j - a.width) = total;
+    }
   return {};
 }
 

@@ -27,12 +27,13 @@ def capture(
             in as a tensor (alpha as one, say). It may run on several streams, if it joins them again.
         example_batch: tensors of the sizes, dtypes and device of every batch to come.
         network, optimizers: what the step changes. They are left as they were: the runs that warm up and capture it are
-            undone. The optimizers' learning rates become tensors, which schedulers fill in place; a number assigned to
-            `group["lr"]` is taken over at the next call.
+            undone (`.grad` excepted). The optimizers must be fused Adam, AdamW or SGD, whose updates read the learning
+            rate on the device; it becomes a tensor, which schedulers fill in place, and a number assigned to
+            `group["lr"]` is taken over at the next call. Load an optimizer's state before, not after.
         warmup: runs before the capture, for code that is compiled, tuned or allocated the first time.
 
-    Returns a CapturedStep. Raises ValueError for an example without tensors, or on more than one device, and what the
-    step itself raises.
+    Returns a CapturedStep. Raises ValueError for an example without tensors or on more than one device and for an
+    optimizer that cannot be captured, and what the step itself raises.
     """
     return CapturedStep(step, tuple(example_batch), network, tuple(optimizers), warmup)
 
@@ -45,32 +46,36 @@ class CapturedStep:
             raise ValueError(f"example_batch must be tensors, at least one, not {[type(x).__name__ for x in example]}")
         if len({x.device for x in example}) > 1:
             raise ValueError(f"example_batch must lie on one device, not {sorted({str(x.device) for x in example})}")
+        for optimizer in optimizers:
+            _check_optimizer(optimizer)
         self.step, self.example, self.graph = step, example, None
-        self.rates: list[tuple[dict, Tensor]] = []
+        self.rates: list[tuple[Optimizer, int, Tensor]] = []
         if example[0].is_cuda:
             self._capture(network, optimizers, warmup)
 
     def _capture(self, network, optimizers, warmup):
         device = self.example[0].device
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                rate = group["lr"]
-                group["lr"] = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), device=device)
-                self.rates.append((group, group["lr"]))
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device)
+                self.rates.append((optimizer, i, group["lr"]))
                 if "capturable" in group:
                     group["capturable"] = True
         self.batch = tuple(x.detach().clone() for x in self.example)
         with torch.cuda.device(device):
             before = _Snapshot(network, optimizers)
-            random = torch.cuda.get_rng_state(device)
+            random = torch.get_rng_state(), torch.cuda.get_rng_state(device)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(max(1, warmup)):
-                    self.step(*self.batch)
-            torch.cuda.current_stream().wait_stream(stream)
-            before.restore()
-            torch.cuda.set_rng_state(random, device)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(max(1, warmup)):
+                        self.step(*self.batch)
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
+                before.restore()
+                torch.set_rng_state(random[0])
+                torch.cuda.set_rng_state(random[1], device)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=stream):
                 self.result = self.step(*self.batch)
@@ -82,7 +87,8 @@ class CapturedStep:
             return self.step(*batch)
         for own, new in zip(self.batch, batch, strict=True):
             own.copy_(new, non_blocking=True)
-        for group, rate in self.rates:
+        for optimizer, i, rate in self.rates:
+            group = optimizer.param_groups[i]
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
@@ -100,15 +106,23 @@ class CapturedStep:
                 )
 
 
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Whether a fresh state is all zeros, which undoing the first steps puts back, and the update waits for nothing."""
+    kind, groups = type(optimizer), optimizer.param_groups
+    if kind not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or not all(g["fused"] for g in groups):
+        raise ValueError(f"optimizers must be Adam, AdamW or SGD with fused=True; one is {kind.__name__} without it")
+    if any(g.get("dampening") for g in groups):
+        raise ValueError("optimizers must have dampening 0: a momentum that is undone starts at zero")
+
+
 class _Snapshot:
     """Parameters, buffers and optimizer states as they are, to be put back in place."""
 
     def __init__(self, network, optimizers):
         self.optimizers = optimizers
-        tensors = {} if network is None else {t.data_ptr(): t for t in network.state_dict().values()}
-        owned = (p for o in optimizers for group in o.param_groups for p in group["params"])
-        tensors |= {p.data_ptr(): p.detach() for p in owned}
-        self.values = [(t, t.clone()) for t in tensors.values()]
+        tensors = [] if network is None else [*network.parameters(), *network.buffers()]
+        tensors += [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        self.values = [(t.detach(), t.detach().clone()) for t in tensors]
         self.states = {id(t): t.clone() for t in self._state_tensors()}
 
     def _state_tensors(self):

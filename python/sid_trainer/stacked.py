@@ -21,32 +21,40 @@ class StackedStages:
         self.parts = parts  # four lists, in CascadeWeights' order, of one parameter a stage
         self.weights = CascadeWeights(*(nn.Parameter(torch.stack([p.detach() for p in part])) for part in parts))
         self.gradients = CascadeWeights(*(torch.empty_like(w) for w in self.weights))
-        self.views = [[_own_view(x, i) for i in range(len(x))] for x in self.weights]
         self.gradient_views = [[_own_view(x, i) for i in range(len(x))] for x in self.gradients]
-        self.addresses = [[view.data_ptr() for view in part] for part in self.views]
+        self.addresses = [[x[i].data_ptr() for i in range(len(x))] for x in self.weights]
         self.bind()
 
     def parameters(self) -> CascadeWeights:
-        """(L, ...) each: what one optimizer updates in place of L; the same numbers, for any update by element."""
+        """(L, ...) each: what one optimizer updates in place of L; the same numbers, for any update by element.
+
+        Such an optimizer is handed to `sid_step`, which gives these their gradients; without it the gradients are in
+        the stages' own `.grad` alone.
+        """
         return self.weights
 
     def holds(self, parts: list[list[nn.Parameter]]) -> bool:
         """Whether these are its stages' parameters, still of the stacked ones' kind."""
         return len(parts[0]) == len(self.parts[0]) and all(
-            p is own and p.shape == view.shape and p.dtype is view.dtype and p.device == view.device
-            for part, owns, views in zip(parts, self.parts, self.views, strict=True)
-            for p, own, view in zip(part, owns, views, strict=True)
+            p is own and p.shape == stacked.shape[1:] and p.dtype is stacked.dtype and p.device == stacked.device
+            for part, owns, stacked in zip(parts, self.parts, self.weights, strict=True)
+            for p, own in zip(part, owns, strict=True)
         )
 
     def bound(self, parts: list[list[nn.Parameter]]) -> bool:
-        """Whether these parameters lie in the stacked memory already: what holds at every step but the first."""
-        return [[p.data_ptr() for p in part] for part in parts] == self.addresses
+        """Whether these are its stages' parameters and lie in the stacked memory: so at every step but the first."""
+        return all(
+            p is own and p.data_ptr() == address
+            for part, owns, addresses in zip(parts, self.parts, self.addresses, strict=True)
+            for p, own, address in zip(part, owns, addresses, strict=False)
+        ) and len(parts[0]) == len(self.addresses[0])
 
     def bind(self) -> None:
-        """Where a stage's parameter lies elsewhere (moved, loaded by assignment), take its values back in."""
-        for part, views in zip(self.parts, self.views, strict=True):
-            for parameter, view in zip(part, views, strict=True):
-                if parameter.data_ptr() != view.data_ptr():
+        """Where a stage's parameter lies elsewhere (moved, shared with a process), take its values back in."""
+        for part, stacked, addresses in zip(self.parts, self.weights, self.addresses, strict=True):
+            for i, (parameter, address) in enumerate(zip(part, addresses, strict=True)):
+                if parameter.data_ptr() != address:
+                    view = _own_view(stacked, i)
                     view.copy_(parameter.detach())
                     parameter.data = view
 
@@ -75,10 +83,11 @@ def stacked_stages(network: SIDNetwork) -> StackedStages | None:
     known = _known.get(network)
     if known is not None and known.bound(parts):
         return known
-    if known is not None and known.holds(parts):
-        known.bind()
-    else:
-        known = _known[network] = StackedStages(parts)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here is trained later
+        if known is not None and known.holds(parts):
+            known.bind()
+        else:
+            known = _known[network] = StackedStages(parts)
     return known
 
 
@@ -102,18 +111,22 @@ def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
         if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or type(relu) is not nn.ReLU:
             return None
         for m in (stage, body, head, hidden, relu, logits):  # hooks see a module's calls, and here it is not called
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            if hooked or "forward" in m.__dict__:
                 return None
         own, last = hidden._parameters, logits._parameters
         found = (own.get("weight"), own.get("bias"), last.get("weight"), last.get("bias"))
         first = first or found
         for parameter, like, part in zip(found, first, parts, strict=True):
-            if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
+            if type(parameter) is not nn.Parameter or not parameter.requires_grad:
+                return None
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return None
             if parameter.dtype is not torch.float32 or parameter.shape != like.shape or parameter.device != like.device:
                 return None
             part.append(parameter)
-    return parts if first else None
+    distinct = {id(parameter) for part in parts for parameter in part}
+    return parts if first and len(distinct) == 4 * len(parts[0]) else None  # a stage in two places has two gradients
 
 
 def _own_view(stacked: Tensor, i: int) -> Tensor:

@@ -110,7 +110,7 @@ def all_stages(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same numbers for equal plain stages, from one kernel along the cascade and one product for all stages."""
     if any(isinstance(alpha, Tensor) for alpha in alphas):
-        alphas = torch.stack([torch.as_tensor(alpha, device=features.device) for alpha in alphas])
+        alphas = torch.stack([a if isinstance(a, Tensor) else features.new_full((), a) for a in alphas])
     weights = stacked.weights
     if features.is_cuda and dtype is not torch.float32:  # on a CPU the kernel in float32 is the faster one
         features, weights = features.to(dtype), CascadeWeights(*(w.to(dtype) for w in weights))
@@ -215,7 +215,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], network: SIDNetwork, stack
     if stacked is not None and len(optimizers) == 2 and owned == {id(p) for p in stacked.weights}:
         return True
     own = {id(p) for p in network.stages.parameters()}
-    if len(optimizers) != expected or not owned <= own:
+    if len(optimizers) != expected or (own and not owned & own):
         raise ValueError(
             f"optimizers must be one for the extractor and one a stage, {expected}, each over its own parameters (or,"
             " for sid_step one-pass and equal stages, one for the extractor and one over"
