@@ -19,6 +19,7 @@ from .cascade_problem import (
     check_weights,
     make_cascade,
 )
+from .gradients import without_autocast
 from .problem import check_alpha, check_labels, debug
 
 # Stages run together as long as what they leave for the products stays below this, so that memory does not grow with
@@ -56,7 +57,7 @@ def run(
     stages = problem.weights.sizes[0]
     group = stages_at_once(problem)
     losses, dfeatures = [], torch.empty_like(problem.features) if problem.need_grad and need_features else None
-    with torch.no_grad(), torch.autocast(problem.features.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(problem.features):
         for first in range(0, stages, group):
             part = problem if group == stages else _part(problem, slice(first, first + group))
             into = gradients if group == stages or gradients is None else _slice(gradients, slice(first, first + group))

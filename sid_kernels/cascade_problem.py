@@ -115,7 +115,7 @@ def make_cascade(
     check_support(divergence, label_smoothing, labels)
     return CascadeProblem(
         rows_of(features.detach(), features.shape[1]),
-        CascadeWeights(*(x.detach().contiguous() for x in weights)),
+        CascadeWeights(*(x.detach() if x.is_contiguous() else x.detach().contiguous() for x in weights)),
         prior,
         labels,
         soft,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype is torch.float64:
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor):
+    """A context in which products on x's device are as written. Where autocast is off already, nothing is entered."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class _Attach(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, triton_head
+from .gradients import without_autocast
 from .head_problem import HeadProblem, PriorHead, belief_dtype, make_head
 from .problem import LocalLoss, Problem, check_alpha, check_labels, debug, scale_of_mean
 
@@ -47,7 +48,7 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
             check_labels(problem.labels, problem.weight.shape[0], problem.ignore_index)
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
-    with torch.no_grad(), torch.autocast(problem.hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(problem.hidden):
         if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_head.takes(problem):
             losses, belief, gradients = _on_chip(problem, need, row_scale)
         else:

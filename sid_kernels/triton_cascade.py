@@ -106,6 +106,12 @@ def _kernels() -> ModuleType:
 
 def run(problem: CascadeProblem) -> CascadePass:
     """All stages of a cascade that `fits`. hidden and dhidden come as (L, B, H) views of (B, L, H)."""
+    done = run_rows(problem)
+    return done._replace(losses=done.losses.sum(-1))
+
+
+def run_rows(problem: CascadeProblem) -> CascadePass:
+    """The same, its losses (3, L, B): each row's share of the reduced value."""
     features, weights, labels = problem.features, problem.weights, problem.labels
     stages, units, inputs = weights.hidden_weight.shape
     rows, classes = features.shape[0], inputs - features.shape[1]
@@ -163,7 +169,6 @@ def run(problem: CascadeProblem) -> CascadePass:
                 **constants(plan, classes, units, features.shape[1]),
                 **launch_options(plan),
             )
-    losses = losses.sum(-1)
     if not need_grad:
         return CascadePass(losses, beliefs, logits, None, None, None)
     return CascadePass(losses, beliefs, logits, dlogits, by_stage(hidden), by_stage(pre))

@@ -12,22 +12,35 @@ namespace sid {
 namespace SID_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16;  // rows and columns that are transposed at a time: two of them stay in the first-level cache
-
-// to[c * lanes + r] = from[r * columns + c]
-void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t lanes) {
-  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
-    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
-      for (int64_t c = c0, c1 = std::min(columns, c0 + kBlock); c < c1; ++c)
-        for (int64_t r = r0, r1 = std::min(rows, r0 + kBlock); r < r1; ++r) to[c * lanes + r] = from[r * columns + c];
+void transpose4(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__x86_64__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride), c = _mm_loadu_ps(from + 2 * stride),
+         d = _mm_loadu_ps(from + 3 * stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a), _mm_storeu_ps(to + to_stride, b), _mm_storeu_ps(to + 2 * to_stride, c);
+  _mm_storeu_ps(to + 3 * to_stride, d);
+#else
+  for (int r = 0; r < 4; ++r)
+    for (int c = 0; c < 4; ++c) to[c * to_stride + r] = from[r * stride + c];
+#endif
 }
 
-// to[r * columns + c] = from[c * lanes + r]
-void transpose_back(const float* from, int64_t lanes, float* to, int64_t rows, int64_t columns) {
+// to[c * to_stride + r] = from[r * stride + c]
+void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  constexpr int64_t kBlock = 16;  // rows and columns at a time: two such blocks stay in the first-level cache
   for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
-    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
-      for (int64_t r = r0, r1 = std::min(rows, r0 + kBlock); r < r1; ++r)
-        for (int64_t c = c0, c1 = std::min(columns, c0 + kBlock); c < c1; ++c) to[r * columns + c] = from[c * lanes + r];
+    for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+      const int64_t c1 = std::min(columns, c0 + kBlock), r1 = std::min(rows, r0 + kBlock);
+      int64_t r = r0;
+      for (; r + 4 <= r1; r += 4) {
+        int64_t c = c0;
+        for (; c + 4 <= c1; c += 4) transpose4(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+        for (; c < c1; ++c)
+          for (int64_t k = r; k < r + 4; ++k) to[c * to_stride + k] = from[k * stride + c];
+      }
+      for (; r < r1; ++r)
+        for (int64_t c = c0; c < c1; ++c) to[c * to_stride + r] = from[r * stride + c];
+    }
 }
 
 // `count` floats of a vector that may reach beyond them.
@@ -86,13 +99,13 @@ template <int V> struct Tile {
       for (int v = 0; v < V; ++v) store(slope + c * kLanes + v * kWidth, sum[v] + b2[c]);
     });
     float* z = i + 1 == a.stages ? a.logits + first * a.classes : logits;
-    transpose_back(slope, kLanes, z, rows, a.classes);
+    transpose(slope, kLanes, a.classes, rows, z, a.classes);
     loss(i, z);
     const int64_t at = (i * a.rows + first) * a.classes;
-    if (i + 1 < a.stages) transpose(a.beliefs + at, rows, a.classes, belief, kLanes);
+    if (i + 1 < a.stages) transpose(a.beliefs + at, a.classes, rows, a.classes, belief, kLanes);
     if (!a.dhidden) return;
     if (rows < kLanes) std::fill(slope, slope + a.classes * kLanes, 0.0f);  // lanes beyond the rows count nothing
-    transpose(a.dlogits + at, rows, a.classes, slope, kLanes);
+    transpose(a.dlogits + at, a.classes, rows, a.classes, slope, kLanes);
     float* bias_sums = sums + i * (a.width + a.classes);
     float* dh_out = a.dhidden + i * a.width * a.rows + first;
     product<V>({w2, 1, a.width}, a.width, a.classes, slope, [&](int64_t j, const Vec* sum) {

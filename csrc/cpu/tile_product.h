@@ -8,6 +8,7 @@ namespace {  // one copy per translation unit
 
 // Rows of `out` held in registers with V vectors each: 24 sums, V rows of B and a scalar fit 32 registers; 12 fit 16.
 constexpr int kHeldRows = 6;
+constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int kMostVectors = SID_WIDTH == 16 ? 4 : 2;
 
 // Element (m, k) of A at a[m * row + k * column].
@@ -21,12 +22,18 @@ inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_
                                                         Emit emit) {
   Vec sum[M][V] = {};
   const float* a = s.a + first * s.row;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b[V];
-    for (int v = 0; v < V; ++v) b[v] = load(panel + (k * V + v) * kWidth);
-    for (int m = 0; m < M; ++m) {
-      const float x = a[m * s.row + k * s.column];
-      for (int v = 0; v < V; ++v) sum[m][v] += b[v] * x;
+  for (int64_t start = 0; start < depth; start += kLine) {
+    // Rows of A are short and far apart, so a processor does not see the next ones coming.
+    if (s.column == 1)
+      for (int m = 0; m < M; ++m) __builtin_prefetch(a + (m + M) * s.row + start);
+    const int64_t end = start + kLine < depth ? start + kLine : depth;
+    for (int64_t k = start; k < end; ++k) {
+      Vec b[V];
+      for (int v = 0; v < V; ++v) b[v] = load(panel + (k * V + v) * kWidth);
+      for (int m = 0; m < M; ++m) {
+        const float x = a[m * s.row + k * s.column];
+        for (int v = 0; v < V; ++v) sum[m][v] += b[v] * x;
+      }
     }
   }
   for (int m = 0; m < M; ++m) emit(first + m, sum[m]);
