@@ -45,11 +45,8 @@ def draw(source: Path, out: Path) -> None:
             filed = step.get("result", {"results": []})
     results = {name: [e for e in filed["results"] if e["operation"] == name] for name in DRAWN}
     results = {name: entries for name, entries in results.items() if entries}
-    rows = []
-    for name, entries in results.items():  # few cases: side by side; many: each panel has the whole width
-        time, memory = f"{name} time", f"{name} memory"
-        rows += [[time, memory]] if len(entries) <= 4 else [[time, time], [memory, memory]]
-    figure, panels = plt.subplot_mosaic(rows, figsize=(12.0, 2.9 * len(rows) + 0.4))
+    rows = [[f"{name} {what}"] for name in results for what in ("time", "memory")]
+    figure, panels = plt.subplot_mosaic(rows, figsize=(11.0, 2.6 * len(rows) + 0.4))
     for operation, entries in results.items():
         left, right = panels[f"{operation} time"], panels[f"{operation} memory"]
         labels = [_label(operation, entry["size"]) for entry in entries]
@@ -68,7 +65,7 @@ def draw(source: Path, out: Path) -> None:
         right.set_title(f"Peak memory beyond {what}, gradients included", fontsize=9, loc="left")
         for panel in (left, right):
             panel.margins(x=0.02)
-            panel.legend(frameon=False, fontsize=7.5, ncols=3 if len(entries) <= 4 else 6, loc="upper left")
+            panel.legend(frameon=False, fontsize=7.5, ncols=6, loc="upper left")
     figure.suptitle(where(filed), fontsize=9)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def refine_cascade(
 
     and no gradient flows from a stage to the one before it: the result is that of calling `fused_local_loss` stage by
     stage with a `detach` between them. All gradients are computed with the loss; `backward` hands them out. The memory
-    held meanwhile does not grow with L beyond 16 MiB.
+    held meanwhile does not grow with L beyond 16 MiB (or what one stage needs, if that is more).
 
     Args:
         features: f, (B, D), float32, bfloat16 or float16 (float64: stage by stage). Differentiable.

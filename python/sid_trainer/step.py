@@ -48,9 +48,9 @@ def sid_step(
 
     `one-pass`: each stage runs, learns and is updated before the next one runs, and its graph dies at once, so the
     cascade never holds more than one stage's activations. Equal plain stages take `sid_kernels.refine_cascade` instead,
-    which gives the same numbers and holds at most 16 MiB for them. `two-phase`, the paper's letter: a pass without
-    gradients caches the teacher beliefs, then every stage learns from its cached prior. The two differ only where a
-    layer draws random numbers or keeps statistics. `alpha` is one number, or one a stage.
+    which gives the same numbers and holds at most 16 MiB (or one stage, if that is more) for them. `two-phase`, the
+    paper's letter: a pass without gradients caches the teacher beliefs, then every stage learns from its cached prior.
+    The two differ only where a layer draws random numbers or keeps statistics. `alpha` is one number, or one a stage.
     """
     if schedule not in ("one-pass", "two-phase"):
         raise ValueError(f"schedule must be 'one-pass' or 'two-phase', not {schedule!r}")
