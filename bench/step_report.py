@@ -22,6 +22,8 @@ import torch
 from contenders import ALPHA, DTYPES
 from timing import Timer, interleave, quartiles, ratios
 
+from sid_kernels import cascade_cpu
+
 # What the others' times are divided by, and what the summary compares with.
 BASES = {"cascade": (cascade.TRAINER, cascade.DIRECT), "head": (head.DIRECT, head.FUSED)}
 COSTS = ("peak_bytes", "peak_bytes_beyond_results", "calls")
@@ -81,6 +83,7 @@ def costs(contender, run, device: str) -> dict[str, int | None]:
     peak = None
     if not contender.replayed:
         run.clear()
+        cascade_cpu.release()  # so that the step takes anew, and is charged with, what it would keep
         peak = run.kept + footprint.peak(run.step, device, warm=False)
     if device == "cuda":
         calls = footprint.launches(run.step)

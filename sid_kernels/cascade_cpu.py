@@ -41,6 +41,11 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def release() -> None:
+    """Give back the memory this thread keeps between calls."""
+    _scratch.memory = _scratch.new(0)
+
+
 def takes(problem: CascadeProblem) -> bool:
     return problem.features.dtype is torch.float32 and problem.features.is_cpu and cpu.unavailable() is None
 

@@ -91,8 +91,9 @@ def belief_head_and_grad(
 ) -> tuple[LocalLoss, Gradients]:
     """`fused_belief_head` without autograd: (LocalLoss, Gradients(hidden, weight, bias)).
 
-    The gradients are those of the reduced loss ("none": of the sum), in the hidden's dtype; bias: None where there is
-    none. Raises as `fused_belief_head` does.
+    The gradients are those of the reduced loss ("none": of the sum), in the hidden's dtype (float16 holds those of a
+    mean over many rows poorly); bias: None where there is none. Autocast is not looked at. Raises as
+    `fused_belief_head` does.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     need = (True, True, bias is not None)

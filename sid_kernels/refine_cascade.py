@@ -92,7 +92,8 @@ def refine_cascade_and_grad(
     """`refine_cascade` without autograd: (CascadeResult, dfeatures (B, D), gradients of the weights).
 
     `out`: where the weights' gradients go (contiguous, like the weights, memory of their own); None: new memory.
-    `need_features=False` leaves out the gradient of the features, which is then None. Raises as `refine_cascade` does.
+    `need_features=False` leaves out the gradient of the features, which is then None. Autocast is not
+    looked at. Raises as `refine_cascade` does.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     check_kinds(features, weights)
