@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cascade
 from .cascade_problem import CascadeWeights, make_cascade
-from .gradients import functorch_stack, is_compiling, times
+from .gradients import all_times, functorch_stack, is_compiling
 from .operator import library
 
 library.define(
@@ -110,7 +110,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     gradients = [None] * 5
     if grad_loss is not None:
-        gradients = times(ctx, ctx.saved_tensors, grad_loss, "refine_cascade")
+        gradients = all_times(ctx, ctx.saved_tensors, grad_loss, "refine_cascade")
     return *gradients, *[None] * 10
 
 

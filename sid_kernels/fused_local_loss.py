@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu, operator
-from .gradients import first_derivative, functorch_stack, is_compiling, keeps_graph, needs_operator, scaled
+from .gradients import first_derivative, functorch_stack, is_compiling, needs_operator, times
 from .problem import LocalLoss, Problem, check_out_like, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
@@ -150,27 +150,12 @@ class _Attach(torch.autograd.Function):
         (dlogits,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return first_derivative(ctx, dlogits, grad_loss, "fused_local_loss"), None
-        return _scale(dlogits, grad_loss), None
+        return times(dlogits, grad_loss), None
 
 
 # Function.apply looks for functorch transforms and setup_context first, which costs a fifth of a small call.
 # Under functorch the operator has been taken, and there is no setup_context.
 _attach = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Attach)
-
-
-def _scale(dlogits: Tensor, grad_loss: Tensor) -> Tensor:
-    """dlogits times the incoming gradient, which is 1 for `loss.backward()`: then no second pass is made.
-
-    On a GPU nobody may wait to see whether it is 1. The kernel looks, and leaves at once; in place, unless the
-    graph is kept for another backward pass.
-    """
-    if grad_loss.is_cpu:
-        return dlogits if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else scaled(dlogits, grad_loss)
-    in_place = None if keeps_graph() else backends.scale_in_place(dlogits)
-    if in_place is None:
-        return scaled(dlogits, grad_loss)
-    in_place(dlogits.view(-1, dlogits.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
-    return dlogits
 
 
 class _Functional(torch.autograd.Function):

@@ -57,7 +57,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad_loss):
         gradients = [None] * len(ctx.saved_tensors)
         if grad_loss is not None:
-            gradients = times(ctx, ctx.saved_tensors, grad_loss, ctx.name)
+            gradients = all_times(ctx, ctx.saved_tensors, grad_loss, ctx.name)
         return None, None, None, *gradients
 
 
@@ -66,24 +66,28 @@ def attach(name: str, loss: Tensor, gradients: tuple[Tensor | None, ...], inputs
     return _Attach.apply(name, (loss,), gradients, *inputs)
 
 
-def times(node, gradients, grad_loss: Tensor, name: str) -> list[Tensor | None]:
-    """`gradients` times the incoming gradient (), which is 1 for `loss.backward()`: then nothing is computed.
+def all_times(node, gradients, grad_loss: Tensor, name: str) -> list[Tensor | None]:
+    """`gradients` (None: not wanted) times the incoming gradient, in a backward pass of `node`."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return [None if x is None else first_derivative(node, x, grad_loss, name) for x in gradients]
+    return [x if x is None or not x.numel() else times(x, grad_loss) for x in gradients]
+
+
+def times(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """(..., C) gradient times the incoming gradient, () or (...), which is 1 for `loss.backward()`: then no second pass
+    is made.
 
     On a GPU nobody may wait to see whether it is 1. The kernel looks, and leaves at once; in place, unless the graph is
     kept for another backward pass.
     """
-    if torch.is_grad_enabled():  # create_graph=True
-        return [None if x is None else first_derivative(node, x, grad_loss, name) for x in gradients]
-    if grad_loss.is_cpu and not _modes() and grad_loss.item() == 1.0:  # under a mode, as in tracing, it has no value
-        return list(gradients)
-    return [x if x is None or not x.numel() else _times(x, grad_loss) for x in gradients]
-
-
-def _times(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    in_place = None if _modes() or keeps_graph() or not gradient.is_contiguous() else backends.scale_in_place(gradient)
+    if _modes():  # tensors without values, as in tracing
+        return scaled(gradient, grad_loss)
+    if grad_loss.is_cpu:
+        return gradient if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else scaled(gradient, grad_loss)
+    in_place = None if keeps_graph() or not gradient.is_contiguous() else backends.scale_in_place(gradient)
     if in_place is None:
         return scaled(gradient, grad_loss)
-    in_place(gradient.view(-1, gradient.shape[-1]), grad_loss)
+    in_place(gradient.view(-1, gradient.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
     return gradient
 
 

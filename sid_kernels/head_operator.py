@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import head
-from .gradients import first_derivative, functorch_stack, is_compiling, times
+from .gradients import all_times, first_derivative, functorch_stack, is_compiling
 from .head_problem import PriorHead, belief_dtype, make_head
 from .operator import library
 from .problem import LocalLoss, check_tensor
@@ -114,7 +114,7 @@ def _backward(ctx, grad_loss, *_):
             one = torch.ones((), device=grad_loss.device)
             gradients = [first_derivative(ctx, x, one, "fused_belief_head") for x in gradients]
     elif grad_loss is not None:
-        gradients = times(ctx, ctx.saved_tensors, grad_loss, "fused_belief_head")
+        gradients = all_times(ctx, ctx.saved_tensors, grad_loss, "fused_belief_head")
     gradients = [x if wanted else None for x, wanted in zip(gradients, ctx.need, strict=True)]
     return *gradients, *[None] * (_INPUTS - 3)
 
