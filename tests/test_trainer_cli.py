@@ -34,7 +34,9 @@ def check_run(folder, epochs, depth):
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["depth"] == depth
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    assert checkpoint["epoch"] == epochs and len(checkpoint["optimizers"]) == 1 + depth
+    method = json.loads((folder / "config.json").read_text())["method"]
+    expected = 2 if method == "sid" else 1 + depth  # the extractor's, then one for all equal stages or one a stage
+    assert checkpoint["epoch"] == epochs and len(checkpoint["optimizers"]) == expected
     weights = checkpoint["network"]
     in_channels, classes = weights["extractor.0.weight"].shape[1], len(weights["stages.0.head.logits.bias"])
     build_network(num_classes=classes, in_channels=in_channels, depth=depth).load_state_dict(weights)
