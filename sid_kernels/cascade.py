@@ -65,10 +65,8 @@ def run(
             losses.append(done.losses)
             if problem.need_grad:
                 _products(part, done, into, dfeatures, first > 0)
-            belief, logits = (
-                done.beliefs[-1].clone(),
-                done.logits,
-            )  # no view, which would keep the beliefs of all stages
+            belief = done.beliefs[-1].clone()  # a view would keep the beliefs of all stages
+            logits = done.logits
             problem = problem._replace(prior=belief if done.carry is None else done.carry)
             del done, part  # before the next group takes as much memory
     return losses[0] if len(losses) == 1 else torch.cat(losses, 1), belief, logits, dfeatures
@@ -123,7 +121,4 @@ def _products(
     if dfeatures is not None:
         side_by_side = dhidden.transpose(0, 1).reshape(rows, stages * width)
         feature_part = problem.weights.hidden_weight.view(stages * width, -1)[:, classes:]  # (L * H, D)
-        if add:
-            dfeatures.addmm_(side_by_side, feature_part)
-        else:
-            torch.mm(side_by_side, feature_part, out=dfeatures)
+        torch.addmm(dfeatures, side_by_side, feature_part, beta=int(add), out=dfeatures)  # beta 0: nothing is read

@@ -6,7 +6,7 @@
 namespace sid {
 
 // Runs all stages on at most `threads` threads. Labels are checked before anything is written; with a bad one nothing
-// is. Equal bits for any number of threads, as long as the chunks are the same.
+// is. Equal bits for any number of threads, but in the gradients of the biases, which are summed thread by thread.
 BadLabel cascade_cpu(const Cascade& args, int threads);
 
 #define SID_DECLARE(isa)                                                            \
