@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
 SETTINGS = setup.py pyproject.toml CMakeLists.txt $(CONSTRAINTS)
 
-.PHONY: train test bench gpu lint clean
+.PHONY: train test bench gpu gpu-train lint clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/sid train --dataset digits --epochs 10 --out runs/digits --overwrite
@@ -21,6 +21,14 @@ bench: $(VENV)/installed
 # On a machine with CUDA; needs no network: it uses the machine's own Python with PyTorch, not $(VENV).
 gpu:
 	$(PYTHON) bench/gpu.py
+
+# There, too: SID and backpropagation on CIFAR-10 at full size, into one table a network. DATA: its files.
+DATA ?= data/cifar
+EPOCHS ?= 8
+gpu-train:
+	for arch in resnet18 vit_tiny; do $(PYTHON) -m sid_trainer compare --arch $$arch --layouts stagewise \
+	--methods sid bp --seeds 0 --dataset cifar10 --data $(DATA) --epochs $(EPOCHS) --batch-size 512 --dtype bfloat16 \
+	--device cuda --out runs/gpu-$$arch || exit; done
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

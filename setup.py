@@ -87,6 +87,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=["sid_kernels", "sid_trainer"],
     package_dir={"sid_kernels": "sid_kernels", "sid_trainer": "python/sid_trainer"},
+    package_data={"sid_trainer": ["report.html.jinja"]},
     zip_safe=False,
     cmdclass={"build_ext": CMakeBuild},
     ext_modules=[] if MODE == "skip" else [Extension("sid_kernels._C", [])],

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
-from sid_trainer import bp_step, capture, reference_step, sid_step, stacked_stages
-from sid_trainer.network import BeliefHead, SIDNetwork, Stage
-from sid_trainer.step import stage_by_stage
+from sid_trainer import SIDNetwork, Stage, StageHead, capture, sid_step, stacked_stages
+from sid_trainer.step import clear_gradients, stage_by_stage, summed_losses, update
 
 SIZES = ((10, 128, 256, 128, 10), (10, 128, 256, 128, 100), (10, 128, 256, 128, 1000))  # (L, B, H, D, C)
 RATE, EPSILON = 1e-5, 1e-8  # of Adam: so slow that thousands of steps on one batch leave the network as it was
@@ -41,7 +40,7 @@ def make_problem(size: tuple[int, int, int, int, int], device: str, seed: int = 
     stages, rows, width, dim, classes = size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = [BeliefHead(dim, classes, width) for _ in range(stages)]
+        heads = [StageHead(dim, classes, width) for _ in range(stages)]
         features, target = torch.randn(rows, dim), torch.randint(0, classes, (rows,))
     # Beliefs are about 1 / C. Weighted like features, they make backpropagated gradients vanish into denormal numbers,
     # which slow a CPU down fourfold at C = 1000 (measured) and are no matter of how a step is computed.
@@ -91,12 +90,23 @@ class Contender(NamedTuple):
 # ---------------------------------------------------------------- the steps
 
 
-class _NoOptimizer:
-    """The extractor's, which has no parameters here."""
+LOSS = {"divergence": "forward", "label_smoothing": 0.0}
 
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
 
-    def step(self) -> None: ...
+def reference_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=summed_losses) -> None:
+    """What sid_step's schedule `reference` calls."""
+    inner(network, features, target, [ALPHA] * len(network.stages), optimizers, LOSS, torch.float32)
+
+
+def last_loss(network: SIDNetwork, features: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(network(features), target)
+
+
+def bp_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=last_loss) -> None:
+    """Plainer than the trainer's, which can also take a batch in parts."""
+    clear_gradients(optimizers)
+    inner(network, features, target).backward()
+    update(optimizers)
 
 
 def _adam(parameters, fused: bool) -> Adam:
@@ -104,7 +114,7 @@ def _adam(parameters, fused: bool) -> Adam:
 
 
 def _one_a_stage(network: SIDNetwork, fused: bool = False) -> list:
-    return [_NoOptimizer(), *(_adam(stage.parameters(), fused) for stage in network.stages)]
+    return [None, *(_adam(stage.parameters(), fused) for stage in network.stages)]  # the extractor has no parameters
 
 
 def direct(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
@@ -128,7 +138,7 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
     optimizer = _adam(stacked.parameters(), fused=True)
 
     def whole(features, target):
-        return sid_step(network, features, target, ALPHA, [_NoOptimizer(), optimizer])
+        return sid_step(network, features, target, ALPHA, [None, optimizer])
 
     if captured:
         buffer = torch.empty_like(features)  # where the features' gradient lies does not change from replay to replay
@@ -162,18 +172,19 @@ def by_stage(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
     def step() -> Tensor:
         features.grad = None
         network.zero_grad(set_to_none=True)
-        return stage_by_stage(network, features, target, alphas, optimizers, None, torch.float32)[2]
+        stage_by_stage(network, features, target, alphas, optimizers, None, LOSS, torch.float32)
+        return features.grad
 
     return Run(step, network, features)
 
 
 def with_adams(whole: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    """A step of the trainer's with an ordinary Adam a stage."""
+    """With an ordinary Adam a stage."""
     optimizers = _one_a_stage(network)
 
     def step() -> Tensor:
         features.grad = None
-        whole(network, features, target, ALPHA, optimizers)
+        whole(network, features, target, optimizers)
         return features.grad
 
     return Run(step, network, features)
@@ -186,16 +197,17 @@ def with_one_adam(whole: Callable, network: SIDNetwork, features: Tensor, target
     def step() -> Tensor:
         features.grad = None
         optimizer.zero_grad(set_to_none=True)
-        whole(network, features, target, ALPHA)
+        whole(network, features, target)
         optimizer.step()
         return features.grad
 
     return Run(step, network, features)
 
 
-def compiled(whole: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    """Forward and loss as one compiled graph; `backward`, at which the compiler breaks it, runs the compiled one."""
-    return with_one_adam(torch.compile(whole, dynamic=False), network, features, target)
+def compiled(whole: Callable, inner: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
+    """Forward and loss as one compiled graph; `backward`, at which the compiler stops, runs the compiled one."""
+    whole = functools.partial(whole, inner=torch.compile(inner, dynamic=False))
+    return with_one_adam(whole, network, features, target)
 
 
 # ---------------------------------------------------------------- the list
@@ -220,10 +232,11 @@ def _listed() -> list[Contender]:
         Contender(REFERENCE, f"{reference}; {each}", part(with_adams, reference_step)),
         Contender(REFERENCE_FUSED, f"{reference}; {one}", part(with_one_adam, reference_step)),
         Contender(REFERENCE_COMPILED, f"the same, forward and loss under torch.compile; {one}",
-                  part(compiled, reference_step), compiled=True),
+                  part(compiled, reference_step, summed_losses), compiled=True),
         Contender(BP, f"{bp}; {each}", part(with_adams, bp_step), True),
         Contender(BP_FUSED, f"{bp}; {one}", part(with_one_adam, bp_step), True),
-        Contender(BP_COMPILED, f"{bp} under torch.compile; {one}", part(compiled, bp_step), True, compiled=True),
+        Contender(BP_COMPILED, f"{bp} under torch.compile; {one}", part(compiled, bp_step, last_loss), True,
+                  compiled=True),
     ]  # fmt: skip
 
 

@@ -18,34 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sid_kernels import cpu
-
-
-def peak(call: Callable[[], Any], device: str = "cpu", warm: bool = True) -> int:
-    """The most bytes that are alive during a call beyond those at its start, its result included.
-
-    warm: call it once before, unmeasured, for what is set up once.
-    """
-    if warm:
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        kept = call()
-        torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - start
-        del kept
-        return most
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        kept = call()
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    del kept
-    assert most > 0, "the profiler saw no allocation"
-    return most
+from sid_trainer.memory import allocated_peak as peak  # noqa: F401
 
 
 def nbytes(found: Any) -> int:

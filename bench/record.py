@@ -20,7 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "liger-kernel", "numpy", "pybind11", "cmake", "ninja", "pytest", "pytest-benchmark")
+PACKAGES = (
+    "torch", "torchvision", "triton", "liger-kernel", "numpy", "pillow", "pybind11", "cmake", "ninja", "pytest",
+    "pytest-benchmark",
+)  # fmt: skip
 
 
 def write_json(path: Path, record: dict) -> None:

@@ -74,9 +74,20 @@ def run(
 
 def stages_at_once(problem: CascadeProblem) -> int:
     """How many stages are in one group: all of them, unless what they hold passes GROUP_BYTES."""
-    stages, width, classes = problem.weights.sizes
-    held = problem.features.shape[0] * 2 * (width + classes) * problem.features.element_size()
-    return max(1, min(stages, GROUP_BYTES // max(held, 1)))
+    held = bytes_of_a_stage(problem.weights, *problem.features.shape[:1])
+    return max(1, min(problem.weights.sizes[0], GROUP_BYTES // max(held, 1)))
+
+
+def bytes_of_a_stage(weights: CascadeWeights, rows: int) -> int:
+    """What a stage leaves for the products: hidden, belief and the gradients of both layers' outputs."""
+    _, width, classes = weights.sizes
+    return rows * 2 * (width + classes) * weights.hidden_weight.element_size()
+
+
+def bytes_of_a_group(weights: CascadeWeights, rows: int) -> int:
+    """The most that a cascade's stages hold at once."""
+    held = bytes_of_a_stage(weights, rows)
+    return held * max(1, min(weights.sizes[0], GROUP_BYTES // max(held, 1)))
 
 
 def _choose(problem: CascadeProblem, backend: str):

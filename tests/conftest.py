@@ -4,9 +4,7 @@ A test that takes the fixture `backend` runs on each of them: reference and cpu 
 reference, cuda and triton there. The report's header says which, and why the others are not.
 """
 
-import importlib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -68,10 +66,11 @@ def seeds():
 
 
 @pytest.fixture
-def allocated(monkeypatch):
+def allocated():
     """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "bench"))
-    return importlib.import_module("footprint").peak
+    from sid_trainer.memory import allocated_peak
+
+    return allocated_peak
 
 
 def pytest_report_header():

@@ -5,8 +5,7 @@ import torch
 
 from cascade_oracle import assert_within_budget, make_case
 from sid_kernels import CascadeWeights, PriorHead, belief_head_and_grad, refine_cascade_and_grad
-from sid_trainer import BeliefHead as StageHead
-from sid_trainer import SIDNetwork, Stage, sid_step, stacked_stages
+from sid_trainer import SIDNetwork, Stage, StageHead, sid_step, stacked_stages
 from test_belief_head import Problem
 from test_belief_head import assert_within_budget as head_within_budget
 

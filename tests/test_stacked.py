@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from sid_kernels import cascade_cpu
-from sid_trainer import BeliefHead, SIDNetwork, Stage, build_network, sid_step, stacked_stages, step
+from sid_trainer import SIDNetwork, Stage, StageHead, build_network, sid_step, stacked_stages
+from sid_trainer.methods import bp_step, deep_supervision_step
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
 
 def make(depth=5, dim=16, classes=10, rows=24, plain=False, width=32):
     torch.manual_seed(0)
-    stages = [Stage(BeliefHead(dim, classes, width)) for _ in range(depth)]
+    stages = [Stage(StageHead(dim, classes, width)) for _ in range(depth)]
     network = SIDNetwork(nn.Linear(12, dim), stages, classes)
     if plain:  # a hook wants to see the stages called, so they are
         network.stages[0].register_forward_hook(lambda *_: None)
@@ -158,19 +160,28 @@ def test_which_networks_do_not_qualify():
         assert sid_step(network, inputs, targets).stage_loss.isfinite().all()
 
     def wider(network):
-        network.stages[1] = Stage(BeliefHead(16, 10, 40))
+        network.stages[1] = Stage(StageHead(16, 10, 40))
 
     def frozen(network):
         network.stages[1].head.hidden.bias.requires_grad_(False)
 
     def other_head(network):
-        class Mine(BeliefHead):
+        class Mine(StageHead):
             pass
 
         network.stages[0] = Stage(Mine(16, 10))
 
     def body(network):
-        network.stages[0] = Stage(BeliefHead(16, 10, 32), nn.ReLU())
+        network.stages[0] = Stage(StageHead(16, 10, 32), nn.ReLU())
+
+    def deeper(network):
+        network.stages[0] = Stage(StageHead(16, 10, 32, depth=2))
+
+    def linear(network):
+        network.stages[0] = Stage(StageHead(16, 10, depth=0))
+
+    def reader(network):
+        network.stages[0] = Stage(StageHead(16, 10, 32, reader=nn.Tanh()))
 
     def without_bias(network):
         network.stages[2].head.logits = nn.Linear(32, 10, bias=False)
@@ -185,7 +196,8 @@ def test_which_networks_do_not_qualify():
     def gradient_hook(network):
         network.stages[0].head.hidden.weight.register_post_accumulate_grad_hook(lambda p: None)
 
-    for change in (wider, frozen, other_head, body, without_bias, twice, own_forward, gradient_hook):
+    heads, parameters = (other_head, deeper, linear, reader, own_forward), (wider, frozen, without_bias, twice)
+    for change in (*heads, *parameters, body, gradient_hook):
         check(change)
 
 
@@ -197,7 +209,10 @@ def test_optimizers_that_do_not_fit_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="one a stage, 6, each over its own parameters"):
         sid_step(network, inputs, targets, 0.5, owners)
     with pytest.raises(ValueError, match="one a stage, 6"):
-        step.bp_step(network, inputs, targets, 0.5, owners)
+        sid_step(network, inputs, targets, 0.5, owners, schedule="two-phase")
+    for step in (partial(sid_step, schedule="reference"), bp_step, deep_supervision_step):
+        with pytest.raises(ValueError, match="those of stacked_stages.* are for sid_step one-pass"):
+            step(network, inputs, targets, optimizers=owners)
     assert all(torch.equal(value, before[name]) for name, value in values(network).items())
 
 

@@ -10,36 +10,41 @@ import pytest
 import torch
 
 from image_sets import write_image_folder, write_mnist
-from sid_trainer import TrainConfig, Trainer, build_network, step
+from sid_trainer import TrainConfig, Trainer, build_network
+from sid_trainer.checkpoint import load_checkpoint
 from sid_trainer.cli import main
 from sid_trainer.data import ImageData, Split
+from sid_trainer.runs import trained_network
 
 KEYS = {
-    "epoch", "train_loss", "test_accuracy", "stage_accuracy", "stage_kl", "images_per_second", "seconds",
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "stage_loss", "test_accuracy", "stage_accuracy", "stage_kl",
+    "certificate", "images_per_second", "seconds", "elapsed", "activation_bytes", "peak_memory_bytes",
 }  # fmt: skip
-TIMES = {"images_per_second", "seconds"}
+TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what two runs of equal bits differ in
 
 
 def read(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_run(folder, epochs, depth):
+def without_times(folder):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read(folder)]
+
+
+def check_run(folder, epochs, depth, optimizers):
     rows = read(folder)
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     for row in rows:
         assert KEYS <= row.keys()
-        assert len(row["stage_accuracy"]) == len(row["stage_kl"]) == depth
+        assert len(row["stage_accuracy"]) == len(row["stage_kl"]) == len(row["certificate"]) == depth
         assert row["test_accuracy"] == row["stage_accuracy"][-1]
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["depth"] == depth
-    checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    method = json.loads((folder / "config.json").read_text())["method"]
-    expected = 2 if method == "sid" else 1 + depth  # the extractor's, then one for all equal stages or one a stage
-    assert checkpoint["epoch"] == epochs and len(checkpoint["optimizers"]) == expected
-    weights = checkpoint["network"]
-    in_channels, classes = weights["extractor.0.weight"].shape[1], len(weights["stages.0.head.logits.bias"])
-    build_network(num_classes=classes, in_channels=in_channels, depth=depth).load_state_dict(weights)
+    state = load_checkpoint(folder)
+    assert (state["epoch"], state["step"], len(state["optimizers"])) == (epochs + 1, 0, optimizers)
+    network, run, about = trained_network(folder)
+    beliefs = network.beliefs(torch.zeros(2, about["in_channels"], *about["image_size"]))
+    assert beliefs.shape == (depth, 2, len(about["classes"])) and run.epochs == epochs
     return rows
 
 
@@ -48,12 +53,13 @@ def test_digits_end_to_end(tmp_path, capsys):
     status = main(["train", "--epochs", "8", "--batch-size", "32", "--depth", "4", "--out", str(out)])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    rows = check_run(out, 8, 4)
+    rows = check_run(out, 8, 4, optimizers=2)  # the extractor's, and one for all stages, which are equal
     assert rows[-1]["test_accuracy"] > 0.92
     assert rows[-1]["stage_kl"][-1] < rows[-1]["stage_kl"][0]  # depth distils: later beliefs are nearer the truth
-    assert "stage   accuracy   KL(y|p)" in printed and str(out / "stages.png") in printed
-    (out / "stages.png").unlink()
-    assert main(["plot", str(out)]) == 0 and (out / "stages.png").exists()
+    assert "stage   accuracy   KL(y|p)   certificate   after epoch 8" in printed and str(out / "stages.png") in printed
+    assert main(["eval", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "on 360 test images" in table and f"{rows[-1]['test_accuracy']:.2%}" in table.splitlines()[-1]
 
 
 def test_image_folder_end_to_end_in_bfloat16(tmp_path):
@@ -62,18 +68,31 @@ def test_image_folder_end_to_end_in_bfloat16(tmp_path):
     out = tmp_path / "run"
     options = ["--epochs", "8", "--depth", "2", "--batch-size", "8", "--dtype", "bfloat16", "--out", str(out)]
     assert main(["train", *where, *options]) == 0
-    rows = check_run(out, 8, 2)
+    rows = check_run(out, 8, 2, optimizers=2)
     assert rows[-1]["test_accuracy"] > 0.9
     assert json.loads((out / "config.json").read_text())["classes"] == ["a", "b c"]
 
 
-@pytest.mark.parametrize("method", ["sid", "bp", "reference"])
-def test_mnist_files_by_every_method(tmp_path, method):
+@pytest.mark.parametrize(
+    ("words", "depth", "optimizers"),
+    [
+        ("--depth 3", 3, 2),
+        ("--depth 3 --schedule two-phase --alpha 0.9:0.3", 3, 4),
+        ("--depth 3 --schedule reference --channels-last", 3, 1),
+        ("--depth 3 --method deep-supervision --no-channels-last", 3, 1),
+        ("--layout stagewise --arch mlp --depth 2 --optimizer sgd --label-smoothing 0.1 --divergence reverse", 2, 3),
+        ("--layout stagewise --arch vgg11 --train-images 50 --val 0.2 --label-noise 0.2", 5, 6),
+        ("--layout stagewise --method bp-checkpoint", 1, 1),
+    ],
+)
+def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, optimizers):
+    """None for an extractor without parameters counts among the optimizers."""
     data = write_mnist(tmp_path / "data")
     out = tmp_path / "run"
-    options = ["--epochs", "1", "--depth", "3", "--batch-size", "24", "--method", method, "--out", str(out)]
+    options = ["--epochs", "1", "--batch-size", "24", *words.split(), "--out", str(out)]
     assert main(["train", "--dataset", "mnist", "--data", str(data), *options]) == 0
-    check_run(out, 1, 3)
+    rows = check_run(out, 1, depth, optimizers)
+    assert ("val_accuracy" in rows[0]) == ("--val" in words)
 
 
 def test_same_seed_same_bits_and_another_seed_others(tmp_path):
@@ -82,7 +101,7 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path):
         out = tmp_path / name
         options = ["--epochs", "2", "--depth", "3", "--batch-size", "100", "--crop", "1", "--seed", str(seed)]
         assert main(["train", *options, "--out", str(out)]) == 0
-        found.append([{key: value for key, value in row.items() if key not in TIMES} for row in read(out)])
+        found.append(without_times(out))
     assert found[0] == found[1] != found[2]
 
 
@@ -94,33 +113,47 @@ def run_and_read(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: train | plot"),
+        ([], "required: train | compare | report | eval | export | memory"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--wrong"], "unrecognized arguments: --wrong"),
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
         (["train", "--batch-size", "-1"], "batch_size must be at least 1, not -1"),
-        (["train", "--alpha", "1.5"], "alpha must be in [0, 1], not 1.5"),
+        (["train", "--alpha", "1.5"], "alpha must be a number in [0, 1], FIRST:LAST, or one number a stage"),
+        (["train", "--alpha", "0.5,0.4,0.3"], "alpha must be one number or one for each of the 10 stages, not 3"),
         (["train", "--lr", "nan"], "lr must be a positive number, not nan"),
-        (["train", "--seed", "-3"], "seed must be 0 or more, not -3"),
+        (["train", "--seed", "-3"], "seed must be at least 0, not -3"),
         (["train", "--depth", "0"], "depth must be at least 1, not 0"),
-        (["train", "--crop", "-2"], "--crop must be 0 or more, not -2"),
+        (["train", "--crop", "-2"], "crop must be 0 or more, not -2"),
         (["train", "--flip"], "a mirrored digit is not that digit"),
-        (["train", "--arch", "resnet18"], "invalid choice: 'resnet18'"),
-        (["train", "--layout", "stagewise"], "invalid choice: 'stagewise'"),
+        (["train", "--arch", "lenet"], "invalid choice: 'lenet'"),
+        (["train", "--arch", "vgg11", "--layout", "stagewise", "--depth", "4"], "depth must be 5 for a stagewise"),
+        (["train", "--layout", "ring"], "invalid choice: 'ring'"),
+        (["train", "--divergence", "reverse"], "needs label_smoothing above 0"),
+        (["train", "--label-noise", "2"], "noisy labels must be in [0, 1], not 2.0"),
+        (["train", "--val", "1"], "validation share must be at least 0 and less than 1, not 1.0"),
+        (["train", "--train-images", "0"], "training images must be 1 to 1437, not 0"),
         (["train", "--method", "magic"], "invalid choice: 'magic'"),
         (["train", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["train", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["train", "--dataset", "svhn"], "invalid choice: 'svhn'"),
-        (["train", "--dataset", "digits", "--data", "somewhere"], "--data means nothing for digits"),
+        (["train", "--dataset", "digits", "--data", "somewhere"], "data means nothing for digits"),
         (["train", "--data", "nowhere-at-all"], "nowhere-at-all: no such folder"),
         (["train", "--dataset", "folder"], "needs the path of its files"),
         (["train", "--dataset", "folder", "--data", "nowhere"], "nowhere: no such folder"),
         (["train", "--dataset", "mnist", "--data", "."], "no such file (the MNIST files belong there, unpacked)"),
         (["train", "--out", "file/run"], "Not a directory"),
-        (["plot", "nowhere"], "No such file or directory"),
-        (["plot", "damaged"], "not what a run writes"),
-        (["plot", "empty"], "holds no whole epoch"),
+        (["train", "--resume", "empty"], "empty: holds no checkpoint (last.pt)"),
+        (["train", "--resume", "file"], "file: not a whole checkpoint"),
+        (["train", "--resume", "nowhere"], "nowhere: no such file"),
+        (["train", "--resume", "empty", "--lr", "1"], "--lr cannot be given with --resume: the run has its settings"),
+        (["eval", "empty"], "empty: holds no checkpoint (last.pt)"),
+        (["export", "nowhere"], "nowhere: no such file"),
+        (["compare"], "the following arguments are required: --out"),
+        (["report", "nowhere"], "No such file or directory"),
+        (["report", "damaged"], "not what a run writes"),
+        (["report", "empty"], "holds no whole epoch"),
+        (["memory", "--depths", "0"], "depths must be 1 or more, not 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -147,13 +180,13 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):
     assert main(arguments) == 0
     before = read(tmp_path / "run")
     status, printed = run_and_read(arguments, capsys)
-    assert status == 2 and "holds a run already; choose another --out or give --overwrite" in printed
+    assert status == 2 and "holds a run already; choose another --out, --resume it, or give --overwrite" in printed
     assert read(tmp_path / "run") == before
     assert main([*arguments, "--overwrite"]) == 0
 
 
 def test_help_and_module_entry():
-    for arguments in (["--help"], ["train", "--help"], ["plot", "--help"]):
+    for arguments in (["--help"], ["train", "--help"], ["compare", "--help"], ["memory", "--help"]):
         assert main(arguments) == 0
     wrong = subprocess.run([sys.executable, "-m", "sid_trainer", "train", "--no"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
@@ -167,22 +200,31 @@ def test_an_infinite_loss_stops_the_run_and_names_its_place(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_saved_first(tmp_path, monkeypatch, capsys, number):
-    calls = []
+def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypatch, capsys, number):
+    options = ["--epochs", "2", "--depth", "2", "--crop", "1", "--train-images", "600"]
+    assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
+    calls, one_step = [], Trainer.one_step
 
-    def interrupted_at_the_third(*arguments, **options):
+    def interrupted_at_the_third(*arguments):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), number)
-        return step.sid_step(*arguments, **options)
+        return one_step(*arguments)
 
-    monkeypatch.setitem(step.STEPS, "sid", interrupted_at_the_third)
     before = signal.getsignal(number)
-    status, printed = run_and_read(["train", "--depth", "2", "--out", str(tmp_path / "run")], capsys)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", interrupted_at_the_third)
+        status, printed = run_and_read(["train", *options, "--out", str(out)], capsys)
     assert status == 130 and "stopped in epoch 1 after step 3" in printed and "Traceback" not in printed
     assert signal.getsignal(number) is before
-    checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 3)
+    state = load_checkpoint(out)
+    assert (state["epoch"], state["step"]) == (1, 3)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert "resumed in epoch 1 after step 3" in capsys.readouterr().out
+    assert without_times(out) == without_times(tmp_path / "whole")
+    ends = [load_checkpoint(folder)["network"] for folder in (out, tmp_path / "whole")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
-"""The steps: their gradients and updates against a reference written here, and what they hold in memory."""
-
-import weakref
-from collections import Counter
+"""SID's step in its schedules: gradients and updates against a reference written here. All methods and networks:
+test_trainer_methods.py."""
 
 import pytest
 import torch
@@ -9,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adam
 
-from sid_trainer import bp_step, build_network, reference_step, sid_step
+from sid_trainer import build_network, sid_step
+from sid_trainer.step import SCHEDULES
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
@@ -48,7 +47,7 @@ def assert_within_rounding(found, expected, rounding=ROUNDING):
         assert error <= rounding, f"{name}: off by {error:.1e} of the largest"
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("in_channels", "size"), [(3, 32), (1, 8), (1, 28)])
 def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
     network, inputs, targets = make(in_channels=in_channels, size=size)
@@ -59,14 +58,14 @@ def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
     assert_within_rounding(gradients(network), {name: 2 * value for name, value in expected.items()})
 
 
-def test_reference_step_and_alpha_by_stage():
+def test_the_schedule_reference_and_alpha_by_stage():
     network, inputs, targets = make()
     alphas = [0.9 - 0.05 * i for i in range(10)]
     expected = summed_loss_gradients(network, inputs, targets, alphas)
     one = sid_step(network, inputs, targets, alphas)
     assert_within_rounding(gradients(network), expected)
     network.zero_grad()
-    other = reference_step(network, inputs, targets, alphas)
+    other = sid_step(network, inputs, targets, alphas, schedule="reference")
     assert_within_rounding(gradients(network), expected)
     assert one.stage_loss.shape == (10,)
     torch.testing.assert_close(one.stage_loss, other.stage_loss)
@@ -78,16 +77,7 @@ def test_soft_targets():
     sid_step(network, inputs, soft)
     one = gradients(network)
     network.zero_grad()
-    reference_step(network, inputs, soft)
-    assert_within_rounding(one, gradients(network))
-
-
-def test_bp_step_is_backpropagation_through_the_chain():
-    network, inputs, targets = make(depth=3)
-    bp_step(network, inputs, targets)
-    one = gradients(network)
-    network.zero_grad()
-    F.cross_entropy(network(inputs), targets).backward()
+    sid_step(network, inputs, soft, schedule="reference")
     assert_within_rounding(one, gradients(network))
 
 
@@ -95,7 +85,7 @@ def test_bp_step_is_backpropagation_through_the_chain():
 def test_updates_are_those_of_the_reference(channels_last):
     """In float64, where three steps' moves of the parameters can be told from rounding."""
     results = []
-    for step in (sid_step, reference_step):
+    for schedule in SCHEDULES:
         network, inputs, targets = make()
         network, inputs = network.double(), inputs.double()
         if channels_last:
@@ -104,10 +94,11 @@ def test_updates_are_those_of_the_reference(channels_last):
         optimizers = [SGD(module.parameters(), lr=0.05, momentum=0.9) for module in modules]
         start = [parameter.clone() for parameter in network.parameters()]
         for _ in range(3):
-            step(network, inputs, targets, 0.5, optimizers)
+            sid_step(network, inputs, targets, 0.5, optimizers, schedule=schedule)
         moves = [parameter - before for parameter, before in zip(network.parameters(), start, strict=True)]
         results.append({str(i): move.detach() for i, move in enumerate(moves)})
-    assert_within_rounding(*results, rounding=1e-9)
+    for other in results[1:]:
+        assert_within_rounding(other, results[0], rounding=1e-9)
 
 
 def test_fused_adam_on_channels_last_weights_is_adam():
@@ -135,61 +126,9 @@ def test_bfloat16_keeps_float32_parameters_and_a_similar_gradient():
         assert F.cosine_similarity(value.flatten(), full[name].flatten(), dim=0) > 0.98, name
 
 
-class SavedBytes:
-    """The most bytes that autograd held for backward at any one time, each storage counted once, parameters not."""
-
-    def __init__(self, network):
-        self.ignored = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-        self.alive, self.peak, self.storages = 0, 0, Counter()
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    def pack(self, tensor):
-        class Held:
-            pass
-
-        held, storage = Held(), tensor.untyped_storage()
-        held.tensor, key, size = tensor.detach(), storage.data_ptr(), storage.nbytes()
-        if key not in self.ignored:
-            self.alive += 0 if self.storages[key] else size
-            self.storages[key] += 1
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(held, self.release, key, size)
-        return held
-
-    def release(self, key, size):
-        self.storages[key] -= 1
-        self.alive -= 0 if self.storages[key] else size
-
-
-def cascade_bytes(step, depth, **options):
-    """What the cascade alone holds: its features are given, not computed. Stages are called, for a hook sees them."""
-    network, _, targets = make(depth=depth, batch=128)
-    network.extractor = nn.Identity()
-    network.stages[0].register_forward_hook(lambda *_: None)
-    with SavedBytes(network) as saved:
-        step(network, torch.randn(128, 128), targets, **options)
-    assert saved.alive == 0
-    return saved.peak
-
-
-def test_the_cascade_holds_one_stage_whatever_the_depth():
-    few, many = (cascade_bytes(sid_step, depth) for depth in (4, 32))
-    assert 0 < many <= few
-    for step in (reference_step, bp_step):  # the counter counts: these hold every stage at once
-        few, many = (cascade_bytes(step, depth) for depth in (4, 32))
-        assert many > 6 * few
-
-
 def test_wrong_arguments_are_named():
     network, inputs, targets = make(depth=2, batch=2)
-    with pytest.raises(ValueError, match="schedule must be"):
+    with pytest.raises(ValueError, match="schedule must be one of one-pass, two-phase, reference, not 'three-phase'"):
         sid_step(network, inputs, targets, schedule="three-phase")
     with pytest.raises(ValueError, match="one for each of the 2 stages, not 3"):
         sid_step(network, inputs, targets, [0.5] * 3)
@@ -202,13 +141,6 @@ def test_the_reference_network():
     convolutions = [(32, 3, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 64, 3, 3), (128,), (128, 128, 3, 3), (128,)]
     stage = [(256, 138), (256,), (10, 256), (10,)]
     assert [tuple(p.shape) for p in network.parameters()] == [*convolutions, (128, 128), (128,), *stage, *stage]
-    beliefs = network.beliefs(torch.randn(5, 3, 32, 32))
-    assert beliefs.shape == (2, 5, 10)
-    torch.testing.assert_close(beliefs.sum(2), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="available now: arch='simple_cnn' layout='shared'"):
-        build_network("resnet18", layout="stagewise")
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
-        build_network(depth=0)
 
 
 def test_pooling_before_relu_changes_no_bit():

@@ -1,18 +1,19 @@
 """Training networks by synergistic information distillation, over `sid_kernels`."""
 
-from .architectures import build_network
+from .architectures import build_network, cut
 from .capture import CapturedStep, capture
 from .data import load_data
-from .network import BeliefHead, SIDNetwork, Stage
+from .methods import bp_step, deep_supervision_step
+from .network import SIDNetwork, Stage, StageHead
 from .stacked import StackedStages, stacked_stages
-from .step import StepResult, bp_step, reference_step, sid_step
+from .step import StepResult, sid_step
 from .trainer import TrainConfig, Trainer
 
 __all__ = [
-    "BeliefHead",
     "CapturedStep",
     "SIDNetwork",
     "Stage",
+    "StageHead",
     "StackedStages",
     "StepResult",
     "TrainConfig",
@@ -20,8 +21,9 @@ __all__ = [
     "bp_step",
     "build_network",
     "capture",
+    "cut",
+    "deep_supervision_step",
     "load_data",
-    "reference_step",
     "sid_step",
     "stacked_stages",
 ]

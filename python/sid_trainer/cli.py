@@ -1,19 +1,18 @@
-"""The `sid` command: `sid train` and `sid plot`. It turns arguments into calls and errors into one line."""
+"""The `sid` command. It turns arguments into calls and errors into one line; it holds no logic."""
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
-import torch
+from .architectures import LAYOUTS, TRUNKS
+from .data import DATASETS
+from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
+from .runs import RunConfig
+from .step import SCHEDULES
+from .trainer import DTYPES, Interrupted, NonFiniteLoss
 
-from .architectures import NETWORKS, build_network
-from .data import DATASETS, load_data
-from .memory import keep_freed_memory
-from .report import draw_run, ideal_kl, read_run
-from .step import STEPS
-from .trainer import DTYPES, Interrupted, NonFiniteLoss, TrainConfig, Trainer
-
-DEFAULTS = TrainConfig()
 PICTURE = "stages.png"
 
 
@@ -24,49 +23,139 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default where there is one number or word to name."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="sid", description="Train networks by synergistic information distillation (SID).")
-    commands = top.add_subparsers(dest="command", required=True, metavar="train | plot")
-    summary = "train a network and draw what its stages learn"
-    train = commands.add_parser("train", help=summary, description=summary, formatter_class=Formatter)
-    names = sorted({arch for arch, _ in NETWORKS}), sorted({layout for _, layout in NETWORKS})
-    train.add_argument(
-        "--dataset", choices=DATASETS, help="(default: what --data holds; without it digits, which needs no files)"
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="train | compare | report | eval | export | memory"
     )
-    train.add_argument(
-        "--data", metavar="PATH", help="an image folder (train/<class>/..., test/<class>/...) or MNIST's files"
-    )
-    train.add_argument("--download", action="store_true", help="fetch mnist into --data")
-    train.add_argument("--cache", metavar="DIR", help="folder for decoded images (default: the user's cache folder)")
-    train.add_argument("--arch", choices=names[0], default="simple_cnn")
-    train.add_argument("--layout", choices=names[1], default="shared")
-    train.add_argument("--depth", type=int, default=10, help="belief stages")
-    train.add_argument("--method", choices=STEPS, default=DEFAULTS.method, help="how gradients are made")
-    train.add_argument("--epochs", type=int, help="(default: 30 for digits, else 5)")
-    train.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size)
-    train.add_argument("--lr", type=float, default=DEFAULTS.lr, help="Adam's learning rate")
-    train.add_argument("--alpha", type=float, default=DEFAULTS.alpha, help="weight of fidelity against consistency")
-    train.add_argument("--crop", type=int, metavar="PIXELS", help="pad and crop by this (default: folder 4, else 0)")
-    train.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: for folder)")
-    train.add_argument("--seed", type=int, default=DEFAULTS.seed)
-    train.add_argument("--dtype", choices=DTYPES, default=DEFAULTS.dtype, help="bfloat16 is by autocast")
-    train.add_argument("--device", default=DEFAULTS.device)
-    train.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=DEFAULTS.channels_last)
-    train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-METHOD)")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    train.set_defaults(run=run_train)
 
-    plot = commands.add_parser("plot", help="draw a run's picture again")
-    plot.add_argument("folder", metavar="RUN", type=Path, help="a run's folder")
-    plot.set_defaults(run=run_plot)
+    def command(name: str, summary: str, run) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary + ".", argument_default=argparse.SUPPRESS)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", "train a network and draw what its stages learn", run_train)
+    train.add_argument(
+        "--resume", metavar="RUN", type=Path, help="go on with a run: its folder, or one of its checkpoints"
+    )
+    train.add_argument("--method", choices=METHODS, help=f"how gradients are made {default('method')}")
+    train.add_argument("--layout", choices=LAYOUTS, help="one trunk for all stages, or the trunk cut into stages "
+                       + default("layout"))  # fmt: skip
+    train.add_argument("--label-noise", type=float, metavar="SHARE", help="training labels to make wrong, 0 to 1")
+    train.add_argument("--seed", type=int, help=f"of the network, order, crops, flips and noise {default('seed')}")
+    train.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: runs/DATASET-METHOD)")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    add_run_options(train)
+
+    compare = command("compare", "train methods and seeds under one budget, and write table and report", run_compare)
+    compare.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    compare.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["stagewise"], help="(default: stagewise)")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default: 0 1)")
+    compare.add_argument("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="(default: 0)")
+    compare.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder of the runs; a comparison there goes on"
+    )
+    add_run_options(compare)
+
+    report = command("report", "draw runs side by side: report.png and one HTML page", run_report)
+    report.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of many runs")
+    report.add_argument("--out", metavar="DIR", type=Path, default=Path("report"), help="(default: report)")
+    report.add_argument(
+        "--memory", metavar="FILE", type=Path, default=None, help="what `sid memory` wrote, to draw it too"
+    )
+
+    evaluate = command("eval", "what every stage of a trained network knows of a data set", run_eval)
+    evaluate.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--data", metavar="PATH", help="where its data set lies now")
+    evaluate.add_argument("--cache", metavar="DIR", help="folder for decoded images")
+
+    export = command("export", "write a trained network as a program that needs nothing of this package", run_export)
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
+    export.add_argument(
+        "--format", choices=("torch", "onnx"), default="torch", help="(default: torch, for torch.export.load)"
+    )
+    export.add_argument("--out", metavar="FILE", type=Path, default=None, help="(default: RUN/network.pt2 or .onnx)")
+
+    memory = command("memory", "bytes a training step holds, by method, depth and batch size", run_memory)
+    memory.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    memory.add_argument("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
+    memory.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
+    memory.add_argument("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
     return top
+
+
+def default(name: str) -> str:
+    return f"(default: {getattr(RunConfig, name)})"
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `compare` have in common; where a recipe of the network decides, there is no default here."""
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--dataset", choices=DATASETS, help="(default: what --data holds; without it digits, which needs no files)")
+    add(
+        "--data",
+        metavar="PATH",
+        help="the data set's files: an image folder (train/<class>/..., test/<class>/...), or a root",
+    )
+    add("--download", action="store_true", help="fetch the data set into --data")
+    add("--cache", metavar="DIR", help="folder for decoded images (default: the user's cache folder)")
+    add("--image-size", type=int, metavar="PIXELS", help="resize and cut images to this while decoding")
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="decode images as they are asked for (default: large sets)",
+    )
+    add("--workers", type=int, help=f"processes that decode streamed images {default('workers')}")
+    add("--train-images", type=int, metavar="N", help="train on a fixed class-balanced subset of this many")
+    add("--val", type=float, metavar="SHARE", help="training images to hold out for validation, 0 to 1 (default: 0)")
+    add("--crop", type=int, metavar="PIXELS", help="pad and crop by this (default: what suits the data set)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: what suits the data set)")
+
+    network = parser.add_argument_group("network")
+    add = network.add_argument
+    add("--arch", choices=TRUNKS, help=default("arch"))
+    add("--depth", type=int, help="stages (default: 10 shared, the network's own cuts stagewise)")
+    add("--head-depth", type=int, help=f"hidden layers of each belief head {default('head_depth')}")
+    add("--hidden-dim", type=int, help=f"their width {default('hidden_dim')}")
+    add("--grid", type=int, help=f"stagewise heads read features pooled to GRID x GRID {default('grid')}")
+
+    loss = parser.add_argument_group("local loss")
+    add = loss.add_argument
+    add(
+        "--alpha",
+        help=f"fidelity against consistency: a number, FIRST:LAST over depth, or one a stage {default('alpha')}",
+    )
+    add("--divergence", choices=("forward", "reverse"), help=default("divergence"))
+    add("--label-smoothing", type=float, help=default("label_smoothing"))
+    add("--schedule", choices=SCHEDULES, help=f"of SID's step {default('schedule')}")
+    add(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        help="equal stages in one kernel; else one stage's activations at a time (default: yes)",
+    )
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--epochs", type=int, help="(default: 30 for digits, else 5)")
+    add("--batch-size", type=int, help=default("batch_size"))
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="(default: the network's recipe, as --lr, --weight-decay and --lr-schedule)",
+    )
+    add("--lr", type=float, help="the highest learning rate")
+    add("--weight-decay", type=float)
+    add("--lr-schedule", choices=LR_SCHEDULES)
+
+    machine = parser.add_argument_group("machine")
+    add = machine.add_argument
+    add("--dtype", choices=DTYPES, help=f"bfloat16 is by autocast {default('dtype')}")
+    add("--device", help=default("device"))
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="(default: yes)")
+    add("--streams", action=argparse.BooleanOptionalAction, help="on a GPU, a CUDA stream a stage (default: yes)")
+    add("--graph", action=argparse.BooleanOptionalAction, help="on a GPU, the step as one CUDA graph (default: no)")
+    add("--save-every", type=int, metavar="STEPS", help="also save within epochs")
 
 
 def dataset_of(path: str | None) -> str:
@@ -76,60 +165,104 @@ def dataset_of(path: str | None) -> str:
     return "mnist" if (Path(path) / "MNIST").is_dir() and not (Path(path) / "train").is_dir() else "folder"
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """The arguments that are settings of a run."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    given = {name: value for name, value in vars(args).items() if name in known}
+    return {"dataset": dataset_of(given.get("data"))} | given
+
+
 def run_train(args: argparse.Namespace) -> None:
-    args.dataset = args.dataset or dataset_of(args.data)
-    folder = Path(args.out or f"runs/{args.dataset}-{args.method}")
-    if (folder / "config.json").exists() and not args.overwrite:
-        raise ValueError(f"{folder}: holds a run already; choose another --out or give --overwrite")
-    if args.data is not None and args.dataset == "digits":
-        raise ValueError("--data means nothing for digits; --dataset folder or mnist reads files")
-    epochs = (30 if args.dataset == "digits" else DEFAULTS.epochs) if args.epochs is None else args.epochs
-    config = TrainConfig(
-        args.method, epochs, args.batch_size, args.lr, args.alpha, args.seed, args.dtype, args.device,
-        args.channels_last,
-    )  # fmt: skip
-    if args.flip and args.dataset in ("digits", "mnist"):
-        raise ValueError(f"--flip makes no sense for {args.dataset}: a mirrored digit is not that digit")
-    if args.crop is not None and args.crop < 0:
-        raise ValueError(f"--crop must be 0 or more, not {args.crop}")
-    data = load_data(args.dataset, args.data, cache=args.cache, download=args.download)
-    data = data._replace(
-        crop=data.crop if args.crop is None else args.crop, flip=data.flip if args.flip is None else args.flip
-    )
-    torch.manual_seed(args.seed)
-    network = build_network(
-        args.arch, args.layout, num_classes=len(data.classes), in_channels=data.in_channels, depth=args.depth
-    )
-    about = {key: value for key, value in vars(args).items() if key not in ("run", "command", "overwrite")}
-    about |= {"epochs": epochs, "crop": data.crop, "flip": data.flip, "classes": data.classes}
+    from .memory import keep_freed_memory
+    from .runs import make_trainer, resumed, run_config
+
     keep_freed_memory()
-    trainer = Trainer(network, data, config, folder, about=about)
-    for stale in ("last.pt", PICTURE):
-        (folder / stale).unlink(missing_ok=True)
+    if hasattr(args, "resume"):
+        movable = {"data", "cache", "device", "workers", "save_every"}
+        given = vars(args).keys() - {"command", "run", "resume"}
+        if fixed := sorted(given - movable):
+            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run has its settings")
+        trainer = resumed(args.resume, **{name: getattr(args, name) for name in given})
+        print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
+    else:
+        run = run_config(**{name: value for name, value in settings(args).items()})
+        folder = getattr(args, "out", Path(f"runs/{run.dataset}-{run.method}"))
+        if (folder / "config.json").exists() and not hasattr(args, "overwrite"):
+            raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
+        trainer = make_trainer(run, folder)
+        for stale in ("last.pt", "previous.pt", PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
+            (folder / stale).unlink(missing_ok=True)
+    about, data = trainer.about, trainer.data
     print(
-        f"{args.method} on {args.dataset}: {len(data.train.labels)} training and {len(data.test.labels)} test images,"
-        f" {args.arch} {args.layout}, {args.depth} stages, {config.dtype} on {trainer.device}"
+        f"{about['method']} on {about['dataset']}: {len(data.train.labels)} training and {len(data.test.labels)} test"
+        f" images, {about['arch']} {about['layout']}, {about['depth']} stages, {about['num_parameters']:,} parameters,"
+        f" {about['dtype']} on {trainer.device}"
     )
     trainer.fit()
-    finish(folder)
+    show(trainer.folder)
 
 
-def run_plot(args: argparse.Namespace) -> None:
-    finish(args.folder)
-
-
-def finish(folder: Path) -> None:
+def show(folder: Path) -> None:
     """From what the run left in its folder: the table of the last epoch by stage, and the picture."""
-    rows, config = read_run(folder)
-    last = rows[-1]
-    print(f"\nstage   accuracy   KL(y|p)    after epoch {last['epoch']}")
-    for stage, (accuracy, kl) in enumerate(zip(last["stage_accuracy"], last["stage_kl"], strict=True), 1):
-        print(f"{stage:5d} {accuracy:10.2%} {kl:9.4f}")
-    picture = folder / PICTURE
-    sid = config["method"] != "bp"
-    ideal = ideal_kl(config["alpha"], len(config["classes"]), len(last["stage_kl"])) if sid else None
-    draw_run(rows, picture, title=folder.name, ideal=ideal)
-    print(f"\npicture: {picture}")
+    from .report import draw_run, load_runs
+
+    (run,) = load_runs([folder])
+    last = run.last
+    table(last["stage_accuracy"], last["stage_kl"], last["certificate"], f"after epoch {last['epoch']}")
+    draw_run(run.rows, folder / PICTURE, title=run.name, ideal=run.ideal)
+    print(f"\npicture: {folder / PICTURE}")
+
+
+def table(accuracy: list[float], kl: list[float], certificate: list[float], when: str) -> None:
+    print(f"\nstage   accuracy   KL(y|p)   certificate   {when}")
+    for stage, (a, b, c) in enumerate(zip(accuracy, kl, certificate, strict=True), 1):
+        print(f"{stage:5d} {a:10.2%} {b:9.4f} {c:13.1%}")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from .compare import compare
+    from .memory import keep_freed_memory
+    from .runs import run_config
+
+    keep_freed_memory()
+    given = settings(args)
+    given.pop("label_noise")
+    text = compare(
+        run_config(**given), args.out, methods=args.methods, layouts=args.layouts, seeds=args.seeds,
+        noises=args.label_noise, command=shlex.join(["sid", *sys.argv[1:]]),
+    )  # fmt: skip
+    print(f"\n{text}\nreport: {args.out / 'report.html'}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from .report import write_report
+
+    folders = []
+    for folder in args.folders:
+        inside = [] if (folder / "config.json").exists() else sorted(f.parent for f in folder.glob("*/config.json"))
+        folders += inside or [folder]
+    print(f"report: {write_report(folders, args.out, args.memory)}")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from .runs import evaluated
+
+    found = evaluated(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
+    table(found["accuracy"], found["kl"], found["certificate"], f"on {found['images']} test images")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from .export import export_run
+
+    print(f"written: {export_run(args.run_folder, args.out, args.format)}")
+
+
+def run_memory(args: argparse.Namespace) -> None:
+    from .memory_table import measure, write_memory
+
+    rows = measure(args.methods, args.depths, args.batch_sizes)
+    print(write_memory(rows, args.out))
+    print(f"written: {args.out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,12 +1,11 @@
-"""Image sets held whole in memory as uint8, and their batches: normalised, cropped and flipped a whole batch at a time.
+"""Image sets by name, as uint8: held whole in memory, or, where they do not fit, left in their image files.
 
-Names: `digits` (real 8x8 digits that ship inside scikit-learn), `mnist` (its files in torchvision's layout) and
-`folder` (`train/<class>/...` and `test/<class>/...` or `val/<class>/...`). A cache is a plain array, never a pickle.
+`digits` are the 8x8 digits inside scikit-learn. `mnist`, `fashion-mnist`, `cifar10` and `cifar100` are read from
+torchvision's own files, `tiny-imagenet` from its own layout, and `folder` (as `cifar10` may be) from
+train/<class>/... and test/<class>/... or val/<class>/... Nothing that is read can run code.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,50 +14,115 @@ import torch
 from torch import Tensor
 
 from .files import write_atomically
+from .image_folder import DataError, ImageFiles, Listing, annotated_images, class_folders, decoded, one_line
 
-DATASETS = ("digits", "mnist", "folder")
+__all__ = ["DATASETS", "DataError", "ImageData", "ImageFiles", "Split", "load_data", "write_atomically"]
 
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line and names the file or folder."""
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder")
+DOWNLOADS = ("mnist", "fashion-mnist", "cifar10", "cifar100")
 
 
 class Split(NamedTuple):
-    images: Tensor  # (N, H, W, C) uint8
+    images: Tensor | ImageFiles  # (N, H, W, C) uint8, or the files they are decoded from when a batch is asked for
     labels: Tensor  # (N,) int64
+
+    def take(self, index: Tensor) -> "Split":
+        """The images and labels at `index` (M,) int64."""
+        images = self.images
+        images = images.subset(index) if isinstance(images, ImageFiles) else images.index_select(0, index)
+        return Split(images, self.labels[index])
 
 
 class ImageData(NamedTuple):
     train: Split
     test: Split
-    classes: list[str]  # sorted; a label is an index into it
+    classes: list[str]  # a label is an index into it
     crop: int = 0  # training batches: pixels of zero padding on each side, out of which a crop of the old size is cut
     flip: bool = False  # training batches: mirrored left to right with probability 1/2
+    validation: Split | None = None
 
     @property
     def in_channels(self) -> int:
         return self.train.images.shape[3]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return tuple(self.train.images.shape[1:3])
+
 
 def load_data(
-    name: str, path: str | os.PathLike | None = None, *, cache: str | os.PathLike | None = None, download: bool = False
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    stream: bool | None = None,
+    workers: int = 0,
 ) -> ImageData:
-    """The image set called `name`; `path` is the root of `mnist` (holding `MNIST/raw`) or of `folder`.
+    """The image set called `name`, one of DATASETS; `path` is the folder that holds its files. Raises DataError.
 
-    `cache` is the folder decoded images are kept in (default: `sid_trainer` in the user's cache folder). Nothing is
-    downloaded unless `download` says so. Raises DataError.
+    `download` fetches one of DOWNLOADS where it is missing; else nothing is. The rest is for image files: `image_size`
+    resizes their shorter side to it and cuts out the centre; `stream` leaves them in their files (None: if they would
+    fill more than half of the memory when decoded); `cache` is the folder in which decoded images are kept (default:
+    `sid_trainer` in the user's cache folder); `workers` processes decode them, 0 means this one.
     """
     if name not in DATASETS:
         raise DataError(f"no data set is called {name!r}; available: {', '.join(DATASETS)}")
-    if name == "digits":
-        return load_digits()
-    if path is None:
+    if download and name not in DOWNLOADS:
+        raise DataError(f"download is for {', '.join(DOWNLOADS)}, not for {name!r}")
+    if name != "digits" and path is None:
         raise DataError(f"the data set {name!r} needs the path of its files")
-    if not Path(path).is_dir() and not (download and name == "mnist"):
-        raise DataError(f"{path}: no such folder")
-    if name == "mnist":
-        return load_mnist(Path(path), download)
-    return load_folder(Path(path), default_cache() if cache is None else Path(cache))
+    if name == "digits" and path is not None:
+        raise DataError(f"the data set 'digits' is inside scikit-learn and has no path, not {os.fspath(path)!r}")
+    root = None if path is None else Path(path)
+    if root is not None and not root.is_dir() and not download:
+        raise DataError(f"{root}: no such folder")
+
+    in_files = name in ("tiny-imagenet", "folder") or (name == "cifar10" and (root / "train").is_dir())
+    if not in_files:
+        if image_size is not None or stream:
+            raise DataError(f"image_size and stream are for sets of image files, not for {name!r}")
+        if name == "digits":
+            return load_digits()
+        return load_mnist(root, name, download) if "mnist" in name else load_cifar(root, name, download)
+    for argument, value, least in (("image_size", image_size, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise DataError(f"{argument} must be at least {least}, not {value}")
+    train, test = tiny_imagenet(root) if name == "tiny-imagenet" else image_folder(root)
+    if len(train.classes) < 2:
+        raise DataError(f"{train.folder}: needs at least 2 class folders, has {len(train.classes)}")
+    files = [ImageFiles.of(listing.files, image_size) for listing in (train, test)]
+    if files[0].size != files[1].size:
+        sizes = " and ".join("x".join(map(str, images.size)) for images in files)
+        raise DataError(f"{root}: training and test images differ in size ({sizes}); image_size makes all equal")
+    if stream is None:
+        stream = sum(np.prod(images.shape) for images in files) > physical_memory() / 2
+    splits = []
+    for listing, images in zip((train, test), files, strict=True):
+        if not stream:
+            images = decoded(images, listing.folder, default_cache() if cache is None else Path(cache), workers)
+        splits.append(Split(images, torch.tensor(listing.labels)))
+    return ImageData(*splits, train.classes, crop=8 if name == "tiny-imagenet" else 4, flip=True)
+
+
+def image_folder(root: Path) -> tuple[Listing, Listing]:
+    train_folder = root / "train"
+    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
+    for folder in (train_folder, test_folder):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder (the layout is train/<class>/... and test/<class>/... or val/)")
+    train, test = class_folders(train_folder), class_folders(test_folder)
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        raise DataError(f"{root}: the class folder {odd[0]!r} is in only one of train and {test_folder.name}")
+    return train, test
+
+
+def tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
+    """Its test images have no labels, so that, as everywhere, the validation images are what is tested on."""
+    train = class_folders(root / "train")
+    return train, annotated_images(root / "val", train.classes)
 
 
 def load_digits() -> ImageData:
@@ -72,24 +136,22 @@ def load_digits() -> ImageData:
     return ImageData(Split(train_x, train_y.long()), Split(test_x, test_y.long()), [str(i) for i in range(10)])
 
 
-def load_mnist(root: Path, download: bool) -> ImageData:
-    from torchvision.datasets import MNIST
+def load_mnist(root: Path, name: str, download: bool) -> ImageData:
+    from torchvision.datasets import MNIST, FashionMNIST
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
+    kind = FashionMNIST if name == "fashion-mnist" else MNIST
     if download:
-        try:
-            MNIST(str(root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{root}: the MNIST files could not be downloaded ({one_line(error)})") from error
-    raw = root / "MNIST" / "raw"
+        fetch(kind, root)
+    raw = root / kind.__name__ / "raw"
 
     def read(file: Path, reader) -> Tensor:
         if not file.is_file():
-            raise DataError(f"{file}: no such file (the MNIST files belong there, unpacked)")
+            raise DataError(f"{file}: no such file (the {kind.__name__} files belong there, unpacked)")
         try:
             return reader(str(file))
         except Exception as error:  # the reader meets a damaged file with whatever it stumbles over
-            raise DataError(f"{file}: not a readable MNIST file ({one_line(error)})") from error
+            raise DataError(f"{file}: not a readable {kind.__name__} file ({one_line(error)})") from error
 
     def split(prefix: str) -> Split:
         images = read(raw / f"{prefix}-images-idx3-ubyte", read_image_file)  # (N, H, W)
@@ -98,138 +160,46 @@ def load_mnist(root: Path, download: bool) -> ImageData:
             raise DataError(f"{label_file}: must hold one label in 0..9 for each of the {len(images)} images")
         return Split(images[..., None], labels)
 
-    return ImageData(split("train"), split("t10k"), [str(i) for i in range(10)])
+    classes = FashionMNIST.classes if kind is FashionMNIST else [str(i) for i in range(10)]
+    return ImageData(split("train"), split("t10k"), list(classes))
 
 
-def load_folder(root: Path, cache: Path) -> ImageData:
-    from torchvision.datasets import ImageFolder
+def load_cifar(root: Path, name: str, download: bool) -> ImageData:
+    """The files are pickles; torchvision opens one only if its checksum is that of the original."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity
 
-    def split(folder: Path) -> tuple[Split, list[str]]:
-        try:
-            listing = ImageFolder(str(folder))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: not an image folder ({one_line(error)})") from error
-        images = decoded([Path(file) for file, _ in listing.samples], folder, cache)
-        return Split(torch.from_numpy(images), torch.tensor(listing.targets)), listing.classes
-
-    train_folder = root / "train"
-    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
-    for folder in (train_folder, test_folder):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder (the layout is train/<class>/... and test/<class>/... or val/)")
-    (train, classes), (test, test_classes) = split(train_folder), split(test_folder)
-    if odd := sorted(set(classes) ^ set(test_classes)):
-        raise DataError(f"{root}: the class folder {odd[0]!r} is in only one of train and {test_folder.name}")
-    if len(classes) < 2:
-        raise DataError(f"{train_folder}: needs at least 2 class folders, has {len(classes)}")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        sizes = " and ".join("x".join(map(str, split.images.shape[1:3])) for split in (train, test))
-        raise DataError(f"{root}: training and test images differ in size ({sizes})")
-    return ImageData(train, test, classes, crop=4, flip=True)
-
-
-def decoded(files: list[Path], folder: Path, cache: Path) -> np.ndarray:
-    """All images of a split as one array (N, H, W, 3) uint8, from the cache where it still matches the files."""
-    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    stats = [(os.fsencode(file.relative_to(folder)), file.stat()) for file in files]
-    listing = b"\n".join(b"%s %d %d" % (name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    cached = cache / f"{place}-{hashlib.sha256(listing).hexdigest()[:16]}.npy"
+    kind = CIFAR100 if name == "cifar100" else CIFAR10
+    if download:
+        fetch(kind, root)
+    folder = root / kind.base_folder
+    if not folder.is_dir():
+        also = " nor train/<class>/..." if kind is CIFAR10 else ""
+        raise DataError(f"{root}: holds no {kind.base_folder} (the {kind.__name__} files, unpacked){also}")
     try:
-        images = np.load(cached, allow_pickle=False)
-        if images.dtype == np.uint8 and images.ndim == 4 and len(images) == len(files) and images.shape[3] == 3:
-            return images
-    except (OSError, ValueError, EOFError):  # not there, or damaged: decoded again
-        pass
-    images = decode(files, folder)
+        parts = [kind(str(root), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        sums = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+        for file, checksum in sums.items():
+            if not check_integrity(str(folder / file), checksum):
+                what = "its checksum is not the original's" if (folder / file).is_file() else "no such file"
+                raise DataError(f"{folder / file}: {what}, so no {kind.__name__} file was opened") from error
+        raise
+    splits = (Split(torch.from_numpy(np.ascontiguousarray(part.data)), torch.tensor(part.targets)) for part in parts)
+    return ImageData(*splits, list(parts[0].classes), crop=4, flip=True)
+
+
+def fetch(kind, root: Path) -> None:
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, lambda file: np.save(file, images, allow_pickle=False))
-        for stale in set(cache.glob(f"{place}-*.npy")) - {cached}:
-            stale.unlink(missing_ok=True)
-    except OSError as error:  # a full or read-only disk costs the next run its decoding, not this one its training
-        print(f"{cached}: the decoded images were not kept ({one_line(error)})")
-    return images
+        kind(str(root), download=True)
+    except Exception as error:  # networks, disks and archives fail in many ways
+        raise DataError(f"{root}: the {kind.__name__} files could not be downloaded ({one_line(error)})") from error
 
 
-def decode(files: list[Path], folder: Path) -> np.ndarray:
-    """Decode into one array (N, H, W, 3) uint8; the first image fixes the size."""
-    from torchvision.datasets.folder import pil_loader
-    from tqdm import tqdm
-
-    images = None
-    for i, file in enumerate(tqdm(files, desc=f"decoding {folder.name}", unit=" images", leave=False, disable=None)):
-        try:
-            image = np.asarray(pil_loader(str(file)))  # (H, W, 3)
-        except Exception as error:  # decoders raise errors of many kinds on a damaged file
-            raise DataError(f"{file}: not a readable image ({one_line(error)})") from error
-        if images is None:
-            images = np.empty((len(files), *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            found, first = ("x".join(map(str, shape[:2])) for shape in (image.shape, images.shape[1:]))
-            raise DataError(f"{file}: is {found} pixels while {files[0].name} is {first}; all must be the same size")
-        images[i] = image
-    return images
+def physical_memory() -> int:
+    """Bytes. The machine's, not what is free now: so the same command does the same thing from one day to the next."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sid_trainer"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-class Batches:
-    """Float batches of one split: (B, C, H, W) in channels-last memory, scaled to mean 0 and deviation 1 a channel."""
-
-    def __init__(self, split: Split, batch_size: int, device: torch.device, mean: Tensor, std: Tensor):
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
-        self.batch_size = batch_size
-        self.scale, self.shift = (1 / std).to(device), (-mean / std).to(device)  # (C,)
-
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
-
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield self.normalised(images), labels
-
-    def shuffled(self, generator: torch.Generator, crop: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in an order, with crops and flips, that `generator` (on the CPU) alone decides."""
-        for index in torch.randperm(len(self.labels), generator=generator).split(self.batch_size):
-            index = index.to(self.labels.device)
-            images = self.images[index]
-            if crop or flip:
-                images = cropped_and_flipped(images, crop, flip, generator)
-            yield self.normalised(images), self.labels[index]
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, C) -> float32 (B, C, H, W)."""
-        return images.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
-
-
-def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of uint8 images (N, H, W, C), in pixel units, from exact counts of the 256 values."""
-    values = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(3)]).double()
-    weights = counts / counts.sum(dim=1, keepdim=True)  # (C, 256)
-    mean = weights @ values
-    variance = weights @ values.square() - mean.square()
-    return mean.float(), variance.clamp_min(1e-6).sqrt().float()  # a constant channel becomes all zeros
-
-
-def cropped_and_flipped(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Zero-pad uint8 images (B, H, W, C) by `crop`, cut an H x W window at random from each, mirror half of them.
-
-    Window and mirror are one gather: the row and column of every output pixel are looked up in the padded batch.
-    """
-    count, height, width, _ = images.shape
-    corner = torch.randint(0, 2 * crop + 1, (2, count, 1), generator=generator)  # top and left, in padded pixels
-    mirror = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0)
-    rows = torch.arange(height) + corner[0]  # (B, H)
-    columns = torch.arange(width)
-    columns = torch.where(mirror, columns.flip(0), columns) + corner[1]  # (B, W)
-    padded = torch.nn.functional.pad(images, (0, 0, crop, crop, crop, crop))
-    which = torch.arange(count)
-    which, rows, columns = (t.to(images.device) for t in (which[:, None, None], rows[:, :, None], columns[:, None, :]))
-    return padded[which, rows, columns]

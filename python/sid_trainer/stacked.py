@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sid_kernels import CascadeWeights
 
-from .network import BeliefHead, SIDNetwork, Stage
+from .network import SIDNetwork, Stage, StageHead
 
 
 class StackedStages:
@@ -95,7 +95,7 @@ _known: weakref.WeakKeyDictionary[SIDNetwork, StackedStages] = weakref.WeakKeyDi
 
 
 def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
-    """The parameters by kind, where every stage is a `Stage` of a `BeliefHead` on the features themselves.
+    """The parameters by kind, where every stage is a `Stage` of a `StageHead` on the features themselves.
 
     This runs at every step, so it reads modules' dictionaries: looking names up in modules would take three times as
     long as the rest.
@@ -105,12 +105,23 @@ def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
         if type(stage) is not Stage:
             return None
         body, head = stage._modules["body"], stage._modules["head"]
-        if type(body) is not nn.Identity or type(head) is not BeliefHead:
+        if type(body) is not nn.Identity or type(head) is not StageHead:
             return None
-        hidden, relu, logits = (head._modules[name] for name in ("hidden", "relu", "logits"))
+        reader, hidden, relu, deeper, logits = head._modules.values()
         if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or type(relu) is not nn.ReLU:
             return None
-        for m in (stage, body, head, hidden, relu, logits):  # hooks see a module's calls, and here it is not called
+        if type(reader) is not nn.Identity or type(deeper) is not nn.Sequential or deeper._modules:
+            return None
+        for m in (
+            stage,
+            body,
+            head,
+            reader,
+            hidden,
+            relu,
+            deeper,
+            logits,
+        ):  # hooks see a module's calls, and here it is not called
             hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             if hooked or "forward" in m.__dict__:
                 return None

@@ -1,15 +1,16 @@
-"""One training step: SID in one pass (`sid_step`), as the public reference does it, and backpropagation.
+"""The SID step: every stage of a network learns from its own loss, and no gradient crosses stages.
 
 Source: arXiv 2510.03273. A stage learns from the loss of its own belief p_i against the target y and its prior p_{i-1},
 
     L_i = alpha * CE(y, p_i) + (1 - alpha) * KL(p_{i-1} || p_i)        p_{i-1} constant, p_0 uniform
 
-and no gradient flows from one stage to the one before it. Every step
+The step
 
 - takes inputs (B, ...), targets (B,) integer classes or (B, C) probabilities;
 - without optimizers adds to the gradients in `.grad`, as `backward` does, and changes nothing else;
 - with optimizers, `[extractor's, stage 1's, ..., stage L's]`, first clears the gradients those own, then also updates
-  (`sid_step` also takes `[extractor's, all stages']`, the latter over `stacked_stages(network).parameters()`);
+  (or `[extractor's, all stages']`, the latter over `stacked_stages(network).parameters()`); an extractor without
+  parameters has None;
 - runs the forward passes under autocast when `dtype` is not float32, and never waits for a device.
 """
 
@@ -21,12 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sid_kernels import CascadeWeights, local_loss_and_grad, refine_cascade_and_grad
+from sid_kernels import CascadeWeights, fused_local_loss, local_loss_and_grad, refine_cascade_and_grad
 
 from .network import SIDNetwork, at_least_float32
 from .stacked import StackedStages, stacked_stages
+from .streams import InTurn, StageStreams
 
 Alpha = float | Tensor | Sequence[float | Tensor]  # a 0-d tensor on the device, where a captured graph must change it
+Optimizers = Sequence[Optimizer | None]
+SCHEDULES = ("one-pass", "two-phase", "reference")
 
 
 class StepResult(NamedTuple):
@@ -39,38 +43,51 @@ def sid_step(
     inputs: Tensor,
     targets: Tensor,
     alpha: Alpha = 0.5,
-    optimizers: Sequence[Optimizer] | None = None,
+    optimizers: Optimizers | None = None,
     *,
     schedule: str = "one-pass",
+    fused: bool = True,
+    divergence: str = "forward",
+    label_smoothing: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    streams: StageStreams | None = None,
 ) -> StepResult:
-    """Train every stage locally; the extractor receives the sum of the stages' gradients.
+    """Train every stage locally; an extractor receives the sum of the stages' gradients.
 
     `one-pass`: each stage runs, learns and is updated before the next one runs, and its graph dies at once, so the
     cascade never holds more than one stage's activations. Equal plain stages take `sid_kernels.refine_cascade` instead,
-    which gives the same numbers and holds at most 16 MiB (or one stage, if that is more) for them. `two-phase`, the
-    paper's letter: a pass without gradients caches the teacher beliefs, then every stage learns from its cached prior.
-    The two differ only where a layer draws random numbers or keeps statistics. `alpha` is one number, or one a stage.
+    unless `fused` forbids it: the same numbers sooner, and at most 16 MiB (or one stage, if that is more) held.
+    `two-phase`, the paper's letter: a pass without gradients caches the teacher beliefs, then every stage learns from
+    its cached prior. `reference`, as the public code does it, for comparison: the two phases, but one backward over the
+    sum of all losses, which holds the graphs of all stages at once. On deterministic stages all three give the same
+    gradients; they differ where a layer draws random numbers or keeps statistics.
+
+    `alpha` is one number, or one a stage. `divergence` and `label_smoothing` are those of `local_loss_and_grad`. With
+    `streams`, stages that are run one by one run on a stream each (on a GPU).
     """
-    if schedule not in ("one-pass", "two-phase"):
-        raise ValueError(f"schedule must be 'one-pass' or 'two-phase', not {schedule!r}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
     alphas, optimizers = per_stage(alpha, network), optimizers or ()
-    stacked = stacked_stages(network) if schedule == "one-pass" else None
+    loss = {"divergence": divergence, "label_smoothing": label_smoothing}
+    if schedule == "reference":
+        return summed_losses(network, inputs, targets, alphas, optimizers, loss, dtype)
+    stacked = stacked_stages(network) if fused and schedule == "one-pass" else None
     at_once = check_optimizers(optimizers, network, stacked)
     clear_gradients(optimizers)
     with autocast(inputs, dtype):
-        extracted = network.extractor(inputs)  # (B, D)
+        extracted = network.extractor(inputs)
     # The extractor's graph ends here; what the stages send back to it is summed in float32, like the beliefs.
     features = at_least_float32(extracted.detach())
     if stacked is not None and features.dtype is torch.float32 and features.dim() == 2:
-        losses, logits, dfeatures = all_stages(stacked, features, targets, alphas, optimizers, at_once, dtype)
+        losses, logits, dfeatures = all_stages(stacked, features, targets, alphas, optimizers, at_once, loss, dtype)
     else:
+        features.requires_grad_(extracted.requires_grad)  # a leaf, whose gradient sums over the stages that read it
         teachers = teacher_beliefs(network, inputs, dtype) if schedule == "two-phase" else None
-        losses, logits, dfeatures = stage_by_stage(network, features, targets, alphas, optimizers, teachers, dtype)
+        losses, logits = stage_by_stage(network, features, targets, alphas, optimizers, teachers, loss, dtype, streams)
+        dfeatures = features.grad
     if extracted.requires_grad:
         extracted.backward(dfeatures.to(extracted.dtype))
-    if optimizers:
-        optimizers[0].step()
+    update(optimizers[:1])
     return StepResult(losses, logits)
 
 
@@ -79,24 +96,30 @@ def stage_by_stage(
     features: Tensor,
     targets: Tensor,
     alphas: Sequence[float | Tensor],
-    optimizers: Sequence[Optimizer],
+    optimizers: Optimizers,
     teachers: Sequence[Tensor] | None,
+    loss: dict,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The algorithm, for stages of any kind: stage losses (L,), the last logits (B, C), gradient of the features."""
-    features = features.requires_grad_()  # a leaf, whose gradient sums over the stages
+    streams: StageStreams | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The algorithm, for stages of any kind: stage losses (L,) and the last logits (B, C)."""
     prior, losses = network.uniform(features), []
+    streams = streams or InTurn()
+    streams.begin()
     for i, stage in enumerate(network.stages):
-        with autocast(features, dtype):
-            _, logits = stage(features, prior)  # (B, C)
-        # p_0 is passed as the tensor the head reads, not as None: the belief comes out in the prior's dtype, float32.
-        result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i])
-        logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
-        if optimizers:
-            optimizers[1 + i].step()
+        with streams.stage(i):  # after what the stage before it hands on, not after its backward and update
+            with autocast(features, dtype):
+                seen, logits = stage(features, prior)  # the features it made, (B, C)
+            # p_0 is passed as the tensor the head reads, not None: the belief comes out in the prior's dtype, float32.
+            result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **loss)
+            streams.hand_on()
+            logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
+            update(optimizers[1 + i : 2 + i])
         losses.append(result.loss)
         prior = teachers[i] if teachers else result.belief
-    return torch.stack(losses), logits.detach(), features.grad
+        features = seen if seen is features else seen.detach()  # shared by all stages, or cut from the stage before
+    streams.join()
+    return torch.stack(losses), logits.detach()
 
 
 def all_stages(
@@ -104,18 +127,20 @@ def all_stages(
     features: Tensor,
     targets: Tensor,
     alphas: Sequence[float | Tensor],
-    optimizers: Sequence[Optimizer],
+    optimizers: Optimizers,
     at_once: bool,
+    loss: dict,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same numbers for equal plain stages, from one kernel along the cascade and one product for all stages."""
+    """The same numbers for equal plain stages, from one kernel along the cascade and one product for all stages; also
+    the gradient of the features."""
     if any(isinstance(alpha, Tensor) for alpha in alphas):
         alphas = torch.stack([a if isinstance(a, Tensor) else features.new_full((), a) for a in alphas])
     weights = stacked.weights
     if features.is_cuda and dtype is not torch.float32:  # on a CPU the kernel in float32 is the faster one
         features, weights = features.to(dtype), CascadeWeights(*(w.to(dtype) for w in weights))
     out = stacked.gradients if optimizers and weights is stacked.weights else None
-    result, dfeatures, gradients = refine_cascade_and_grad(features, weights, targets, alphas, out=out)
+    result, dfeatures, gradients = refine_cascade_and_grad(features, weights, targets, alphas, out=out, **loss)
     if optimizers:
         if out is None:
             torch._foreach_copy_(list(stacked.gradients), list(gradients))
@@ -123,67 +148,46 @@ def all_stages(
         if at_once:
             for parameter, gradient in zip(stacked.weights, stacked.gradients, strict=True):
                 parameter.grad = gradient
-        for optimizer in optimizers[1:]:
-            optimizer.step()
+        update(optimizers[1:])
     else:
         stacked.add_gradients(gradients)
     return result.stage_loss, result.logits, dfeatures.float()
 
 
-def reference_step(
+def summed_losses(
     network: SIDNetwork,
     inputs: Tensor,
     targets: Tensor,
-    alpha: Alpha = 0.5,
-    optimizers: Sequence[Optimizer] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
+    alphas: Sequence[float | Tensor],
+    optimizers: Optimizers,
+    loss: dict,
+    dtype: torch.dtype,
 ) -> StepResult:
-    """SID as the public reference code does it, for comparison: two forward passes, the loss of every stage in plain
-    PyTorch, one backward over their sum (which holds the graphs of all stages at once)."""
-    alphas, optimizers = per_stage(alpha, network), checked(optimizers, network)
+    """The schedule `reference`: in plain PyTorch, but for what the public code does not have."""
+    check_owned(optimizers, network)
     clear_gradients(optimizers)
     teachers = teacher_beliefs(network, inputs, dtype)
     with autocast(inputs, dtype):
         features = at_least_float32(network.extractor(inputs))
-        priors = [network.uniform(features), *teachers[:-1]]
-        logits = [stage(features, prior)[1] for stage, prior in zip(network.stages, priors, strict=True)]
+        priors, logits = [network.uniform(features), *teachers[:-1]], []
+        for stage, prior in zip(network.stages, priors, strict=True):
+            seen, z = stage(features, prior)
+            features = seen if seen is features else seen.detach()
+            logits.append(z)
     labels = targets if targets.is_floating_point() else F.one_hot(targets, network.num_classes)
     losses = []
-    for z, prior, a in zip(logits, priors, alphas, strict=True):
+    for z, q, alpha in zip(logits, priors, alphas, strict=True):
+        if loss["divergence"] == "reverse" or loss["label_smoothing"]:
+            losses.append(fused_local_loss(z, q, targets, alpha, **loss).loss)
+            continue
         log_p = F.log_softmax(at_least_float32(z), dim=1)
         fidelity = F.kl_div(log_p, labels.to(log_p.dtype), reduction="batchmean")
-        consistency = F.kl_div(log_p, prior, reduction="batchmean")
-        losses.append(a * fidelity + (1 - a) * consistency)
+        consistency = F.kl_div(log_p, q, reduction="batchmean")
+        losses.append(alpha * fidelity + (1 - alpha) * consistency)
     losses = torch.stack(losses)
     losses.sum().backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    update(optimizers)
     return StepResult(losses.detach(), logits[-1].detach())
-
-
-def bp_step(
-    network: SIDNetwork,
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: Alpha = 0.5,
-    optimizers: Sequence[Optimizer] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> StepResult:
-    """Backpropagation of the last stage's cross-entropy through the chain of softmaxes; `alpha` has no meaning here."""
-    optimizers = checked(optimizers, network)
-    clear_gradients(optimizers)
-    with autocast(inputs, dtype):
-        logits = network(inputs)
-    loss = F.cross_entropy(at_least_float32(logits), targets)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return StepResult(loss.detach().reshape(1), logits.detach())
-
-
-STEPS = {"sid": sid_step, "reference": reference_step, "bp": bp_step}
 
 
 @torch.no_grad()
@@ -201,12 +205,7 @@ def per_stage(alpha: Alpha, network: SIDNetwork) -> Sequence[float | Tensor]:
     return alphas
 
 
-def checked(optimizers: Sequence[Optimizer] | None, network: SIDNetwork) -> Sequence[Optimizer]:
-    check_optimizers(optimizers or (), network, None)
-    return optimizers or ()
-
-
-def check_optimizers(optimizers: Sequence[Optimizer], network: SIDNetwork, stacked: StackedStages | None) -> bool:
+def check_optimizers(optimizers: Optimizers, network: SIDNetwork, stacked: StackedStages | None) -> bool:
     """Whether there is one for all stages; ValueError unless there is that, or one a stage, or none at all."""
     expected = 1 + len(network.stages)
     if not optimizers:
@@ -224,9 +223,27 @@ def check_optimizers(optimizers: Sequence[Optimizer], network: SIDNetwork, stack
     return False
 
 
-def clear_gradients(optimizers: Sequence[Optimizer]) -> None:
+def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
+    """ValueError unless all that is to be updated are parameters autograd gives gradients: the network's own."""
+    if optimizers:
+        owned = {id(p) for optimizer in optimizers if optimizer for g in optimizer.param_groups for p in g["params"]}
+        if not owned <= {id(p) for p in network.parameters()}:
+            raise ValueError(
+                "optimizers must be over the network's own parameters; those of stacked_stages(network) are for"
+                " sid_step one-pass"
+            )
+
+
+def clear_gradients(optimizers: Optimizers) -> None:
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def update(optimizers: Optimizers) -> None:
+    for optimizer in optimizers:
+        if optimizer is not None:
+            optimizer.step()
 
 
 def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:

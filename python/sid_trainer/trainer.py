@@ -1,54 +1,82 @@
-"""The training loop around a step: epochs, evaluation of every stage, the run's folder. It holds no algorithm."""
+"""The training loop around a method's step: epochs, evaluation, checkpoints. It holds no algorithm."""
 
+import contextlib
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Adam, Optimizer
 
-from .data import Batches, ImageData, pixel_statistics
-from .files import write_atomically
-from .network import SIDNetwork, at_least_float32
-from .stacked import stacked_stages
-from .step import STEPS, autocast
+from .batches import Batches, pixel_statistics
+from .capture import capture
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import ImageData
+from .evaluation import evaluate
+from .logs import Log
+from .memory import SavedBytes, forget_peak, peak_memory
+from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS, held_by_cascade, make_optimizers, make_scheduler, make_step
+from .network import SIDNetwork
+from .step import SCHEDULES
+from .streams import stage_streams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    method: str = "sid"  # one of step.STEPS
+    """How to train; what is trained, and on what, are the network and the data."""
+
+    method: str = "sid"
+    schedule: str = "one-pass"
+    fused: bool = True  # equal plain stages in one kernel; off, one stage's activations at a time
     epochs: int = 5
     batch_size: int = 128
-    lr: float = 1e-3
-    alpha: float = 0.5
+    optimizer: str = "adam"
+    lr: float = 1e-3  # the highest, where it changes
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    alpha: float | Sequence[float] = 0.5  # one number, or one a stage
+    divergence: str = "forward"
+    label_smoothing: float = 0.0
     seed: int = 0  # of the order, crops and flips; the network is drawn before it comes here
     dtype: str = "float32"
     device: str = "auto"
     channels_last: bool = True
+    streams: bool = True  # on a GPU, a stream a stage
+    graph: bool = False  # on a GPU, the step as one CUDA graph
+    workers: int = 2  # processes that decode, for data that is not held in memory
+    save_every: int = 0  # steps between checkpoints; 0: after every epoch only
 
     def __post_init__(self):
-        for name, table in (("method", STEPS), ("dtype", DTYPES)):
+        tables = (
+            ("method", METHODS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
+            ("divergence", ("forward", "reverse")), ("dtype", DTYPES),
+        )  # fmt: skip
+        for name, table in tables:
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}, not {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
+        least = {"epochs": 1, "batch_size": 1, "workers": 0, "save_every": 0, "seed": 0}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
+            if not isinstance(alpha, str) and not 0 <= alpha <= 1:  # a text is RunConfig's
+                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.divergence == "reverse" and not self.label_smoothing and self.method == "sid":
+            raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -59,21 +87,15 @@ class Interrupted(Exception):
     """The run was asked to stop, between two steps, and has been saved."""
 
 
-def make_optimizers(network: SIDNetwork, lr: float, method: str = "sid") -> list[Optimizer]:
-    """The reference's: one Adam for the extractor and one a stage, in the order the steps take them.
-
-    For `sid` with equal stages one Adam has all stages' parameters, stacked: the same numbers in one update. Fused,
-    because many optimizers of 4 small tensors are all overhead: 11 took 2.0 ms a step in place of 3.7 on 2 CPU cores.
-    """
-    stacked = stacked_stages(network) if method == "sid" else None
-    stages = [stage.parameters() for stage in network.stages] if stacked is None else [stacked.parameters()]
-    return [Adam(parameters, lr=lr, fused=True) for parameters in (network.extractor.parameters(), *stages)]
-
-
 class Trainer:
-    """Trains `network` on `data`; with a folder, also writes config.json, metrics.jsonl and last.pt into it.
+    """Trains `network` on `data`; with a folder, keeps there what `Log` and `save_checkpoint` write.
 
-    `metrics` holds one dict an epoch, the lines of metrics.jsonl.
+    `metrics` holds one dict an epoch, the lines of metrics.jsonl. On a CPU a run that was stopped, or killed, and
+    resumed ends in the same bits as one left alone, given the same number of threads and the same PyTorch.
+
+    Args:
+        about: what else config.json and the checkpoint shall say of the run.
+        quiet: no progress bar and no table.
     """
 
     def __init__(
@@ -88,76 +110,138 @@ class Trainer:
     ):
         self.config, self.data, self.quiet = config, data, quiet
         self.folder = None if folder is None else Path(folder)
-        self.about = {**asdict(config), **(about or {}), "torch": torch.__version__}
         self.device = pick_device(config.device)
         self.dtype = DTYPES[config.dtype]
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.network = network.to(self.device, memory_format=layout)
-        self.optimizers = make_optimizers(self.network, config.lr, config.method)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        statistics = pixel_statistics(data.train.images)
-        self.train_batches = Batches(data.train, config.batch_size, self.device, *statistics)
-        self.test_batches = Batches(data.test, config.batch_size, self.device, *statistics)
-        self.epoch = self.step = 0
+        depth = len(network.stages)
+        self.alphas = list(config.alpha) if isinstance(config.alpha, Sequence) else [config.alpha] * depth
+        if len(self.alphas) != depth:
+            raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(self.alphas)}")
+        parameters = sum(p.numel() for p in network.parameters())
+        statistics = mean, std = pixel_statistics(data.train.images)
+        about = {**(about or {}), **asdict(config), "alpha": self.alphas, "num_parameters": parameters}
+        about |= {
+            "pixel_mean": mean.tolist(),
+            "pixel_std": std.tolist(),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+        self.about = json.loads(json.dumps(about, default=str))
+        parts = {"train": data.train, "test": data.test, "val": data.validation}
+        self.batches = {
+            name: Batches(split, config.batch_size, self.device, *statistics, workers=config.workers)
+            for name, split in parts.items() if split is not None
+        }  # fmt: skip
+        self.optimizers = make_optimizers(
+            self.network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
+            schedule=config.schedule, fused=config.fused,
+        )  # fmt: skip
+        steps = config.epochs * len(self.batches["train"])
+        self.schedulers = [make_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
+        self.run_step = make_step(
+            config.method, self.network, self.optimizers, alpha=self.alphas, schedule=config.schedule,
+            fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
+            streams=stage_streams(self.device, depth) if config.streams else None,
+        )  # fmt: skip
+        self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
+        self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
         self.metrics: list[dict] = []
+        self.activation_bytes: int | None = None
 
     def fit(self) -> list[dict]:
-        """Train all epochs. Raises NonFiniteLoss, and Interrupted when SIGINT or SIGTERM asked for an end."""
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.about, indent=2, default=str)
-            write_atomically(self.folder / "config.json", lambda file: file.write(text.encode()))
-            (self.folder / "metrics.jsonl").write_text("")
-        with stop_requests() as stop:
-            for epoch in range(1, self.config.epochs + 1):
-                self.epoch = epoch
-                row = {"epoch": self.epoch, **self.train_epoch(stop), **self.evaluate()}
+        """Train what is left of all epochs. Raises NonFiniteLoss, and Interrupted when SIGINT or SIGTERM asked for an
+        end."""
+        forget_peak(self.device)
+        with stop_requests() as stop, Log(self.folder, self.about, self.metrics, self.quiet) as log:
+            while self.epoch <= self.config.epochs:
+                row = {**self.train_epoch(stop), **self.evaluate(), "peak_memory_bytes": peak_memory(self.device)}
                 self.metrics.append(row)
-                self.report(row)
-                self.save()
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+                self.save()  # before the row is told: what metrics.jsonl holds, the checkpoint holds
+                log.add(row)
         return self.metrics
 
     def train_epoch(self, stop: list[int]) -> dict:
-        """Every training image once. Losses are means over images, `train_loss` also over stages; the accuracy is the
-        last stage's, on cropped and flipped images, before each update."""
+        """Every training image once, or what is left of it. Losses are means over images, `train_loss` also over
+        stages; the accuracy is the last stage's, on cropped and flipped images, before each update."""
         from tqdm import tqdm
 
         self.network.train()
-        run_step, config = STEPS[self.config.method], self.config
+        config, images, steps = self.config, len(self.data.train.labels), len(self.batches["train"])
         check_every = 1 if self.device.type == "cpu" else 20  # steps; elsewhere to look at a loss waits for the device
-        batches = self.train_batches.shuffled(self.generator, self.data.crop, self.data.flip)
+        batches = self.batches["train"].shuffled(config.seed, self.epoch, self.data.crop, self.data.flip, self.step)
+        done = min(self.step * config.batch_size, images)
         bar = tqdm(
-            total=len(self.data.train.labels), desc=f"epoch {self.epoch}/{config.epochs}", unit=" images", leave=False,
+            total=images, initial=done, desc=f"epoch {self.epoch}/{config.epochs}", unit=" images", leave=False,
             disable=True if self.quiet else None,
         )  # fmt: skip
-        sums, pending, seen = torch.zeros(1, dtype=torch.float64), [], 0
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        pending, right = [], torch.zeros((), dtype=torch.int64, device=self.device)
         start = time.perf_counter()
-        with bar:
-            for self.step, (inputs, targets) in enumerate(batches, 1):
-                if not config.channels_last:
-                    inputs = inputs.contiguous()
-                result = run_step(self.network, inputs, targets, config.alpha, self.optimizers, dtype=self.dtype)
-                pending.append(result.stage_loss * len(targets))
+        with bar, contextlib.closing(batches):
+            for inputs, targets in batches:
+                result = self.one_step(inputs if config.channels_last else inputs.contiguous(), targets)
+                self.step += 1
+                pending.append(result.stage_loss.detach() * len(targets))
                 right += (result.logits.argmax(dim=1) == targets).sum()
-                if self.step % check_every == 0 or self.step == len(self.train_batches) or stop:
-                    losses = self.finite(torch.stack(pending))  # (steps, L)
-                    sums, pending = sums + losses.sum(dim=0), []
-                    done = min(self.step * config.batch_size, len(self.data.train.labels))
-                    bar.set_postfix_str(f"loss {sums.mean() / done:.4f}", refresh=False)
-                    bar.update(done - seen)
-                    seen = done
+                saves = config.save_every and self.step % config.save_every == 0
+                if self.step % check_every == 0 or self.step == steps or saves or stop:
+                    now = time.perf_counter()
+                    self.add_up(self.finite(torch.stack(pending)), right.item(), now - start)
+                    pending, start = [], now
+                    right.zero_()
+                    seen = min(self.step * config.batch_size, images)
+                    memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if inputs.is_cuda else ""
+                    loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / seen
+                    bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
+                    bar.update(seen - done)
+                    done = seen
+                if saves and self.step < steps:
+                    self.save()
                 if stop:
                     self.save()
-                    raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}")
-        seconds = time.perf_counter() - start
+                    again = f"; sid train --resume {self.folder} goes on" if self.folder else ""
+                    raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}{again}")
+        losses, seconds = self.sums["loss"], self.sums["seconds"]
         return {
-            "train_loss": (sums.mean() / seen).item(),
-            "train_accuracy": right.item() / seen,
-            "stage_loss": (sums / seen).tolist(),
-            "images_per_second": seen / seconds,
+            "epoch": self.epoch,
+            "step": self.epoch * steps,
+            "lr": float(self.schedulers[0].get_last_lr()[0]),
+            "train_loss": sum(losses) / len(losses) / images,
+            "train_accuracy": self.sums["right"] / images,
+            "stage_loss": [loss / images for loss in losses],
+            "images_per_second": images / seconds,
             "seconds": seconds,
+            "elapsed": sum(row["seconds"] for row in self.metrics) + seconds,
+            "activation_bytes": self.activation_bytes,
         }
+
+    def one_step(self, inputs: Tensor, targets: Tensor):
+        """One update of network, optimizers and learning rates. The first of a run is also looked at for what autograd
+        holds; with `graph`, the second is captured, and batches of its size replay it."""
+        if self.activation_bytes is None:
+            with SavedBytes(self.network.parameters()) as saved:
+                result = self.run_step(inputs, targets)
+            config = self.config
+            by_cascade = held_by_cascade(self.network, config.method, len(targets), config.schedule, config.fused)
+            self.activation_bytes = saved.peak + by_cascade
+        elif self.config.graph and inputs.is_cuda and len(targets) == self.config.batch_size:
+            if not hasattr(self, "captured"):
+                own = [optimizer for optimizer in self.optimizers if optimizer]
+                self.captured = capture(self.run_step, (inputs, targets), network=self.network, optimizers=own)
+            result = self.captured(inputs, targets)
+        else:
+            result = self.run_step(inputs, targets)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return result
+
+    def add_up(self, losses: Tensor, right: int, seconds: float) -> None:
+        """The last steps' losses (steps, L), one by one in order: the sums do not depend on when they are looked at."""
+        sums = self.sums or {"loss": [0.0] * losses.shape[1], "right": 0, "seconds": 0.0}
+        for row in losses.tolist():
+            sums["loss"] = [a + b for a, b in zip(sums["loss"], row, strict=True)]
+        self.sums = sums | {"right": sums["right"] + right, "seconds": sums["seconds"] + seconds}
 
     def finite(self, losses: Tensor) -> Tensor:
         """The last steps' losses (steps, L) in float64 on the CPU, if they are all finite."""
@@ -167,63 +251,89 @@ class Trainer:
             row, stage = bad[0].tolist()
             step = self.step - len(losses) + 1 + row
             stage = len(self.network.stages) if losses.shape[1] == 1 else stage + 1
-            saved = f"last.pt is of epoch {self.epoch - 1}" if self.epoch > 1 else "nothing was saved yet"
+            kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
             raise NonFiniteLoss(
                 f"the loss of stage {stage} is {losses[tuple(bad[0])].item()} in epoch {self.epoch}, step {step}"
-                f" (learning rate {self.config.lr:g}, {self.config.dtype}); {saved}"
+                f" (learning rate {float(self.schedulers[0].get_last_lr()[0]):g}, {self.config.dtype});"
+                f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
             )
         return losses
 
-    @torch.no_grad()
     def evaluate(self) -> dict:
-        """Accuracy of every stage's belief p_i on the test split, and the mean of KL(y || p_i) = -log p_i[y]."""
-        self.network.eval()
-        depth, count = len(self.network.stages), len(self.data.test.labels)
-        right, divergence = torch.zeros(2, depth, dtype=torch.float64, device=self.device)
-        for inputs, targets in self.test_batches.in_order():
+        """Every stage on the test split: accuracy, KL(y || p_i), certificate rate; on a validation split accuracy."""
+        options = {
+            "divergence": self.config.divergence, "label_smoothing": self.config.label_smoothing, "dtype": self.dtype,
+        }  # fmt: skip
+        found = {}
+        for name in [name for name in self.batches if name != "train"]:
+            batches = self.batches[name].in_order()
             if not self.config.channels_last:
-                inputs = inputs.contiguous()
-            with autocast(inputs, self.dtype):
-                logits = torch.stack(self.network.stage_logits(inputs))  # (L, B, C)
-            right += (logits.argmax(dim=2) == targets).sum(dim=1)
-            every = targets.expand(depth, -1)  # (L, B)
-            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), every.flatten(), reduction="none")
-            divergence += loss.view(depth, -1).double().sum(dim=1)
-        accuracy = (right / count).tolist()
-        return {
-            "test_accuracy": accuracy[-1],
-            "stage_accuracy": accuracy,
-            "stage_kl": (divergence / count).tolist(),
-        }
+                batches = ((inputs.contiguous(), targets) for inputs, targets in batches)
+            found[name] = evaluate(self.network, batches, self.alphas, **options)
+        test = found["test"]
+        row = {"test_accuracy": test["accuracy"][-1], "stage_accuracy": test["accuracy"], "stage_kl": test["kl"]}
+        row["certificate"] = test["certificate"]
+        return row | ({"val_accuracy": found["val"]["accuracy"][-1]} if "val" in found else {})
 
-    def report(self, row: dict) -> None:
-        """Append the epoch's line to metrics.jsonl and print it as a row of the table."""
-        if self.folder:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if self.quiet:
-            return
-        if row["epoch"] == 1:
-            print("epoch   train loss   first stage   last stage   KL(y|p_L)   images/s   seconds")
-        print(
-            f"{row['epoch']:5d} {row['train_loss']:12.4f} {row['stage_accuracy'][0]:13.2%} {row['test_accuracy']:12.2%}"
-            f" {row['stage_kl'][-1]:11.4f} {row['images_per_second']:10.0f} {row['seconds']:9.1f}",
-            flush=True,
-        )
+    # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Write last.pt: plain tensors and numbers, for torch.load(..., weights_only=True)."""
         if not self.folder:
             return
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
+            "config": self.about,
             "epoch": self.epoch,
             "step": self.step,
-            "config": json.loads(json.dumps(self.about, default=str)),
             "network": self.network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "generator": self.generator.get_state(),
+            "optimizers": [optimizer and optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "random": random,
+            "sums": self.sums,
+            "metrics": json.dumps([self.metrics, self.activation_bytes]),
         }
-        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
+        save_checkpoint(self.folder, state)
+
+    def resume(self, place: Path | str | None = None) -> None:
+        """Go on from a checkpoint of this very run: its folder's, or the file `place`.
+
+        Raises ValueError where there is none that is whole, or it belongs to another network or other settings.
+        """
+        place = self.folder if place is None else Path(place)
+        state = load_checkpoint(place)
+        for name, own in asdict(self.config).items():
+            saved, own = state["config"].get(name), self.about[name]
+            if saved != own and name not in ("device", "workers", "save_every"):
+                raise ValueError(f"{place}: is of a run with {name} {saved!r}, not {own!r}")
+        if odd := unlike(state["network"], self.network.state_dict()):
+            raise ValueError(f"{place}: is of another network ({odd})")
+        for name in ("threads", "torch"):
+            if state["config"].get(name) != self.about[name] and not self.quiet:
+                print(
+                    f"{name}: {state['config'].get(name)} then, {self.about[name]} now: the bits will not be the same"
+                )
+        self.network.load_state_dict(state["network"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            if optimizer:
+                optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
+        self.metrics, self.activation_bytes = json.loads(state["metrics"])
+
+
+def unlike(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
+    """The first difference between two state dicts in what they hold, in words."""
+    for name in [*own, *saved]:
+        shapes = [tuple(state[name].shape) if name in state else "nothing" for state in (saved, own)]
+        if shapes[0] != shapes[1]:
+            return f"{name} is {shapes[0]} there and {shapes[1]} here"
+    return None
 
 
 def pick_device(name: str) -> torch.device:

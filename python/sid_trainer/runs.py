@@ -1,0 +1,177 @@
+"""A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .architectures import build_network
+from .batches import Batches
+from .checkpoint import load_checkpoint
+from .data import ImageData, load_data
+from .evaluation import evaluate
+from .methods import BACKPROPAGATED
+from .network import SIDNetwork
+from .splits import with_label_noise, with_subset, with_validation
+from .trainer import DTYPES, TrainConfig, Trainer
+
+# A strong recipe for backpropagation on the network, and the same for every method it is compared with.
+RECIPES = {
+    "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
+    "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
+    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
+    "vit_tiny": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "lr_schedule": "one-cycle"},
+    "mlp": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
+}
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """Everything a run is made of: `TrainConfig`, the data and the network. All of it is in the run's config.json."""
+
+    dataset: str = "digits"
+    data: str | None = None
+    cache: str | None = None
+    download: bool = False
+    image_size: int | None = None
+    stream: bool | None = None
+    train_images: int | None = None
+    val: float = 0.0
+    label_noise: float = 0.0
+    crop: int | None = None  # None, here and for flip: what suits the data set
+    flip: bool | None = None
+    arch: str = "simple_cnn"
+    layout: str = "shared"
+    depth: int | None = None
+    head_depth: int = 1
+    hidden_dim: int = 256
+    grid: int = 4
+    alpha: float | str | Sequence[float] = 0.5  # also a text that `alpha_by_depth` takes
+
+    def __post_init__(self):
+        object.__setattr__(self, "alpha", parse_alpha(self.alpha))
+        super().__post_init__()
+        if self.crop is not None and self.crop < 0:
+            raise ValueError(f"crop must be 0 or more, not {self.crop}")
+        if self.flip and self.dataset in ("digits", "mnist"):
+            raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
+        if self.data is not None and self.dataset == "digits":
+            raise ValueError("data means nothing for digits; the other data sets read files")
+
+
+def run_config(**given) -> RunConfig:
+    """A run's settings; what is not given (or None) is the network's recipe, then the default."""
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = RECIPES.get(given.get("arch", RunConfig.arch), {})
+    return RunConfig(**{"epochs": 30 if given.get("dataset", "digits") == "digits" else 5} | recipe | given)
+
+
+def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ...] | str:
+    """A number; "0.9,0.5,0.3", one a stage; "0.9:0.3", linear over depth (stays a text until the depth is known)."""
+    if not isinstance(given, str):
+        return given if isinstance(given, float | int) else tuple(given)
+    try:
+        numbers = tuple(float(part) for part in given.replace(":", ",").split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or (":" in given and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
+        raise ValueError(
+            f"alpha must be a number in [0, 1], FIRST:LAST, or one number a stage (0.9,0.5,...), not {given!r}"
+        )
+    return given if ":" in given else numbers[0] if len(numbers) == 1 else numbers
+
+
+def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
+    """One alpha for each of `depth` stages."""
+    alpha = parse_alpha(alpha)
+    if isinstance(alpha, str):
+        first, last = map(float, alpha.split(":"))
+        return torch.linspace(first, last, depth, dtype=torch.float64).tolist()
+    return [alpha] * depth if isinstance(alpha, float | int) else list(alpha)
+
+
+def make_data(run: RunConfig) -> ImageData:
+    data = load_data(
+        run.dataset,
+        run.data,
+        cache=run.cache,
+        download=run.download,
+        image_size=run.image_size,
+        stream=run.stream,
+        workers=run.workers,
+    )
+    if run.train_images is not None:
+        data = with_subset(data, run.train_images)
+    if run.val:
+        data = with_validation(data, run.val)
+    if run.label_noise:
+        data = with_label_noise(data, run.label_noise, run.seed)
+    crop = data.crop if run.crop is None else run.crop
+    return data._replace(crop=crop, flip=data.flip if run.flip is None else run.flip)
+
+
+def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> SIDNetwork:
+    return build_network(
+        run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
+        plain=run.layout == "stagewise" and run.method in BACKPROPAGATED, head_depth=run.head_depth,
+        hidden_dim=run.hidden_dim, grid=run.grid,
+    )  # fmt: skip
+
+
+def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False) -> Trainer:
+    """The trainer of a run that has not begun; the seed draws its network."""
+    data = make_data(run)
+    torch.manual_seed(run.seed)
+    network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    depth = len(network.stages)
+    if run.method in BACKPROPAGATED:  # alpha has no meaning there
+        alpha = [1.0] * depth
+    else:
+        alpha = alpha_by_depth(run.alpha, depth)
+    own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
+    about = dataclasses.asdict(run) | {
+        "crop": data.crop, "flip": data.flip, "classes": data.classes, "depth": depth,
+        "in_channels": data.in_channels, "image_size": list(data.image_size), "train_images": len(data.train.labels),
+        "run": dataclasses.asdict(run),
+    }  # fmt: skip
+    return Trainer(network, data, TrainConfig(**own | {"alpha": alpha}), folder, about=about, quiet=quiet)
+
+
+def saved_run(place: Path) -> tuple[RunConfig, dict]:
+    """The settings of a run that was saved, and its checkpoint's state. Raises ValueError in one line."""
+    state = load_checkpoint(place)
+    try:
+        return RunConfig(**state["config"]["run"]), state
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place}: was not saved by `sid train` of this version ({error})") from error
+
+
+def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
+    """The trainer of a run as its checkpoint has it; `moved`: settings that say where things are now."""
+    run, _ = saved_run(place)
+    moved = {name: value for name, value in moved.items() if value is not None}
+    trainer = make_trainer(dataclasses.replace(run, **moved), place if place.is_dir() else place.parent, quiet=quiet)
+    trainer.resume(place)
+    return trainer
+
+
+def trained_network(place: Path) -> tuple[SIDNetwork, RunConfig, dict]:
+    """The network of a checkpoint, on the CPU, in evaluation mode; its settings; what config.json says."""
+    run, state = saved_run(place)
+    about = state["config"]
+    network = make_network(run, len(about["classes"]), about["in_channels"], tuple(about["image_size"]))
+    network.load_state_dict(state["network"])
+    return network.eval(), run, about
+
+
+def evaluated(place: Path, **moved) -> dict:
+    """What every stage of a saved network knows of its test split, and how many images that is."""
+    network, run, about = trained_network(place)
+    run = dataclasses.replace(run, **{name: value for name, value in moved.items() if value is not None})
+    data, dtype = make_data(run), DTYPES[run.dtype]
+    mean, std = torch.tensor(about["pixel_mean"]), torch.tensor(about["pixel_std"])
+    batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
+    options = {"divergence": run.divergence, "label_smoothing": run.label_smoothing, "dtype": dtype}
+    return evaluate(network, batches.in_order(), about["alpha"], **options) | {"images": len(data.test.labels)}

@@ -1,0 +1,57 @@
+"""On which CUDA stream each stage runs: one a stage, ordered by events, so that a stage's backward and update overlap
+the next stage's forward. Elsewhere stages run in turn, through the same calls.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class InTurn:
+    """The stages one after the other, where there is nothing to overlap."""
+
+    def begin(self) -> None:
+        """The first stage may start when what was asked for so far is done."""
+
+    def stage(self, i: int) -> AbstractContextManager:
+        """Within it runs stage i, after what the stage before it handed on."""
+        return nullcontext()
+
+    def hand_on(self) -> None:
+        """Called within a stage: what the next one reads is complete from here on."""
+
+    def join(self) -> None:
+        """What is asked for from here on comes after all stages."""
+
+
+class StageStreams(InTurn):
+    """A stream a stage; autograd runs each backward on the stream of its forward, so whole stages are placed.
+
+    Gradients of features that stages share are added up in stage order whatever runs first: autograd adds them into
+    the leaf on the caller's stream, one after the other, as they were asked for. No memory is reused too early, though
+    tensors pass between streams without `record_stream`: each stage's stream takes its next work after `begin` of the
+    next step, which comes after `join`, so a block freed in between is given to nobody but the step after.
+    """
+
+    def __init__(self, device: torch.device | str, stages: int, backend=torch.cuda):
+        self.device, self.backend = device, backend
+        self.streams = [backend.Stream(device) for _ in range(stages)]
+
+    def begin(self) -> None:
+        self.caller = self.backend.current_stream(self.device)
+        self.ready = self.caller.record_event()
+
+    def stage(self, i: int) -> AbstractContextManager:
+        self.streams[i].wait_event(self.ready)
+        return self.backend.stream(self.streams[i])
+
+    def hand_on(self) -> None:
+        self.ready = self.backend.current_stream(self.device).record_event()
+
+    def join(self) -> None:
+        for stream in self.streams:
+            self.caller.wait_stream(stream)
+
+
+def stage_streams(device: torch.device, stages: int) -> InTurn:
+    return StageStreams(device, stages) if device.type == "cuda" else InTurn()
