@@ -29,8 +29,8 @@ def evaluate(
     evaluation mode.
 
     `accuracy` of belief p_i; `kl`, KL(y || p_i) = -log p_i[y] in nats; `certificate`, the share of images for which
-    stage i does no worse by its own loss than copying its prior q, L_i(p_i) <= L_i(q), up to rounding. Where it holds,
-    so does KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help.
+    stage i does no worse by SID's loss with `alphas` than copying its prior q, L_i(p_i) <= L_i(q), up to rounding. Where
+    it holds, so does KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help.
     """
     network.eval()
     options = {"divergence": divergence, "label_smoothing": label_smoothing, "reduction": "none"}

@@ -36,7 +36,8 @@ def bp_step(
 ) -> StepResult:
     """Backpropagation of the last stage's cross-entropy through the whole network.
 
-    checkpointed: hold only what passes between blocks, and run each block again in the backward pass.
+    checkpointed: hold only what passes between blocks, and run each block again in the backward pass;
+        batch-norm then updates its statistics twice.
     parts: run the batch in so many parts, one after the other; batch-norm then sees a part at a time.
     """
     check_owned(optimizers, network)

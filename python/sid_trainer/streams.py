@@ -27,10 +27,12 @@ class InTurn:
 class StageStreams(InTurn):
     """A stream a stage; autograd runs each backward on the stream of its forward, so whole stages are placed.
 
-    Gradients of features that stages share are added up in stage order whatever runs first: autograd adds them into
-    the leaf on the caller's stream, one after the other, as they were asked for. No memory is reused too early, though
-    tensors pass between streams without `record_stream`: each stage's stream takes its next work after `begin` of the
-    next step, which comes after `join`, so a block freed in between is given to nobody but the step after.
+    Gradients of features that stages share are added up in stage order as long as one AccumulateGrad node of the leaf
+    lives through all stages: it adds on the stream it was made on, the first stage's, in the order it was asked to.
+
+    No memory is reused too early, though tensors pass between streams without `record_stream`: each stage's stream
+    takes its next work after `begin` of the next step, which comes after `join`, so a block freed in between is given
+    to nobody but the step after.
     """
 
     def __init__(self, device: torch.device | str, stages: int, backend=torch.cuda):
