@@ -29,7 +29,7 @@ def evaluate(
     evaluation mode.
 
     `accuracy` of belief p_i; `kl`, KL(y || p_i) = -log p_i[y] in nats; `certificate`, the share of images for which
-    stage i does no worse by SID's loss with `alphas` than copying its prior q, L_i(p_i) <= L_i(q), up to rounding. Where
+    stage i is no worse by SID's loss with `alphas` than copying prior q, L_i(p_i) <= L_i(q) (rounding aside). Where
     it holds, so does KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help.
     """
     network.eval()
