@@ -185,7 +185,7 @@ def build_network(
         num_classes, in_channels, image_size: of the data; image_size is (H, W).
         plain: in place of the stagewise network its backbone with one linear classifier, what backpropagation trains.
         head_depth, hidden_dim: hidden layers of each head, and their width.
-        grid: stagewise heads read image features pooled to grid x grid cells.
+        grid: stagewise heads, and the plain backbone's classifier, read image features pooled to grid x grid cells.
 
     Raises ValueError for a name that is not available and for sizes that make no network.
     """
@@ -209,7 +209,7 @@ def build_network(
     blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
     if layout == "stagewise" and not plain:
         return stagewise(blocks, num_classes, example, head_depth=head_depth, hidden_dim=hidden_dim, grid=grid)
-    reader = Reader(feature_shapes(blocks, example)[-1])
+    reader = Reader(feature_shapes(blocks, example)[-1], grid if layout == "stagewise" else 1)
     if layout == "stagewise":
         head = PlainHead(reader.dim, num_classes, reader)
         return SIDNetwork(nn.Sequential(*blocks), [Stage(head)], num_classes)

@@ -174,13 +174,12 @@ def settings(args: argparse.Namespace) -> dict:
 
 def run_train(args: argparse.Namespace) -> None:
     from .memory import keep_freed_memory
-    from .runs import make_trainer, resumed, run_config
+    from .runs import MOVABLE, make_trainer, resumed, run_config
 
     keep_freed_memory()
     if hasattr(args, "resume"):
-        movable = {"data", "cache", "device", "workers", "save_every"}
         given = vars(args).keys() - {"command", "run", "resume"}
-        if fixed := sorted(given - movable):
+        if fixed := sorted(given - set(MOVABLE)):
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run has its settings")
         trainer = resumed(args.resume, **{name: getattr(args, name) for name in given})
         print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
-from .checkpoint import LAST, PREVIOUS, load_checkpoint
+from .checkpoint import LAST, PREVIOUS
 from .files import write_atomically
 from .report import as_markdown, comparison_table, load_runs, write_report
-from .runs import RunConfig, make_trainer, resumed
+from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run
 
 TABLE = "table"
 
@@ -45,13 +45,11 @@ def planned(base, out, methods, layouts, seeds, noises) -> Iterable[tuple[Path, 
 def check(folder: Path, run: RunConfig) -> None:
     if not (folder / LAST).exists() and not (folder / PREVIOUS).exists():
         return
-    saved = load_checkpoint(folder)["config"].get("run", {})
-    own = json.loads(json.dumps(dataclasses.asdict(run)))
-    for name in own.keys() - {"data", "cache", "download", "device", "workers", "save_every"}:
-        if saved.get(name) != own[name]:
-            raise ValueError(
-                f"{folder}: was run with {name} {saved.get(name)!r}, not {own[name]!r}; choose another --out"
-            )
+    saved, _ = saved_run(folder)  # a setting younger than the run has its default there
+    for name, own in dataclasses.asdict(run).items():
+        there = getattr(saved, name)
+        if there != own and name not in MOVABLE:
+            raise ValueError(f"{folder}: was run with {name} {there!r}, not {own!r}; choose another --out")
 
 
 def epochs_done(folder: Path) -> int:

@@ -61,6 +61,10 @@ class RunConfig(TrainConfig):
             raise ValueError("data means nothing for digits; the other data sets read files")
 
 
+# Settings that say where and with what help a run is made; all others make it another run.
+MOVABLE = ("data", "cache", "download", "device", "workers", "save_every")
+
+
 def run_config(**given) -> RunConfig:
     """A run's settings; what is not given (or None) is the network's recipe, then the default."""
     given = {name: value for name, value in given.items() if value is not None}
@@ -126,17 +130,16 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     depth = len(network.stages)
-    if run.method in BACKPROPAGATED:  # alpha has no meaning there
-        alpha = [1.0] * depth
-    else:
-        alpha = alpha_by_depth(run.alpha, depth)
     own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
+    own["alpha"] = alpha_by_depth(run.alpha, depth)
+    if run.method != "sid":  # cross-entropies alone; what is said of their stages is said by that loss
+        own |= {"alpha": [1.0] * depth, "divergence": "forward"}
     about = dataclasses.asdict(run) | {
         "crop": data.crop, "flip": data.flip, "classes": data.classes, "depth": depth,
         "in_channels": data.in_channels, "image_size": list(data.image_size), "train_images": len(data.train.labels),
         "run": dataclasses.asdict(run),
     }  # fmt: skip
-    return Trainer(network, data, TrainConfig(**own | {"alpha": alpha}), folder, about=about, quiet=quiet)
+    return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
 
 
 def saved_run(place: Path) -> tuple[RunConfig, dict]:
@@ -173,5 +176,5 @@ def evaluated(place: Path, **moved) -> dict:
     data, dtype = make_data(run), DTYPES[run.dtype]
     mean, std = torch.tensor(about["pixel_mean"]), torch.tensor(about["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
-    options = {"divergence": run.divergence, "label_smoothing": run.label_smoothing, "dtype": dtype}
+    options = {"divergence": about["divergence"], "label_smoothing": run.label_smoothing, "dtype": dtype}
     return evaluate(network, batches.in_order(), about["alpha"], **options) | {"images": len(data.test.labels)}

@@ -75,7 +75,7 @@ class TrainConfig:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
-        if self.divergence == "reverse" and not self.label_smoothing and self.method == "sid":
+        if self.divergence == "reverse" and not self.label_smoothing:
             raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
 
 
