@@ -100,10 +100,12 @@ def stage_by_stage(
     teachers: Sequence[Tensor] | None,
     loss: dict,
     dtype: torch.dtype,
-    streams: StageStreams | None = None,
+    streams: InTurn | None = None,
+    prior: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The algorithm, for stages of any kind: stage losses (L,) and the last logits (B, C)."""
-    prior, losses = network.uniform(features), []
+    """The algorithm, for stages of any kind: stage losses (L,) and the last logits (B, C). `prior` (B, C) is the belief
+    the first of them reads, uniform unless stages elsewhere came before."""
+    prior, losses = network.uniform(features) if prior is None else prior, []
     streams = streams or InTurn()
     streams.begin()
     for i, stage in enumerate(network.stages):
@@ -112,7 +114,7 @@ def stage_by_stage(
                 seen, logits = stage(features, prior)  # the features it made, (B, C)
             # p_0 is passed as the tensor the head reads, not None: the belief comes out in the prior's dtype, float32.
             result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **loss)
-            streams.hand_on()
+            streams.hand_on(seen, result.belief)
             logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
             update(optimizers[1 + i : 2 + i])
         losses.append(result.loss)

@@ -5,6 +5,7 @@ the next stage's forward. Elsewhere stages run in turn, through the same calls.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 class InTurn:
@@ -17,8 +18,9 @@ class InTurn:
         """Within it runs stage i, after what the stage before it handed on."""
         return nullcontext()
 
-    def hand_on(self) -> None:
-        """Called within a stage: what the next one reads is complete from here on."""
+    def hand_on(self, features: Tensor, belief: Tensor) -> None:
+        """Called within a stage, before its backward and update: what it made for the next one, from here on complete.
+        """
 
     def join(self) -> None:
         """What is asked for from here on comes after all stages."""
@@ -47,7 +49,7 @@ class StageStreams(InTurn):
         self.streams[i].wait_event(self.ready)
         return self.backend.stream(self.streams[i])
 
-    def hand_on(self) -> None:
+    def hand_on(self, features: Tensor, belief: Tensor) -> None:
         self.ready = self.backend.current_stream(self.device).record_event()
 
     def join(self) -> None:

@@ -18,7 +18,7 @@ from .batches import Batches, pixel_statistics
 from .capture import capture
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import ImageData
-from .evaluation import evaluate
+from .evaluation import means, tally
 from .logs import Log
 from .memory import SavedBytes, forget_peak, peak_memory
 from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS, held_by_cascade, make_optimizers, make_scheduler, make_step
@@ -144,27 +144,36 @@ class Trainer:
             fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
             streams=stage_streams(self.device, depth) if config.streams else None,
         )  # fmt: skip
+        self.judging = {
+            "divergence": config.divergence, "label_smoothing": config.label_smoothing, "dtype": self.dtype,
+        }  # fmt: skip
         self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
         self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
         self.metrics: list[dict] = []
         self.activation_bytes: int | None = None
+        self.stop: list[int] = []  # the signals that asked for an end
+        self.records = True  # whether this process keeps the run's folder
+        self.own = range(depth)  # the stages that learn in this process
 
     def fit(self) -> list[dict]:
         """Train what is left of all epochs. Raises NonFiniteLoss, and Interrupted when SIGINT or SIGTERM asked for an
         end."""
         forget_peak(self.device)
-        with stop_requests() as stop, Log(self.folder, self.about, self.metrics, self.quiet) as log:
+        folder = self.folder if self.records else None
+        with stop_requests() as self.stop, Log(folder, self.about, self.metrics, self.quiet) as log:
             while self.epoch <= self.config.epochs:
-                row = {**self.train_epoch(stop), **self.evaluate(), "peak_memory_bytes": peak_memory(self.device)}
-                self.metrics.append(row)
+                self.train_epoch()
+                row = self.row({"sums": self.sums, "tallies": self.evaluate(), "peak": peak_memory(self.device)})
                 self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+                if self.records:
+                    self.metrics.append(row)
                 self.save()  # before the row is told: what metrics.jsonl holds, the checkpoint holds
-                log.add(row)
+                if self.records:
+                    log.add(row)
         return self.metrics
 
-    def train_epoch(self, stop: list[int]) -> dict:
-        """Every training image once, or what is left of it. Losses are means over images, `train_loss` also over
-        stages; the accuracy is the last stage's, on cropped and flipped images, before each update."""
+    def train_epoch(self) -> None:
+        """Every training image once, or what is left of it; `sums` grow by what was learned on the way."""
         from tqdm import tqdm
 
         self.network.train()
@@ -180,12 +189,12 @@ class Trainer:
         start = time.perf_counter()
         with bar, contextlib.closing(batches):
             for inputs, targets in batches:
-                result = self.one_step(inputs if config.channels_last else inputs.contiguous(), targets)
+                result = self.one_step(inputs, targets)
                 self.step += 1
                 pending.append(result.stage_loss.detach() * len(targets))
                 right += (result.logits.argmax(dim=1) == targets).sum()
                 saves = config.save_every and self.step % config.save_every == 0
-                if self.step % check_every == 0 or self.step == steps or saves or stop:
+                if self.step % check_every == 0 or self.step == steps or saves or self.stopping():
                     now = time.perf_counter()
                     self.add_up(self.finite(torch.stack(pending)), right.item(), now - start)
                     pending, start = [], now
@@ -198,27 +207,47 @@ class Trainer:
                     done = seen
                 if saves and self.step < steps:
                     self.save()
-                if stop:
+                if self.stopping():
                     self.save()
                     again = f"; sid train --resume {self.folder} goes on" if self.folder else ""
                     raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}{again}")
-        losses, seconds = self.sums["loss"], self.sums["seconds"]
-        return {
+
+    def stopping(self) -> bool:
+        """Whether the run is to end after the step in work."""
+        return bool(self.stop)
+
+    def row(self, found: dict) -> dict:
+        """What an epoch has shown. Losses are means over images, `train_loss` also over stages; the training accuracy
+        is the last stage's, on cropped and flipped images, before each update. On the test split every stage's
+        accuracy, KL(y || p_i) and certificate rate; on a validation split the accuracy."""
+        sums, images = found["sums"], len(self.data.train.labels)
+        losses, seconds = sums["loss"], sums["seconds"]
+        test = means(*found["tallies"]["test"])
+        row = {
             "epoch": self.epoch,
-            "step": self.epoch * steps,
+            "step": self.epoch * len(self.batches["train"]),
             "lr": float(self.schedulers[0].get_last_lr()[0]),
             "train_loss": sum(losses) / len(losses) / images,
-            "train_accuracy": self.sums["right"] / images,
+            "train_accuracy": sums["right"] / images,
             "stage_loss": [loss / images for loss in losses],
             "images_per_second": images / seconds,
             "seconds": seconds,
             "elapsed": sum(row["seconds"] for row in self.metrics) + seconds,
             "activation_bytes": self.activation_bytes,
+            "test_accuracy": test["accuracy"][-1],
+            "stage_accuracy": test["accuracy"],
+            "stage_kl": test["kl"],
+            "certificate": test["certificate"],
         }
+        if "val" in found["tallies"]:
+            row["val_accuracy"] = means(*found["tallies"]["val"])["accuracy"][-1]
+        return row | {"peak_memory_bytes": found["peak"]}
 
     def one_step(self, inputs: Tensor, targets: Tensor):
         """One update of network, optimizers and learning rates. The first of a run is also looked at for what autograd
         holds; with `graph`, the second is captured, and batches of its size replay it."""
+        if not self.config.channels_last:
+            inputs = inputs.contiguous()
         if self.activation_bytes is None:
             with SavedBytes(self.network.parameters()) as saved:
                 result = self.run_step(inputs, targets)
@@ -250,7 +279,7 @@ class Trainer:
         if len(bad):
             row, stage = bad[0].tolist()
             step = self.step - len(losses) + 1 + row
-            stage = len(self.network.stages) if losses.shape[1] == 1 else stage + 1
+            stage = (self.own[stage] if losses.shape[1] == len(self.own) else self.own[-1]) + 1
             kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
             raise NonFiniteLoss(
                 f"the loss of stage {stage} is {losses[tuple(bad[0])].item()} in epoch {self.epoch}, step {step}"
@@ -259,31 +288,27 @@ class Trainer:
             )
         return losses
 
-    def evaluate(self) -> dict:
-        """Every stage on the test split: accuracy, KL(y || p_i), certificate rate; on a validation split accuracy."""
-        options = {
-            "divergence": self.config.divergence, "label_smoothing": self.config.label_smoothing, "dtype": self.dtype,
-        }  # fmt: skip
+    def evaluate(self) -> dict[str, tuple[Tensor, int]]:
+        """`tally` of each split that is not trained on."""
         found = {}
         for name in [name for name in self.batches if name != "train"]:
             batches = self.batches[name].in_order()
             if not self.config.channels_last:
                 batches = ((inputs.contiguous(), targets) for inputs, targets in batches)
-            found[name] = evaluate(self.network, batches, self.alphas, **options)
-        test = found["test"]
-        row = {"test_accuracy": test["accuracy"][-1], "stage_accuracy": test["accuracy"], "stage_kl": test["kl"]}
-        row["certificate"] = test["certificate"]
-        return row | ({"val_accuracy": found["val"]["accuracy"][-1]} if "val" in found else {})
+            found[name] = tally(self.network, batches, self.alphas, **self.judging)
+        return found
 
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        if not self.folder:
-            return
+        if self.folder:
+            save_checkpoint(self.folder, self.state())
+
+    def state(self) -> dict:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
+        return {
             "config": self.about,
             "epoch": self.epoch,
             "step": self.step,
@@ -294,7 +319,6 @@ class Trainer:
             "sums": self.sums,
             "metrics": json.dumps([self.metrics, self.activation_bytes]),
         }
-        save_checkpoint(self.folder, state)
 
     def resume(self, place: Path | str | None = None) -> None:
         """Go on from a checkpoint of this very run: its folder's, or the file `place`.

@@ -1,0 +1,193 @@
+"""This process among its peers under `torchrun`: its place in a mesh of data and stage ranks, and what peers tell each
+other besides batches. Nothing here knows how a network is trained.
+"""
+
+import io
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PARALLEL = ("none", "data", "stage")
+SIZE, STATE = 1001, 1002  # tags of what is told
+
+
+class LostRank(RuntimeError):
+    """A peer ended, or said nothing for too long; its own message, if it had one, tells why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank `stage` of `stages` in the pipeline, in replica `replica` of `replicas`; rank 0 of both where alone.
+
+    The last stage's rank of the first replica, `recorder`, keeps the run's folder: it is the last to finish a step.
+    """
+
+    stage: int = 0
+    stages: int = 1
+    replica: int = 0
+    replicas: int = 1
+    timeout: float = 600.0  # seconds
+    control: Any = None  # the group (gloo) in which everyone talks of other things than batches
+    data: Any = None  # the group of the replicas of this rank's stages
+
+    @property
+    def rank(self) -> int:
+        return self.replica * self.stages + self.stage
+
+    @property
+    def recorder(self) -> int:
+        return self.stages - 1
+
+    @property
+    def records(self) -> bool:
+        return self.rank == self.recorder
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def size(self) -> int:
+        return self.stages * self.replicas
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def restarted() -> bool:
+    """Whether `torchrun` started this process in place of one that was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def own_device(name: str) -> str:
+    """`auto` and `cuda` are the GPU that has this process's local rank, where there are GPUs."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return name
+
+
+def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 600.0, device: str = "auto") -> Place:
+    """Meet the other processes that `torchrun` started; the place of this one among them.
+
+    parallel: "data", a replica each, or "stage", consecutive stages each, in `replicas` replicas.
+    settings: must be the same everywhere. timeout: seconds after which a silent peer counts as lost.
+
+    Raises ValueError, on one rank (the others leave with status 2), where the processes cannot work together.
+    """
+    world = world_size()
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"parallel {parallel!r} needs torchrun: torchrun --standalone --nproc-per-node=2 -m sid_trainer ..."
+        )
+    stages = 1 if parallel == "data" else world // replicas
+    replicas = world if parallel == "data" else replicas
+    if stages * replicas != world:
+        raise ValueError(f"replicas must divide the number of processes, {world}, not be {replicas}")
+    cuda = own_device(device).startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(own_device(device))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    except (dist.DistError, RuntimeError) as error:
+        why = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise ValueError(f"{address}: cannot meet the other processes there ({why}); choose another port") from error
+    mesh = dist.init_device_mesh("cuda" if cuda else "cpu", (replicas, stages), mesh_dim_names=("data", "stage"))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    place = Place(
+        stage=mesh.get_local_rank("stage"), stages=stages, replica=mesh.get_local_rank("data"), replicas=replicas,
+        timeout=timeout, control=control, data=mesh.get_group("data"),
+    )  # fmt: skip
+    agree(place, {"torch": str(torch.__version__), **settings})
+    return place
+
+
+def agree(place: Place, settings: dict) -> None:
+    every: list[dict] = [{}] * place.size
+    dist.all_gather_object(every, settings, group=place.control)
+    for rank, there in enumerate(every):
+        for name in settings.keys() | every[0].keys():
+            if there.get(name) != every[0].get(name):
+                refuse(
+                    place, f"{name} is {there.get(name)!r} on rank {rank} and {every[0].get(name)!r} on rank 0: all"
+                    " processes need the same settings"
+                )  # fmt: skip
+
+
+def refuse(place: Place, message: str) -> None:
+    """What every rank found wrong is said by one."""
+    if place.rank == 0:
+        raise ValueError(message)
+    time.sleep(1)  # the first rank that ends makes torchrun end the others: let it be the one that speaks
+    raise SystemExit(2)
+
+
+@contextmanager
+def watching(place: Place, whom: str):
+    """Turn what a backend raises when a peer is gone, of many kinds, into one line."""
+    start = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LostRank):
+            raise
+        silent = time.monotonic() - start >= 0.9 * place.timeout
+        how = f"said nothing for {place.timeout:g} seconds" if silent else "is gone"
+        raise LostRank(f"rank {place.rank}: {whom} {how}; the last checkpoint is kept") from error
+
+
+class Reports:
+    """What ranks tell the recorder, heard in the order in which it was told; telling waits for nothing but the telling
+    before."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.telling: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def tell(self, what: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(what, buffer)
+        self.finish()
+        content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        for tensor, tag in ((torch.tensor([len(content)]), SIZE), (content, STATE)):
+            work = dist.isend(tensor, self.place.recorder, group=self.place.control, tag=tag)
+            self.telling.append((work, tensor))
+
+    def finish(self) -> None:
+        with watching(self.place, f"rank {self.place.recorder}"):
+            for work, _ in self.telling:
+                work.wait()
+        self.telling = []
+
+    def hear(self, rank: int) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        with watching(self.place, f"rank {rank}"):
+            dist.recv(size, rank, group=self.place.control, tag=SIZE)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(content, rank, group=self.place.control, tag=STATE)
+        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+
+    def gather(self, own: Any, merge: Callable[[list[Any]], Any]) -> Any:
+        """On the recorder `merge` of what every rank told, in rank order; elsewhere None."""
+        if not self.place.records:
+            self.tell(own)
+            return None
+        every = [own if rank == self.place.rank else self.hear(rank) for rank in range(self.place.size)]
+        return merge(every)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
