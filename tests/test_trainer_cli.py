@@ -185,6 +185,13 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_a_single_image_left_over_does_not_stop_batch_norm(tmp_path):
+    words = "train --arch vgg11 --layout stagewise --batch-size 4 --train-images 9 --epochs 1".split()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    (row,) = read(tmp_path / "run")
+    assert row["step"] == 2
+
+
 def test_help_and_module_entry():
     for arguments in (["--help"], ["train", "--help"], ["compare", "--help"], ["memory", "--help"]):
         assert main(arguments) == 0

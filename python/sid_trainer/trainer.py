@@ -171,7 +171,7 @@ class Trainer:
         config, images, steps = self.config, len(self.data.train.labels), len(self.batches["train"])
         check_every = 1 if self.device.type == "cpu" else 20  # steps; elsewhere to look at a loss waits for the device
         batches = self.batches["train"].shuffled(config.seed, self.epoch, self.data.crop, self.data.flip, self.step)
-        done = min(self.step * config.batch_size, images)
+        done = images if self.step == steps else self.step * config.batch_size
         bar = tqdm(
             total=images, initial=done, desc=f"epoch {self.epoch}/{config.epochs}", unit=" images", leave=False,
             disable=True if self.quiet else None,
@@ -190,7 +190,7 @@ class Trainer:
                     self.add_up(self.finite(torch.stack(pending)), right.item(), now - start)
                     pending, start = [], now
                     right.zero_()
-                    seen = min(self.step * config.batch_size, images)
+                    seen = images if self.step == steps else self.step * config.batch_size
                     memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if inputs.is_cuda else ""
                     loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / seen
                     bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
