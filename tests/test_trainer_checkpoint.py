@@ -87,6 +87,25 @@ def test_a_truncated_one_is_refused(run, share, capsys):
     assert f"{run / 'last.pt'}: not a whole checkpoint (File is not a zip file); {run / 'previous.pt'}, of" in line
 
 
+def test_a_damaged_one_is_set_aside_and_never_takes_the_place_of_the_whole_one_before(run, monkeypatch, capsys):
+    damage(run / "last.pt", 0.5)
+    damaged, before = (run / "last.pt").read_bytes(), load_checkpoint(run / "previous.pt")
+    (run / "last.pt.damaged").write_text("of another time")
+    replace = os.replace
+
+    def killed_at_the_second(source, destination):
+        if Path(destination).name == "last.pt":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", killed_at_the_second)
+    assert main(["train", "--resume", str(run / "previous.pt")]) == 130
+    assert f"{run / 'last.pt'} is damaged and is now last.pt.damaged2\n" in capsys.readouterr().out
+    assert_same(load_checkpoint(run), before)
+    assert (run / "last.pt.damaged2").read_bytes() == damaged
+    assert (run / "last.pt.damaged").read_text() == "of another time"
+
+
 def test_with_both_damaged_nothing_is_offered(run, capsys):
     damage(run / "last.pt", 0.4)
     damage(run / "previous.pt", 0.6)

@@ -3,6 +3,7 @@
 They are read with `weights_only`, so a file from elsewhere runs no code, and only when every byte's checksum is right.
 """
 
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -57,6 +58,19 @@ def load_checkpoint(place: Path) -> dict:
             raise
         offer = f"{previous}, of epoch {before['epoch']} step {before['step']}, is whole: it can be given in its place"
         raise ValueError(f"{error}; {offer}") from error
+
+
+def set_aside_damaged(folder: Path) -> Path | None:
+    """Rename a last.pt that is not whole, so that no save makes it the one before; the new name, if it was."""
+    last = folder / LAST
+    if not last.exists():
+        return None
+    try:
+        read(last)
+    except ValueError:
+        names = (folder / f"{LAST}.damaged{'' if i == 1 else i}" for i in itertools.count(1))
+        return last.rename(next(name for name in names if not name.exists()))
+    return None
 
 
 def read(file: Path) -> dict:

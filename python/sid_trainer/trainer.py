@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Batches, pixel_statistics
 from .capture import capture
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, set_aside_damaged
 from .data import ImageData
 from .evaluation import evaluate
 from .logs import Log
@@ -314,6 +314,8 @@ class Trainer:
                 print(
                     f"{name}: {state['config'].get(name)} then, {self.about[name]} now: the bits will not be the same"
                 )
+        if self.folder and place != self.folder and (aside := set_aside_damaged(self.folder)) and not self.quiet:
+            print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer:
