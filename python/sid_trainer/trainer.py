@@ -80,7 +80,8 @@ class TrainConfig:
 
 
 class NonFiniteLoss(RuntimeError):
-    """A stage's loss became infinite or NaN; the message names stage, epoch, step and learning rate."""
+    """A stage's loss, or what was to be saved, is infinite or NaN; the message names stage, epoch, step and learning
+    rate."""
 
 
 class Interrupted(Exception):
@@ -144,6 +145,8 @@ class Trainer:
             fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
             streams=stage_streams(self.device, depth) if config.streams else None,
         )  # fmt: skip
+        # A mask may be infinite from the start; the rest must stay finite.
+        self.begun_finite = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
         self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
         self.metrics: list[dict] = []
@@ -251,13 +254,16 @@ class Trainer:
             row, stage = bad[0].tolist()
             step = self.step - len(losses) + 1 + row
             stage = len(self.network.stages) if losses.shape[1] == 1 else stage + 1
-            kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
-            raise NonFiniteLoss(
-                f"the loss of stage {stage} is {losses[tuple(bad[0])].item()} in epoch {self.epoch}, step {step}"
-                f" (learning rate {float(self.schedulers[0].get_last_lr()[0]):g}, {self.config.dtype});"
-                f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
-            )
+            value = losses[tuple(bad[0])].item()
+            raise self.non_finite(f"the loss of stage {stage} is {value} in epoch {self.epoch}, step {step}")
         return losses
+
+    def non_finite(self, what: str) -> NonFiniteLoss:
+        kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
+        return NonFiniteLoss(
+            f"{what} (learning rate {float(self.schedulers[0].get_last_lr()[0]):g}, {self.config.dtype});"
+            f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
+        )
 
     def evaluate(self) -> dict:
         """Every stage on the test split: accuracy, KL(y || p_i), certificate rate; on a validation split accuracy."""
@@ -278,8 +284,15 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
+        """Raises NonFiniteLoss, and writes nothing, where the last update left the network infinite or NaN."""
         if not self.folder:
             return
+        for name, value in self.network.state_dict().items():
+            if name in self.begun_finite and not value.isfinite().all():
+                words = name.split(".", 2)
+                what = f"{words[2]} of stage {int(words[1]) + 1}" if words[0] == "stages" else name
+                epoch, step = (self.epoch, self.step) if self.step else (self.epoch - 1, len(self.batches["train"]))
+                raise self.non_finite(f"{what} is not finite after epoch {epoch}, step {step}")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
