@@ -18,7 +18,12 @@ FIELDS = ("config", "epoch", "step", "network", "optimizers", "schedulers", "ran
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write last.pt, whole or not at all; what was there becomes previous.pt."""
+    """Write last.pt, whole or not at all; what was there becomes previous.pt.
+
+    What killed runs left of writing it is removed: no two runs save in one folder at a time.
+    """
+    for half in folder.glob(f".{LAST}.*"):
+        half.unlink(missing_ok=True)
 
     def keep_the_one_before() -> None:
         if (folder / LAST).exists():
