@@ -149,6 +149,7 @@ class Trainer:
         self.begun_finite = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
         self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
+        self.lr: float | Tensor = config.lr  # of the last step
         self.metrics: list[dict] = []
         self.activation_bytes: int | None = None
 
@@ -209,7 +210,7 @@ class Trainer:
         return {
             "epoch": self.epoch,
             "step": self.epoch * steps,
-            "lr": float(self.schedulers[0].get_last_lr()[0]),
+            "lr": self.sums["lr"],
             "train_loss": sum(losses) / len(losses) / images,
             "train_accuracy": self.sums["right"] / images,
             "stage_loss": [loss / images for loss in losses],
@@ -235,6 +236,7 @@ class Trainer:
             result = self.captured(inputs, targets)
         else:
             result = self.run_step(inputs, targets)
+        self.lr = self.schedulers[0].get_last_lr()[0]
         for scheduler in self.schedulers:
             scheduler.step()
         return result
@@ -244,7 +246,8 @@ class Trainer:
         sums = self.sums or {"loss": [0.0] * losses.shape[1], "right": 0, "seconds": 0.0}
         for row in losses.tolist():
             sums["loss"] = [a + b for a, b in zip(sums["loss"], row, strict=True)]
-        self.sums = sums | {"right": sums["right"] + right, "seconds": sums["seconds"] + seconds}
+        added = {"right": sums["right"] + right, "seconds": sums["seconds"] + seconds}
+        self.sums = sums | added | {"lr": float(self.lr)}
 
     def finite(self, losses: Tensor) -> Tensor:
         """The last steps' losses (steps, L) in float64 on the CPU, if they are all finite."""
@@ -261,7 +264,7 @@ class Trainer:
     def non_finite(self, what: str) -> NonFiniteLoss:
         kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
         return NonFiniteLoss(
-            f"{what} (learning rate {float(self.schedulers[0].get_last_lr()[0]):g}, {self.config.dtype});"
+            f"{what} (learning rate {float(self.lr):g}, {self.config.dtype});"
             f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
         )
 
