@@ -84,6 +84,18 @@ def test_batches_are_normalised_and_whole():
         assert torch.equal(inputs, everything[labels])
 
 
+@pytest.mark.parametrize(("count", "size", "expected"), [
+    (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (5, 4, [5]), (3, 2, [3]), (1, 4, [1]), (3, 1, [1, 1, 1]),
+])  # fmt: skip
+def test_a_single_image_left_over_joins_the_batch_before(count, size, expected):
+    images = torch.randint(0, 256, (count, 2, 2, 1), dtype=torch.uint8)
+    batches = Batches(Split(images, torch.arange(count)), size, CPU, *pixel_statistics(images))
+    found = list(batches.shuffled(0, 1, 1, True))
+    assert [len(labels) for _, labels in found] == expected and len(batches) == len(expected)
+    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(count))
+    assert same(found[1:], list(batches.shuffled(0, 1, 1, True, start=1)))
+
+
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
 def test_an_epoch_goes_on_from_any_batch_with_the_same_bits(folder, start):
     for batches in in_memory_and_streamed(folder, workers=0):

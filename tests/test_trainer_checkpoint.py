@@ -16,6 +16,7 @@ from sid_trainer.checkpoint import load_checkpoint, save_checkpoint
 from sid_trainer.cli import main
 from sid_trainer.data import ImageData, Split
 from sid_trainer.files import write_atomically
+from sid_trainer.trainer import NonFiniteLoss
 
 WORDS = "train --arch mlp --layout stagewise --depth 2 --hidden-dim 8 --train-images 100 --batch-size 50".split()
 
@@ -87,6 +88,25 @@ def test_a_truncated_one_is_refused(run, share, capsys):
     assert f"{run / 'last.pt'}: not a whole checkpoint (File is not a zip file); {run / 'previous.pt'}, of" in line
 
 
+def test_a_damaged_one_is_set_aside_and_never_takes_the_place_of_the_whole_one_before(run, monkeypatch, capsys):
+    damage(run / "last.pt", 0.5)
+    damaged, before = (run / "last.pt").read_bytes(), load_checkpoint(run / "previous.pt")
+    (run / "last.pt.damaged").write_text("of another time")
+    replace = os.replace
+
+    def killed_at_the_second(source, destination):
+        if Path(destination).name == "last.pt":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", killed_at_the_second)
+    assert main(["train", "--resume", str(run / "previous.pt")]) == 130
+    assert f"{run / 'last.pt'} is damaged and is now last.pt.damaged2\n" in capsys.readouterr().out
+    assert_same(load_checkpoint(run), before)
+    assert (run / "last.pt.damaged2").read_bytes() == damaged
+    assert (run / "last.pt.damaged").read_text() == "of another time"
+
+
 def test_with_both_damaged_nothing_is_offered(run, capsys):
     damage(run / "last.pt", 0.4)
     damage(run / "previous.pt", 0.6)
@@ -131,12 +151,14 @@ def test_a_file_from_elsewhere_runs_no_code(run, tmp_path, as_archive, capsys):
 # ---------------------------------------------------------------- another network, other settings
 
 
-def trainer(folder, *, depth=2, hidden_dim=8, **settings):
+def trainer(folder, *, depth=2, hidden_dim=8, buffers=None, **settings):
     images = torch.arange(16 * 16).to(torch.uint8).view(16, 4, 4, 1)
     split = Split(images, torch.arange(16) % 3)
     network = build_network(
         "mlp", "stagewise", num_classes=3, in_channels=1, image_size=(4, 4), depth=depth, hidden_dim=hidden_dim
     )
+    for name, value in (buffers or {}).items():
+        network.extractor.register_buffer(name, value)
     config = TrainConfig(**{"epochs": 2, "batch_size": 8, "device": "cpu"} | settings)
     return Trainer(network, ImageData(split, split, ["a", "b", "c"]), config, folder, quiet=True)
 
@@ -172,6 +194,31 @@ def test_another_network_is_refused_by_its_difference(tmp_path, network, differe
     with pytest.raises(ValueError) as error:
         trainer(tmp_path, **network).resume()
     assert difference in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "where"), [
+    ("stages.1.body.0.weight", "body.0.weight of stage 2"), ("extractor.kept", "extractor.kept"),
+])  # fmt: skip
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_every):
+    """The loss of the step before such an update is finite."""
+    trainer(tmp_path).save()
+    before = (tmp_path / "last.pt").read_bytes()
+    ours = trainer(tmp_path, save_every=save_every, buffers={"kept": torch.zeros(2), "mask": torch.tensor(-torch.inf)})
+    whole = ours.run_step
+
+    def step(*batch):
+        result = whole(*batch)
+        if save_every or ours.step == 1:  # the last of the first epoch
+            ours.network.state_dict()[name].view(-1)[0] = float("nan")
+        return result
+
+    ours.run_step = step
+    with pytest.raises(NonFiniteLoss) as error:
+        ours.fit()
+    place = f"{where} is not finite after epoch 1, step {1 if save_every else 2} (learning rate 0.001, float32)"
+    assert str(error.value) == f"{place}; the last good checkpoint is kept"
+    assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "previous.pt").exists()
 
 
 # ---------------------------------------------------------------- a full disk, a kill between two renames

@@ -185,6 +185,13 @@ def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_a_single_image_left_over_does_not_stop_batch_norm(tmp_path):
+    words = "train --arch vgg11 --layout stagewise --batch-size 4 --train-images 9 --epochs 1".split()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    (row,) = read(tmp_path / "run")
+    assert row["step"] == 2
+
+
 def test_help_and_module_entry():
     for arguments in (["--help"], ["train", "--help"], ["compare", "--help"], ["memory", "--help"]):
         assert main(arguments) == 0
@@ -227,13 +234,24 @@ def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypat
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def small_trainer(**settings):
     images = torch.randint(0, 256, (20, 8, 8, 1), dtype=torch.uint8)
     split = Split(images, torch.arange(20) % 3)
     network = build_network(num_classes=3, in_channels=1, depth=2)
-    config = TrainConfig(epochs=2, batch_size=8, channels_last=False)
-    trainer = Trainer(network, ImageData(split, split, ["a", "b", "c"]), config, quiet=True)
+    config = TrainConfig(epochs=2, batch_size=8, channels_last=False, **settings)
+    return Trainer(network, ImageData(split, split, ["a", "b", "c"]), config, quiet=True)
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "one-cycle"])
+def test_a_row_tells_the_learning_rate_of_the_epochs_last_step(lr_schedule):
+    trainer, used = small_trainer(lr_schedule=lr_schedule), []
+    trainer.optimizers[-1].register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    assert [row["lr"] for row in trainer.fit()] == [used[2], used[5]] and used[5] > 0
+
+
+def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = small_trainer()
     rows = trainer.fit()
     assert rows is trainer.metrics and len(rows) == 2 and os.listdir(tmp_path) == []
 

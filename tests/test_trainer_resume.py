@@ -38,6 +38,7 @@ def run(request, tmp_path_factory):
 
 
 def check_same(folder, alone):
+    assert not list(folder.glob(".last.pt.*"))  # what a run killed while it saved leaves, the next save removes
     assert_same(state_of(folder), state_of(alone))
     assert rows_of(folder) == rows_of(alone) and len(rows_of(alone)) == 3
 
@@ -69,6 +70,7 @@ def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path, place, where):
     assert status == -signal.SIGKILL, printed
     state = load_checkpoint(folder)
     assert (state["epoch"], state["step"]) == where
+    assert len(list(folder.glob(".last.pt.*"))) == (place[0] == "rename")
     assert f"resumed in epoch {where[0]} after step {where[1]}" in resume(folder)
     check_same(folder, alone)
 

@@ -18,6 +18,7 @@ SAMPLE = 2048  # images the pixel statistics are taken from; of CIFAR-10 that is
 class Batches:
     """Float batches of one split: (B, C, H, W) in channels-last memory, scaled to mean 0 and deviation 1 a channel.
 
+    A single image left over joins the batch before it: batch-norm cannot learn from one.
     `mean` and `std` (C,) are in pixel units. Images in memory move to `device` once; image files are decoded by
     `workers` processes, 0 meaning this one. Raises DataError where the device has no room for the images, and while
     iterating over files that cannot be read.
@@ -37,7 +38,8 @@ class Batches:
         self.scale, self.shift = ((row / std).repeat(width).to(device) for row in (torch.ones_like(mean), -mean))
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        count, size = len(self.labels), self.batch_size
+        return -(-count // size) - (count > size and count % size == 1)
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of every batch, as they lie in the split."""
@@ -57,8 +59,9 @@ class Batches:
 
     def pixels(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, H, W, C) uint8, labels (B,)) in that order, without the first `start` batches."""
-        there = order.to(self.device).split(self.batch_size)[start:]
-        here = order.split(self.batch_size)[start:] if isinstance(self.images, ImageFiles) else there
+        cuts = [i * self.batch_size for i in range(1, len(self))]
+        there = order.to(self.device).tensor_split(cuts)[start:]
+        here = order.tensor_split(cuts)[start:] if isinstance(self.images, ImageFiles) else there
         for images, index in zip(chosen(self.images, here, self.workers, self.device), there, strict=True):
             yield images, self.labels[index]
 

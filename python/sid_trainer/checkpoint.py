@@ -3,6 +3,7 @@
 They are read with `weights_only`, so a file from elsewhere runs no code, and only when every byte's checksum is right.
 """
 
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -17,7 +18,12 @@ FIELDS = ("config", "epoch", "step", "network", "optimizers", "schedulers", "ran
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write last.pt, whole or not at all; what was there becomes previous.pt."""
+    """Write last.pt, whole or not at all; what was there becomes previous.pt.
+
+    What killed runs left of writing it is removed: no two runs save in one folder at a time.
+    """
+    for half in folder.glob(f".{LAST}.*"):
+        half.unlink(missing_ok=True)
 
     def keep_the_one_before() -> None:
         if (folder / LAST).exists():
@@ -57,6 +63,19 @@ def load_checkpoint(place: Path) -> dict:
             raise
         offer = f"{previous}, of epoch {before['epoch']} step {before['step']}, is whole: it can be given in its place"
         raise ValueError(f"{error}; {offer}") from error
+
+
+def set_aside_damaged(folder: Path) -> Path | None:
+    """Rename a last.pt that is not whole, so that no save makes it the one before; the new name, if it was."""
+    last = folder / LAST
+    if not last.exists():
+        return None
+    try:
+        read(last)
+    except ValueError:
+        names = (folder / f"{LAST}.damaged{'' if i == 1 else i}" for i in itertools.count(1))
+        return last.rename(next(name for name in names if not name.exists()))
+    return None
 
 
 def read(file: Path) -> dict:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Batches, pixel_statistics
 from .capture import capture
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, set_aside_damaged
 from .data import ImageData
 from .evaluation import means, tally
 from .logs import Log
@@ -80,7 +80,8 @@ class TrainConfig:
 
 
 class NonFiniteLoss(RuntimeError):
-    """A stage's loss became infinite or NaN; the message names stage, epoch, step and learning rate."""
+    """A stage's loss, or what was to be saved, is infinite or NaN; the message names stage, epoch, step and learning
+    rate."""
 
 
 class Interrupted(Exception):
@@ -147,8 +148,11 @@ class Trainer:
         self.judging = {
             "divergence": config.divergence, "label_smoothing": config.label_smoothing, "dtype": self.dtype,
         }  # fmt: skip
+        # A mask may be infinite from the start; the rest must stay finite.
+        self.begun_finite = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
         self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
+        self.lr: float | Tensor = config.lr  # of the last step
         self.metrics: list[dict] = []
         self.activation_bytes: int | None = None
         self.stop: list[int] = []  # the signals that asked for an end
@@ -180,7 +184,7 @@ class Trainer:
         config, images, steps = self.config, len(self.data.train.labels), len(self.batches["train"])
         check_every = 1 if self.device.type == "cpu" else 20  # steps; elsewhere to look at a loss waits for the device
         batches = self.batches["train"].shuffled(config.seed, self.epoch, self.data.crop, self.data.flip, self.step)
-        done = min(self.step * config.batch_size, images)
+        done = images if self.step == steps else self.step * config.batch_size
         bar = tqdm(
             total=images, initial=done, desc=f"epoch {self.epoch}/{config.epochs}", unit=" images", leave=False,
             disable=True if self.quiet else None,
@@ -199,7 +203,7 @@ class Trainer:
                     self.add_up(self.finite(torch.stack(pending)), right.item(), now - start)
                     pending, start = [], now
                     right.zero_()
-                    seen = min(self.step * config.batch_size, images)
+                    seen = images if self.step == steps else self.step * config.batch_size
                     memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if inputs.is_cuda else ""
                     loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / seen
                     bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
@@ -226,7 +230,7 @@ class Trainer:
         row = {
             "epoch": self.epoch,
             "step": self.epoch * len(self.batches["train"]),
-            "lr": float(self.schedulers[0].get_last_lr()[0]),
+            "lr": sums["lr"],
             "train_loss": sum(losses) / len(losses) / images,
             "train_accuracy": sums["right"] / images,
             "stage_loss": [loss / images for loss in losses],
@@ -246,8 +250,6 @@ class Trainer:
     def one_step(self, inputs: Tensor, targets: Tensor):
         """One update of network, optimizers and learning rates. The first of a run is also looked at for what autograd
         holds; with `graph`, the second is captured, and batches of its size replay it."""
-        if not self.config.channels_last:
-            inputs = inputs.contiguous()
         if self.activation_bytes is None:
             with SavedBytes(self.network.parameters()) as saved:
                 result = self.run_step(inputs, targets)
@@ -261,6 +263,7 @@ class Trainer:
             result = self.captured(inputs, targets)
         else:
             result = self.run_step(inputs, targets)
+        self.lr = self.schedulers[0].get_last_lr()[0]
         for scheduler in self.schedulers:
             scheduler.step()
         return result
@@ -270,7 +273,8 @@ class Trainer:
         sums = self.sums or {"loss": [0.0] * losses.shape[1], "right": 0, "seconds": 0.0}
         for row in losses.tolist():
             sums["loss"] = [a + b for a, b in zip(sums["loss"], row, strict=True)]
-        self.sums = sums | {"right": sums["right"] + right, "seconds": sums["seconds"] + seconds}
+        added = {"right": sums["right"] + right, "seconds": sums["seconds"] + seconds}
+        self.sums = sums | added | {"lr": float(self.lr)}
 
     def finite(self, losses: Tensor) -> Tensor:
         """The last steps' losses (steps, L) in float64 on the CPU, if they are all finite."""
@@ -280,22 +284,22 @@ class Trainer:
             row, stage = bad[0].tolist()
             step = self.step - len(losses) + 1 + row
             stage = (self.own[stage] if losses.shape[1] == len(self.own) else self.own[-1]) + 1
-            kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
-            raise NonFiniteLoss(
-                f"the loss of stage {stage} is {losses[tuple(bad[0])].item()} in epoch {self.epoch}, step {step}"
-                f" (learning rate {float(self.schedulers[0].get_last_lr()[0]):g}, {self.config.dtype});"
-                f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
-            )
+            value = losses[tuple(bad[0])].item()
+            raise self.non_finite(f"the loss of stage {stage} is {value} in epoch {self.epoch}, step {step}")
         return losses
+
+    def non_finite(self, what: str) -> NonFiniteLoss:
+        kept = self.folder and any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
+        return NonFiniteLoss(
+            f"{what} (learning rate {float(self.lr):g}, {self.config.dtype});"
+            f" {'the last good checkpoint is kept' if kept else 'nothing was saved yet'}"
+        )
 
     def evaluate(self) -> dict[str, tuple[Tensor, int]]:
         """`tally` of each split that is not trained on."""
         found = {}
         for name in [name for name in self.batches if name != "train"]:
-            batches = self.batches[name].in_order()
-            if not self.config.channels_last:
-                batches = ((inputs.contiguous(), targets) for inputs, targets in batches)
-            found[name] = tally(self.network, batches, self.alphas, **self.judging)
+            found[name] = tally(self.network, self.batches[name].in_order(), self.alphas, **self.judging)
         return found
 
     # ---------------------------------------------------------------- checkpoints
@@ -305,6 +309,14 @@ class Trainer:
             save_checkpoint(self.folder, self.state())
 
     def state(self) -> dict:
+        """What a checkpoint holds. Raises NonFiniteLoss where the last update left the network infinite or NaN."""
+        network = self.network.state_dict()
+        for name, value in network.items():
+            if name in self.begun_finite and not value.is_meta and not value.isfinite().all():
+                words = name.split(".", 2)
+                what = f"{words[2]} of stage {int(words[1]) + 1}" if words[0] == "stages" else name
+                epoch, step = (self.epoch, self.step) if self.step else (self.epoch - 1, len(self.batches["train"]))
+                raise self.non_finite(f"{what} is not finite after epoch {epoch}, step {step}")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -312,7 +324,7 @@ class Trainer:
             "config": self.about,
             "epoch": self.epoch,
             "step": self.step,
-            "network": self.network.state_dict(),
+            "network": network,
             "optimizers": [optimizer and optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "random": random,
@@ -338,6 +350,11 @@ class Trainer:
                 print(
                     f"{name}: {state['config'].get(name)} then, {self.about[name]} now: the bits will not be the same"
                 )
+        if self.folder and place != self.folder and (aside := set_aside_damaged(self.folder)) and not self.quiet:
+            print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
+        self.adopt(state)
+
+    def adopt(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer:
