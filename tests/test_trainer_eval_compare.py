@@ -55,6 +55,32 @@ def test_eval_finds_a_set_that_was_moved(tmp_path, capsys):
     assert accuracy == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}"
 
 
+@pytest.mark.parametrize(("other", "difference"), [
+    ({"size": (6, 6)}, "image_size [8, 8], not [6, 6]"),
+    ({"classes": ("a", "b")}, "class 1 'b c', not 'b'"),
+    ({"classes": ("a", "b c", "d")}, "class 2 None, not 'd'"),
+    ({"count": 7}, "train_images 16, not 14"),
+    ({"splits": ("test", "train")}, "pixel_mean ["),
+])  # fmt: skip
+def test_eval_and_resume_on_another_set_say_what_differs(tmp_path, capsys, other, difference):
+    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    data = write_image_folder(tmp_path / "set", count=8)
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(["train", "--data", str(data), *cache, *words]) == 0
+    write_image_folder(tmp_path / "other", **{"count": 8} | other)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for command in (["train", "--resume"], ["eval"]):
+        capsys.readouterr()
+        status = main([*command, str(tmp_path / "run"), "--data", str(tmp_path / "other"), *cache])
+        printed = capsys.readouterr().err
+        if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
+            assert status == 0  # other images of the same kind may well be looked at
+        else:
+            line = f"sid {command[0]}: error: {tmp_path / 'run'}: is of a run with {difference}"
+            assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
 # ---------------------------------------------------------------- compare
 
 SETTINGS = "--arch mlp --depth 2 --hidden-dim 16 --train-images 200 --batch-size 64 --epochs 2".split()

@@ -9,7 +9,7 @@ import torch
 
 from .architectures import build_network
 from .batches import Batches
-from .checkpoint import load_checkpoint
+from .checkpoint import check_same, load_checkpoint
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .methods import BACKPROPAGATED
@@ -135,9 +135,7 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     if run.method != "sid":  # cross-entropies alone; what is said of their stages is said by that loss
         own |= {"alpha": [1.0] * depth, "divergence": "forward"}
     about = dataclasses.asdict(run) | {
-        "crop": data.crop, "flip": data.flip, "classes": data.classes, "depth": depth,
-        "in_channels": data.in_channels, "image_size": list(data.image_size), "train_images": len(data.train.labels),
-        "run": dataclasses.asdict(run),
+        "crop": data.crop, "flip": data.flip, "depth": depth, "run": dataclasses.asdict(run),
     }  # fmt: skip
     return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
 
@@ -174,6 +172,8 @@ def evaluated(place: Path, **moved) -> dict:
     network, run, about = trained_network(place)
     run = dataclasses.replace(run, **{name: value for name, value in moved.items() if value is not None})
     data, dtype = make_data(run), DTYPES[run.dtype]
+    own = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
+    check_same(place, about, own, own)
     mean, std = torch.tensor(about["pixel_mean"]), torch.tensor(about["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
     options = {"divergence": about["divergence"], "label_smoothing": run.label_smoothing, "dtype": dtype}
