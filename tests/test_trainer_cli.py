@@ -206,6 +206,24 @@ def test_an_infinite_loss_stops_the_run_and_names_its_place(tmp_path, capsys):
     assert "the loss of stage 1 is " in printed and "in epoch 1, step 2 " in printed and "\n" not in printed
 
 
+def test_a_device_without_room_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+
+    monkeypatch.setattr(Trainer, "one_step", full)
+    status, printed = run_and_read(["train", "--out", str(tmp_path / "run")], capsys)
+    assert status == 1 and printed == "sid train: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+@pytest.mark.parametrize("layout", ["shared", "stagewise"])
+def test_images_too_small_for_the_network_are_one_line(tmp_path, capsys, layout):
+    data = write_image_folder(tmp_path / "set")
+    words = ["train", "--data", str(data), "--cache", str(tmp_path / "cache"), "--image-size", "2", "--layout", layout]
+    status, printed = run_and_read(words, capsys)
+    line = "sid train: error: image_size must be at least 4x4 for simple_cnn, which pools twice, not 2x2"
+    assert (status, printed) == (2, line)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypatch, capsys, number):
     options = ["--epochs", "2", "--depth", "2", "--crop", "1", "--train-images", "600"]

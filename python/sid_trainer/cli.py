@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from torch import OutOfMemoryError
+
 from .architectures import LAYOUTS, TRUNKS
 from .data import DATASETS
 from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
@@ -281,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except NonFiniteLoss as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        print(f"{prog}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
