@@ -182,6 +182,21 @@ def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
 
 
+@pytest.mark.parametrize(("words", "line"), [
+    ("--label-noise 0 2", "label_noise must be in [0, 1], not 2.0"),
+    ("--val 1", "val must be in [0, 1), not 1.0"),
+    ("--arch vgg11 --layouts shared stagewise --depth 4", "depth must be 5 for a stagewise vgg11, not 4"),
+    ("--layouts shared stagewise --arch mlp --alpha 0.1,0.2,0.3,0.4",
+     "alpha must be one number or one for each of the 10 stages, not 4"),
+    ("--methods bp sid --arch mlp --depth 3 --alpha 0.1,0.2",
+     "alpha must be one number or one for each of the 3 stages, not 2"),
+])  # fmt: skip
+def test_what_no_cell_may_have_is_refused_before_the_first_is_begun(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.setattr("sid_trainer.compare.make_trainer", lambda *_: pytest.fail("begun"))
+    assert main(["compare", "--seeds", "0", *words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"sid compare: error: {line}\n" and not (tmp_path / "out").exists()
+
+
 def test_label_noise_and_layouts_are_cells_of_their_own(tmp_path, capsys):
     words = "compare --methods sid --layouts shared stagewise --seeds 4 --label-noise 0 0.4".split()
     small = "--arch mlp --depth 2 --hidden-dim 8 --train-images 60 --batch-size 60 --epochs 1".split()

@@ -9,7 +9,7 @@ from pathlib import Path
 from .checkpoint import LAST, PREVIOUS
 from .files import write_atomically
 from .report import as_markdown, comparison_table, load_runs, write_report
-from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run
+from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run, stage_alphas
 
 TABLE = "table"
 
@@ -26,6 +26,7 @@ def compare(
     """
     cells = list(planned(base, out, methods, layouts, seeds, noises))
     for folder, run in cells:  # before the first is begun
+        stage_alphas(run)
         check(folder, run)
     for i, (folder, run) in enumerate(cells, 1):
         if epochs_done(folder) < run.epochs:
