@@ -152,6 +152,19 @@ def test_a_comparison_that_was_killed_goes_on(whole, tmp_path, place):
         assert name not in done or (out / name / "last.pt").read_bytes() == done[name]
 
 
+def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
+    data, out = write_image_folder(tmp_path / "set", count=8), tmp_path / "out"
+    words = "compare --methods sid --seeds 0 --arch mlp --depth 2 --hidden-dim 8 --epochs 2 --batch-size 8".split()
+    words += ["--workers", "0", "--cache", tmp_path / "cache", "--out", out, "--data"]
+    status, _ = sid(*words, data, out=out, kill=("sid_trainer.trainer.Trainer.one_step", 4))
+    assert status == -9 and len(told(out / "stagewise-sid-seed0")) == 1
+    data.rename(tmp_path / "moved")
+    status, printed = sid(*words, tmp_path / "moved", "--save-every", "1", out=out)
+    assert status == 0, printed
+    config = json.loads((out / "stagewise-sid-seed0" / "config.json").read_text())
+    assert config["data"] == str(tmp_path / "moved") and config["save_every"] == 1
+
+
 def told(folder):
     return (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
 

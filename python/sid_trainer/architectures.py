@@ -77,10 +77,9 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> li
     commutes with it, and where they tie at zero no gradient passes either way) on a quarter of the elements.
     """
 
+    height, width = image_size
     if min(image_size) < 4:
-        raise ValueError(
-            f"image_size must be at least 4x4 for simple_cnn, which pools twice, not {'x'.join(map(str, image_size))}"
-        )
+        raise ValueError(f"image_size must be at least 4x4 for simple_cnn, which pools twice, not {height}x{width}")
 
     def block(before: int, after: int, pooled: bool) -> nn.Sequential:
         pooling = [nn.MaxPool2d(2)] if pooled else []

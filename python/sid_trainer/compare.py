@@ -32,7 +32,8 @@ def compare(
         if epochs_done(folder) < run.epochs:
             print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)
             begun = (folder / LAST).exists() or (folder / PREVIOUS).exists()
-            (resumed(folder) if begun else make_trainer(run, folder)).fit()
+            moved = {name: getattr(run, name) for name in MOVABLE}
+            (resumed(folder, **moved) if begun else make_trainer(run, folder)).fit()
     folders = [folder for folder, _ in cells]
     return write_table(folders, out, command)
 
