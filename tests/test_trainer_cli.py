@@ -12,7 +12,7 @@ import torch
 from image_sets import write_image_folder, write_mnist
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.checkpoint import load_checkpoint
-from sid_trainer.cli import main
+from sid_trainer.cli import dataset_of, main
 from sid_trainer.data import ImageData, Split
 from sid_trainer.runs import trained_network
 
@@ -167,6 +167,17 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkey
     status, printed = run_and_read(arguments, capsys)
     assert status == 2
     assert printed.startswith("sid") and message in printed and "\n" not in printed, printed
+
+
+@pytest.mark.parametrize(("entries", "name"), [
+    (["MNIST"], "mnist"), (["FashionMNIST"], "fashion-mnist"), (["cifar-10-batches-py"], "cifar10"),
+    (["cifar-100-python"], "cifar100"), (["train", "val", "wnids.txt"], "tiny-imagenet"), (["train", "val"], "folder"),
+    (["train", "MNIST"], "folder"), ([], "folder"),
+])  # fmt: skip
+def test_a_data_set_is_known_by_what_lies_in_its_folder(tmp_path, entries, name):
+    for entry in entries:
+        (tmp_path / entry).mkdir()
+    assert dataset_of(str(tmp_path)) == name
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):

@@ -160,11 +160,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, metavar="STEPS", help="also save within epochs")
 
 
+HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
+    "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
+    "cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100",
+}  # fmt: skip
+
+
 def dataset_of(path: str | None) -> str:
     """What lies at --data, where --dataset does not say."""
     if path is None:
         return "digits"
-    return "mnist" if (Path(path) / "MNIST").is_dir() and not (Path(path) / "train").is_dir() else "folder"
+    return next((name for entry, name in HOLDS.items() if (Path(path) / entry).exists()), "folder")
 
 
 def settings(args: argparse.Namespace) -> dict:
