@@ -12,7 +12,7 @@ import torch
 from image_sets import write_image_folder, write_mnist
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.checkpoint import load_checkpoint
-from sid_trainer.cli import main
+from sid_trainer.cli import dataset_of, main
 from sid_trainer.data import ImageData, Split
 from sid_trainer.runs import trained_network
 
@@ -130,9 +130,10 @@ def run_and_read(arguments, capsys):
         (["train", "--arch", "vgg11", "--layout", "stagewise", "--depth", "4"], "depth must be 5 for a stagewise"),
         (["train", "--layout", "ring"], "invalid choice: 'ring'"),
         (["train", "--divergence", "reverse"], "needs label_smoothing above 0"),
-        (["train", "--label-noise", "2"], "noisy labels must be in [0, 1], not 2.0"),
-        (["train", "--val", "1"], "validation share must be at least 0 and less than 1, not 1.0"),
-        (["train", "--train-images", "0"], "training images must be 1 to 1437, not 0"),
+        (["train", "--label-noise", "2"], "label_noise must be in [0, 1], not 2.0"),
+        (["train", "--val", "1"], "val must be in [0, 1), not 1.0"),
+        (["train", "--train-images", "0"], "train_images must be at least 1, not 0"),
+        (["train", "--train-images", "1438"], "training images must be 1 to 1437, not 1438"),
         (["train", "--method", "magic"], "invalid choice: 'magic'"),
         (["train", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["train", "--device", "toaster"], "device 'toaster' cannot be used"),
@@ -166,6 +167,17 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkey
     status, printed = run_and_read(arguments, capsys)
     assert status == 2
     assert printed.startswith("sid") and message in printed and "\n" not in printed, printed
+
+
+@pytest.mark.parametrize(("entries", "name"), [
+    (["MNIST"], "mnist"), (["FashionMNIST"], "fashion-mnist"), (["cifar-10-batches-py"], "cifar10"),
+    (["cifar-100-python"], "cifar100"), (["train", "val", "wnids.txt"], "tiny-imagenet"), (["train", "val"], "folder"),
+    (["train", "MNIST"], "folder"), ([], "folder"),
+])  # fmt: skip
+def test_a_data_set_is_known_by_what_lies_in_its_folder(tmp_path, entries, name):
+    for entry in entries:
+        (tmp_path / entry).mkdir()
+    assert dataset_of(str(tmp_path)) == name
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
@@ -204,6 +216,24 @@ def test_an_infinite_loss_stops_the_run_and_names_its_place(tmp_path, capsys):
     status, printed = run_and_read(arguments, capsys)
     assert status == 1
     assert "the loss of stage 1 is " in printed and "in epoch 1, step 2 " in printed and "\n" not in printed
+
+
+def test_a_device_without_room_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+
+    monkeypatch.setattr(Trainer, "one_step", full)
+    status, printed = run_and_read(["train", "--out", str(tmp_path / "run")], capsys)
+    assert status == 1 and printed == "sid train: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+@pytest.mark.parametrize("layout", ["shared", "stagewise"])
+def test_images_too_small_for_the_network_are_one_line(tmp_path, capsys, layout):
+    data = write_image_folder(tmp_path / "set")
+    words = ["train", "--data", str(data), "--cache", str(tmp_path / "cache"), "--image-size", "2", "--layout", layout]
+    status, printed = run_and_read(words, capsys)
+    line = "sid train: error: image_size must be at least 4x4 for simple_cnn, which pools twice, not 2x2"
+    assert (status, printed) == (2, line)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

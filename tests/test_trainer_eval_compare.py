@@ -55,6 +55,32 @@ def test_eval_finds_a_set_that_was_moved(tmp_path, capsys):
     assert accuracy == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}"
 
 
+@pytest.mark.parametrize(("other", "difference"), [
+    ({"size": (6, 6)}, "image_size [8, 8], not [6, 6]"),
+    ({"classes": ("a", "b")}, "class 1 'b c', not 'b'"),
+    ({"classes": ("a", "b c", "d")}, "class 2 None, not 'd'"),
+    ({"count": 7}, "train_images 16, not 14"),
+    ({"splits": ("test", "train")}, "pixel_mean ["),
+])  # fmt: skip
+def test_eval_and_resume_on_another_set_say_what_differs(tmp_path, capsys, other, difference):
+    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    data = write_image_folder(tmp_path / "set", count=8)
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(["train", "--data", str(data), *cache, *words]) == 0
+    write_image_folder(tmp_path / "other", **{"count": 8} | other)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for command in (["train", "--resume"], ["eval"]):
+        capsys.readouterr()
+        status = main([*command, str(tmp_path / "run"), "--data", str(tmp_path / "other"), *cache])
+        printed = capsys.readouterr().err
+        if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
+            assert status == 0  # other images of the same kind may well be looked at
+        else:
+            line = f"sid {command[0]}: error: {tmp_path / 'run'}: is of a run with {difference}"
+            assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
 # ---------------------------------------------------------------- compare
 
 SETTINGS = "--arch mlp --depth 2 --hidden-dim 16 --train-images 200 --batch-size 64 --epochs 2".split()
@@ -126,6 +152,19 @@ def test_a_comparison_that_was_killed_goes_on(whole, tmp_path, place):
         assert name not in done or (out / name / "last.pt").read_bytes() == done[name]
 
 
+def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
+    data, out = write_image_folder(tmp_path / "set", count=8), tmp_path / "out"
+    words = "compare --methods sid --seeds 0 --arch mlp --depth 2 --hidden-dim 8 --epochs 2 --batch-size 8".split()
+    words += ["--workers", "0", "--cache", tmp_path / "cache", "--out", out, "--data"]
+    status, _ = sid(*words, data, out=out, kill=("sid_trainer.trainer.Trainer.one_step", 4))
+    assert status == -9 and len(told(out / "stagewise-sid-seed0")) == 1
+    data.rename(tmp_path / "moved")
+    status, printed = sid(*words, tmp_path / "moved", "--save-every", "1", out=out)
+    assert status == 0, printed
+    config = json.loads((out / "stagewise-sid-seed0" / "config.json").read_text())
+    assert config["data"] == str(tmp_path / "moved") and config["save_every"] == 1
+
+
 def told(folder):
     return (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
 
@@ -154,6 +193,21 @@ def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch
     line = f"{out / NAMES[0]}: was run with {name} {saved}, not {asked}; choose another --out"
     assert capsys.readouterr().err == f"sid compare: error: {line}\n"
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    ("--label-noise 0 2", "label_noise must be in [0, 1], not 2.0"),
+    ("--val 1", "val must be in [0, 1), not 1.0"),
+    ("--arch vgg11 --layouts shared stagewise --depth 4", "depth must be 5 for a stagewise vgg11, not 4"),
+    ("--layouts shared stagewise --arch mlp --alpha 0.1,0.2,0.3,0.4",
+     "alpha must be one number or one for each of the 10 stages, not 4"),
+    ("--methods bp sid --arch mlp --depth 3 --alpha 0.1,0.2",
+     "alpha must be one number or one for each of the 3 stages, not 2"),
+])  # fmt: skip
+def test_what_no_cell_may_have_is_refused_before_the_first_is_begun(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.setattr("sid_trainer.compare.make_trainer", lambda *_: pytest.fail("begun"))
+    assert main(["compare", "--seeds", "0", *words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"sid compare: error: {line}\n" and not (tmp_path / "out").exists()
 
 
 def test_label_noise_and_layouts_are_cells_of_their_own(tmp_path, capsys):

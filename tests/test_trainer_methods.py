@@ -100,6 +100,22 @@ def test_the_three_forms_of_backpropagation_agree(layout):
         torch.testing.assert_close(result.logits, network(inputs).detach())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_updates_batch_norm_once(momentum):
+    inputs, targets = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
+    found = []
+    for checkpointed in (False, True):
+        network = make("vgg11", "stagewise", "bp")
+        norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = momentum
+        for _ in range(2):
+            _, grads = gradients(network, bp_step, inputs, targets, checkpointed=checkpointed)
+        assert len(norms) == 8 and all(norm.momentum == momentum for norm in norms)
+        found.append([*grads, *network.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_deep_supervision_and_greedy_against_their_definitions(layout):
     network = make("simple_cnn", layout, depth=3 if layout == "shared" else None)

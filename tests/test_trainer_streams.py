@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_trainer import build_network, capture, sid_step, step
@@ -176,6 +177,28 @@ def test_nothing_of_a_stage_runs_outside_its_stream():
     assert by_stage[0] == by_stage[1] == by_stage[2]
     for what in ("addmm.default", "threshold_backward.default", "_fused_adam_.default"):  # forward, backward, update
         assert f"aten.{what}" in by_stage[0]
+
+
+def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_stage_and_serves_all():
+    """It adds on the stream it was made on."""
+    network, inputs, targets = make("shared")
+    seen = []
+
+    class Marked(StageStreams):
+        def begin(self):
+            super().begin()
+            get_gradient_edge(features).node.metadata["made"] = "before the stages"
+
+    def look(stage, arguments):
+        seen.append(get_gradient_edge(arguments[0]).node.metadata.get("made"))
+
+    for stage in network.stages:
+        stage.register_forward_pre_hook(look)
+    features = network.extractor(inputs).detach().requires_grad_()
+    loss = {"divergence": "forward", "label_smoothing": 0.0}
+    streams = Marked("cpu", 3, Backend())
+    step.stage_by_stage(network, features, targets, [0.5] * 3, (), None, loss, torch.float32, streams)
+    assert seen == ["before the stages"] * 3 and features.grad is not None
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])

@@ -77,6 +77,10 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> li
     commutes with it, and where they tie at zero no gradient passes either way) on a quarter of the elements.
     """
 
+    height, width = image_size
+    if min(image_size) < 4:
+        raise ValueError(f"image_size must be at least 4x4 for simple_cnn, which pools twice, not {height}x{width}")
+
     def block(before: int, after: int, pooled: bool) -> nn.Sequential:
         pooling = [nn.MaxPool2d(2)] if pooled else []
         return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), *pooling, nn.ReLU(inplace=True))
@@ -164,6 +168,22 @@ TRUNKS: dict[str, tuple[Trunk, Sequence[int]]] = {  # and the numbers of stages 
 LAYOUTS = ("shared", "stagewise")
 
 
+def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
+    """The stages of a network that is not plain, `depth` if it is given. Raises ValueError for one it cannot have."""
+    for name, value, table in (("arch", arch, TRUNKS), ("layout", layout, LAYOUTS)):
+        if value not in table:
+            raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
+    depths = TRUNKS[arch][1]
+    if depth is None:
+        return SHARED_DEPTH if layout == "shared" else depths[0]
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    if layout == "stagewise" and depth not in depths:
+        allowed = ", ".join(map(str, sorted(depths))) if len(depths) < 9 else f"{min(depths)}..{max(depths)}"
+        raise ValueError(f"depth must be {allowed} for a stagewise {arch}, not {depth}")
+    return depth
+
+
 def build_network(
     arch: str = "simple_cnn",
     layout: str = "shared",
@@ -189,22 +209,15 @@ def build_network(
 
     Raises ValueError for a name that is not available and for sizes that make no network.
     """
-    for name, value, table in (("arch", arch, TRUNKS), ("layout", layout, LAYOUTS)):
-        if value not in table:
-            raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
+    depth = stage_count(arch, layout, depth)
     trunk, depths = TRUNKS[arch]
-    if depth is None:
-        depth = SHARED_DEPTH if layout == "shared" else depths[0]
     least = (
-        ("num_classes", num_classes, 2), ("in_channels", in_channels, 1), ("depth", depth, 1),
-        ("head_depth", head_depth, 0), ("hidden_dim", hidden_dim, 1), ("grid", grid, 1),
+        ("num_classes", num_classes, 2), ("in_channels", in_channels, 1), ("head_depth", head_depth, 0),
+        ("hidden_dim", hidden_dim, 1), ("grid", grid, 1),
     )  # fmt: skip
     for name, value, lowest in least:
         if value < lowest:
             raise ValueError(f"{name} must be at least {lowest}, not {value}")
-    if layout == "stagewise" and depth not in depths:
-        allowed = ", ".join(map(str, sorted(depths))) if len(depths) < 9 else f"{min(depths)}..{max(depths)}"
-        raise ValueError(f"depth must be {allowed} for a stagewise {arch}, not {depth}")
     example = torch.zeros(1, in_channels, *image_size)
     blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
     if layout == "stagewise" and not plain:

@@ -6,6 +6,7 @@ They are read with `weights_only`, so a file from elsewhere runs no code, and on
 import itertools
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +77,19 @@ def set_aside_damaged(folder: Path) -> Path | None:
         names = (folder / f"{LAST}.damaged{'' if i == 1 else i}" for i in itertools.count(1))
         return last.rename(next(name for name in names if not name.exists()))
     return None
+
+
+def check_same(place: Path, saved: dict, own: dict, names: Iterable[str]) -> None:
+    """Raises ValueError for the first of `names` that is another in what was saved at `place` than here."""
+    for name in names:
+        there, here = saved.get(name), own[name]
+        if there == here:
+            continue
+        if name == "classes" and there:  # there may be hundreds
+            first = len(os.path.commonprefix([there, here]))
+            name = f"class {first}"
+            there, here = (next(iter(classes[first:]), None) for classes in (there, here))
+        raise ValueError(f"{place}: is of a run with {name} {there!r}, not {here!r}")
 
 
 def read(file: Path) -> dict:

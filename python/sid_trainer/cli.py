@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from torch import OutOfMemoryError
+
 from .architectures import LAYOUTS, TRUNKS
 from .checkpoint import LAST, PREVIOUS
 from .data import DATASETS
@@ -168,11 +170,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, metavar="SECONDS", help="of silence that end a run " + default("timeout"))
 
 
+HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
+    "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
+    "cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100",
+}  # fmt: skip
+
+
 def dataset_of(path: str | None) -> str:
     """What lies at --data, where --dataset does not say."""
     if path is None:
         return "digits"
-    return "mnist" if (Path(path) / "MNIST").is_dir() and not (Path(path) / "train").is_dir() else "folder"
+    return next((name for entry, name in HOLDS.items() if (Path(path) / entry).exists()), "folder")
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -309,6 +317,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (NonFiniteLoss, LostRank) as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except OutOfMemoryError as error:
+        print(f"{prog}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except SystemExit as end:
         return end.code

@@ -9,7 +9,7 @@ from pathlib import Path
 from .checkpoint import LAST, PREVIOUS
 from .files import write_atomically
 from .report import as_markdown, comparison_table, load_runs, write_report
-from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run
+from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run, stage_alphas
 
 TABLE = "table"
 
@@ -26,12 +26,14 @@ def compare(
     """
     cells = list(planned(base, out, methods, layouts, seeds, noises))
     for folder, run in cells:  # before the first is begun
+        stage_alphas(run)
         check(folder, run)
     for i, (folder, run) in enumerate(cells, 1):
         if epochs_done(folder) < run.epochs:
             print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)
             begun = (folder / LAST).exists() or (folder / PREVIOUS).exists()
-            (resumed(folder) if begun else make_trainer(run, folder)).fit()
+            moved = {name: getattr(run, name) for name in MOVABLE}
+            (resumed(folder, **moved) if begun else make_trainer(run, folder)).fit()
     folders = [folder for folder, _ in cells]
     return write_table(folders, out, command)
 

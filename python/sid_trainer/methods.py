@@ -5,12 +5,15 @@ detach. `bp` backpropagates the last cross-entropy through the whole network; `b
 on the way back in place of holding it, `bp-accumulate` sums the gradients of parts of the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.utils.checkpoint import checkpoint
@@ -36,14 +39,13 @@ def bp_step(
 ) -> StepResult:
     """Backpropagation of the last stage's cross-entropy through the whole network.
 
-    checkpointed: hold only what passes between blocks, and run each block again in the backward pass;
-        batch-norm then updates its statistics twice.
+    checkpointed: hold only what passes between blocks, and run each block again in the backward pass.
     parts: run the batch in so many parts, one after the other; batch-norm then sees a part at a time.
     """
     check_owned(optimizers, network)
     clear_gradients(optimizers)
     total, outputs = torch.zeros((), device=inputs.device), []
-    call = {"call": partial(checkpoint, use_reentrant=False)} if checkpointed else {}
+    call = {"call": run_again_backward} if checkpointed else {}
     parts = max(1, min(parts, len(inputs) // 2))  # batch-norm needs two examples
     for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
         with autocast(inputs, dtype):
@@ -54,6 +56,26 @@ def bp_step(
         outputs.append(logits.detach())
     update(optimizers)
     return StepResult(total.reshape(1), torch.cat(outputs))
+
+
+def run_again_backward(module: nn.Module, *inputs: Tensor) -> Any:
+    return checkpoint(
+        module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), unchanged_statistics(module))
+    )
+
+
+@contextmanager
+def unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it batch-norm, which has seen this batch already, keeps its running statistics as they are."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, kept in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 def deep_supervision_step(

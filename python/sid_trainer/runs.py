@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .architectures import build_network
+from .architectures import build_network, stage_count
 from .batches import Batches
-from .checkpoint import load_checkpoint
+from .checkpoint import check_same, load_checkpoint
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .methods import BACKPROPAGATED, LOCAL
@@ -63,6 +63,12 @@ class RunConfig(TrainConfig):
         if self.stages_per_rank is not None:
             object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
         check_parallel(self)
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise must be in [0, 1], not {self.label_noise}")
+        if not 0 <= self.val < 1:
+            raise ValueError(f"val must be in [0, 1), not {self.val}")
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
         if self.crop is not None and self.crop < 0:
             raise ValueError(f"crop must be 0 or more, not {self.crop}")
         if self.flip and self.dataset in ("digits", "mnist"):
@@ -117,12 +123,27 @@ def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ..
 
 
 def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
-    """One alpha for each of `depth` stages."""
+    """One alpha for each of `depth` stages. Raises ValueError for another number of them."""
     alpha = parse_alpha(alpha)
+    if isinstance(alpha, tuple) and len(alpha) != depth:
+        raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alpha)}")
     if isinstance(alpha, str):
         first, last = map(float, alpha.split(":"))
         return torch.linspace(first, last, depth, dtype=torch.float64).tolist()
     return [alpha] * depth if isinstance(alpha, float | int) else list(alpha)
+
+
+def is_plain(run: RunConfig) -> bool:
+    """Whether its network is the backbone with one classifier."""
+    return run.layout == "stagewise" and run.method in BACKPROPAGATED
+
+
+def stage_alphas(run: RunConfig) -> list[float]:
+    """One for each stage of a run's network. Raises ValueError for a depth, or a number of alphas, it cannot have."""
+    depth = stage_count(run.arch, run.layout, run.depth)
+    if run.method == "sid":
+        return alpha_by_depth(run.alpha, depth)
+    return [1.0] * (1 if is_plain(run) else depth)  # a cross-entropy alone
 
 
 def make_data(run: RunConfig) -> ImageData:
@@ -148,27 +169,24 @@ def make_data(run: RunConfig) -> ImageData:
 def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> SIDNetwork:
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
-        plain=run.layout == "stagewise" and run.method in BACKPROPAGATED, head_depth=run.head_depth,
-        hidden_dim=run.hidden_dim, grid=run.grid,
+        plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
     )  # fmt: skip
 
 
 def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False) -> Trainer:
     """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
     the same time."""
+    alphas = stage_alphas(run)
     place = meet(run)
     data = make_data(run)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    depth = len(network.stages)
     own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
-    own["alpha"] = alpha_by_depth(run.alpha, depth)
-    if run.method != "sid":  # cross-entropies alone; what is said of their stages is said by that loss
-        own |= {"alpha": [1.0] * depth, "divergence": "forward"}
+    own["alpha"] = alphas
+    if run.method != "sid":  # what is said of their stages is said by their loss, too
+        own["divergence"] = "forward"
     about = dataclasses.asdict(run) | {
-        "crop": data.crop, "flip": data.flip, "classes": data.classes, "depth": depth,
-        "in_channels": data.in_channels, "image_size": list(data.image_size), "train_images": len(data.train.labels),
-        "run": dataclasses.asdict(run),
+        "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
     }  # fmt: skip
     if place is None:
         return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
@@ -240,6 +258,8 @@ def evaluated(place: Path, **moved) -> dict:
     network, run, about = trained_network(place)
     run = dataclasses.replace(run, **{name: value for name, value in moved.items() if value is not None})
     data, dtype = make_data(run), DTYPES[run.dtype]
+    own = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
+    check_same(place, about, own, own)
     mean, std = torch.tensor(about["pixel_mean"]), torch.tensor(about["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
     options = {"divergence": about["divergence"], "label_smoothing": run.label_smoothing, "dtype": dtype}

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
 from sid_kernels import CascadeWeights, fused_local_loss, local_loss_and_grad, refine_cascade_and_grad
@@ -107,6 +108,7 @@ def stage_by_stage(
     the first of them reads, uniform unless stages elsewhere came before."""
     prior, losses = network.uniform(features) if prior is None else prior, []
     streams = streams or InTurn()
+    summing = features.requires_grad and get_gradient_edge(features)  # adds up their gradients, on this stream
     streams.begin()
     for i, stage in enumerate(network.stages):
         with streams.stage(i):  # after what the stage before it hands on, not after its backward and update
@@ -121,6 +123,7 @@ def stage_by_stage(
         prior = teachers[i] if teachers else result.belief
         features = seen if seen is features else seen.detach()  # shared by all stages, or cut from the stage before
     streams.join()
+    del summing  # held until here: a later stage would make it anew, on its own stream
     return torch.stack(losses), logits.detach()
 
 

@@ -28,8 +28,9 @@ class InTurn:
 class StageStreams(InTurn):
     """A stream a stage; autograd runs each backward on the stream of its forward, so whole stages are placed.
 
-    Gradients of features that stages share are added up in stage order as long as one AccumulateGrad node of the leaf
-    lives through all stages: it adds on the stream it was made on, the first stage's, in the order it was asked to.
+    Gradients of features that stages share are added up on the caller's stream, in stage order: autograd adds on the
+    stream that was current when the leaf's AccumulateGrad node was made, so the step makes it before the first stage
+    and holds it. Each `backward` has that stream wait for the stage's gradient, and the stage's own stream for the sum.
 
     No memory is reused too early, though tensors pass between streams without `record_stream`: each stage's stream
     takes its next work after `begin` of the next step, which comes after `join`, so a block freed in between is given

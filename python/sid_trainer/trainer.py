@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Batches, pixel_statistics
 from .capture import capture
-from .checkpoint import load_checkpoint, save_checkpoint, set_aside_damaged
+from .checkpoint import check_same, load_checkpoint, save_checkpoint, set_aside_damaged
 from .data import ImageData
 from .evaluation import means, tally
 from .logs import Log
@@ -26,6 +26,7 @@ from .network import SIDNetwork
 from .step import SCHEDULES
 from .streams import stage_streams
 
+DATA = ("classes", "in_channels", "image_size", "train_images", "pixel_mean")  # what tells whether data are the same
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -123,6 +124,10 @@ class Trainer:
         statistics = mean, std = pixel_statistics(data.train.images)
         about = {**(about or {}), **asdict(config), "alpha": self.alphas, "num_parameters": parameters}
         about |= {
+            "classes": data.classes,
+            "in_channels": data.in_channels,
+            "image_size": data.image_size,
+            "train_images": len(data.train.labels),
             "pixel_mean": mean.tolist(),
             "pixel_std": std.tolist(),
             "threads": torch.get_num_threads(),
@@ -340,10 +345,8 @@ class Trainer:
         """
         place = self.folder if place is None else Path(place)
         state = load_checkpoint(place)
-        for name, own in asdict(self.config).items():
-            saved, own = state["config"].get(name), self.about[name]
-            if saved != own and name not in ("device", "workers", "save_every"):
-                raise ValueError(f"{place}: is of a run with {name} {saved!r}, not {own!r}")
+        settings = [name for name in asdict(self.config) if name not in ("device", "workers", "save_every")]
+        check_same(place, state["config"], self.about, (*settings, *DATA))
         if odd := unlike(state["network"], self.network.state_dict()):
             raise ValueError(f"{place}: is of another network ({odd})")
         for name in ("threads", "torch"):
