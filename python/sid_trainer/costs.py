@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .memory import SavedBytes
 from .methods import make_optimizers
 from .network import SIDNetwork, at_least_float32
-from .step import autocast, clear_gradients, stage_by_stage
+from .step import autocast, clear_gradients, stage_by_stage, update
 from .streams import InTurn
 
 WARM = 2  # rounds before those that count
@@ -90,9 +90,7 @@ def measure_stages(
     if not isinstance(network.extractor, nn.Identity):
         raise ValueError("network must be stagewise: the stages of a shared extractor cannot be owned by ranks")
     with measured_copy(network, inputs.device, rounds) as network:
-        optimizers = make_optimizers(
-            network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay, fused=False
-        )
+        optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay, fused=False)
         loss = {"divergence": "forward", "label_smoothing": 0.0}
         clock = Clock(inputs.device, len(network.stages))
         timed = [None, *(TimedOptimizer(clock, one, i) for i, one in enumerate(optimizers[1:]))]
@@ -100,7 +98,7 @@ def measure_stages(
         for _ in range(WARM + rounds):
             clock.begin_round()
             for i, one in enumerate(timed[1:]):
-                clock.time("update", i, lambda one=one: clear_gradients([one]))
+                clock.time("update", i, clear_gradients, [one])
             stage_by_stage(network, inputs, targets, alphas, timed, None, loss, dtype, clock)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
         for i, stage in enumerate(network.stages):
@@ -139,18 +137,17 @@ def measure_blocks(
             clock.begin_round()
             features, read, made = inputs, [], []
             for i, block in enumerate(blocks):
-                clock.time("update", i, lambda i=i: clear_gradients(optimizers[i]))
+                clock.time("update", i, clear_gradients, optimizers[i])
                 read.append(features.detach().requires_grad_(i > 0))
-                made.append(clock.time("forward", i, lambda i=i, block=block: forward(block, read[i])))
+                made.append(clock.time("forward", i, forward, block, read[i]))
                 features = made[-1]
             gradient = None
             for i in reversed(range(len(blocks))):
                 if i > 0:
-                    clock.time("backward_input", i, lambda i=i, gradient=gradient: torch.autograd.grad(
-                        made[i], read[i], gradient, retain_graph=True))  # fmt: skip
-                clock.time("backward", i, lambda i=i, gradient=gradient: made[i].backward(gradient))
+                    clock.time("backward_input", i, torch.autograd.grad, made[i], read[i], gradient, True)
+                clock.time("backward", i, made[i].backward, gradient)
                 gradient, made[i] = read[i].grad, made[i].detach()
-                clock.time("update", i, lambda i=i: [one.step() for one in optimizers[i] if one])
+                clock.time("update", i, update, optimizers[i])
         costs = []
         for i, block in enumerate(blocks):
             with SavedBytes(block.parameters()) as saved:
@@ -198,9 +195,9 @@ class Clock(InTurn):
         parts = self.rounds[-1][i]
         parts[part] = parts.get(part, 0.0) + seconds
 
-    def time(self, part: str, i: int, call: Callable):
+    def time(self, part: str, i: int, call: Callable, *arguments):
         start = self.now()
-        result = call()
+        result = call(*arguments)
         self.add(part, i, self.now() - start)
         return result
 

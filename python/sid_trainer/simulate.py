@@ -54,7 +54,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came out: `busy` seconds and `held` bytes (activations, at most at once; messages are not counted) a rank."""
+    """What came out. By rank: `busy` seconds, and the most bytes of activations `held` at once (without messages)."""
 
     schedule: str
     batches: int
