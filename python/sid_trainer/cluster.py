@@ -93,6 +93,8 @@ def outlook(
     for name, value in (("batches", batches), ("rounds", rounds), ("in_flight", in_flight), ("ranks", min(ranks))):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: not a folder")
     with torch.random.fork_rng([]):
         stages = len(measured.network(plain=False).stages)
     balanced([1.0] * stages, max(ranks))
