@@ -11,11 +11,12 @@ import torch
 from .architectures import build_network, stage_count
 from .batches import Batches
 from .checkpoint import check_same, load_checkpoint
+from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .methods import BACKPROPAGATED, LOCAL
 from .network import SIDNetwork
-from .processes import PARALLEL, Place, join, own_device, refuse, world_size
+from .processes import PARALLEL, Place, join, own_device, refuse, tell_all, world_size
 from .splits import with_label_noise, with_subset, with_validation
 from .trainer import DTYPES, TrainConfig, Trainer
 
@@ -193,7 +194,7 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     from .parallel import ParallelTrainer
 
     own["device"] = own_device(run.device)
-    parts = stages_of_ranks(run, network, place) if run.parallel == "stage" else None
+    parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
     return ParallelTrainer(
         network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, about=about,
         quiet=quiet,
@@ -210,14 +211,21 @@ def meet(run: RunConfig) -> Place | None:
     return join(run.parallel, settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
 
 
-def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place) -> list[range]:
-    """Consecutive stages for each rank of the pipeline."""
+def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
+    """Consecutive stages for each rank of the pipeline, balanced by what they cost on the first one's machine."""
     depth = len(network.stages)
     if depth < place.stages:
         refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
     counts = run.stages_per_rank
     if counts is None:
-        counts = [depth // place.stages + (i < depth % place.stages) for i in range(place.stages)]
+        seconds = None
+        if place.rank == 0 and place.stages > 1:
+            shape = run.batch_size // place.replicas, *data.image_size, data.in_channels
+            inputs = torch.zeros(shape).permute(0, 3, 1, 2)
+            labels = torch.zeros(len(inputs), dtype=torch.int64)
+            costs = measure_stages(network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3)
+            seconds = [cost.seconds for cost in costs]
+        counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
     if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
         refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")
     edges = [0, *accumulate(counts)]
