@@ -12,7 +12,7 @@ from .architectures import LAYOUTS, TRUNKS
 from .checkpoint import LAST, PREVIOUS
 from .data import DATASETS
 from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
-from .processes import PARALLEL, LostRank, leave, restarted
+from .processes import PARALLEL, LostRank, leave, restarted, speaks
 from .runs import MOVABLE, RunConfig
 from .simulate import SCHEDULES as PIPELINES
 from .step import SCHEDULES
@@ -362,7 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{prog}: error: this needs the package {error.name!r}, which is not installed", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except (NonFiniteLoss, LostRank) as error:
         print(f"{prog}: {error}", file=sys.stderr)

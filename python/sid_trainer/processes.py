@@ -70,6 +70,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def speaks() -> bool:
+    """Whether this process tells what is wrong: before they have met, all find the same wrong in the same command."""
+    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
+        return True
+    time.sleep(1)  # the first process that ends makes torchrun end the others: let it not be before the one that speaks
+    return False
+
+
 def own_device(name: str) -> str:
     """`auto` and `cuda` are the GPU that has this process's local rank, where there are GPUs."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -129,7 +137,7 @@ def refuse(place: Place, message: str) -> None:
     """What every rank found wrong is said by one."""
     if place.rank == 0:
         raise ValueError(message)
-    time.sleep(1)  # the first rank that ends makes torchrun end the others: let it be the one that speaks
+    time.sleep(1)  # as in `speaks`
     raise SystemExit(2)
 
 
