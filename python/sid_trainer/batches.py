@@ -16,18 +16,22 @@ SAMPLE = 2048  # images the pixel statistics are taken from; of CIFAR-10 that is
 
 
 class Batches:
-    """Float batches of one split: (B, C, H, W) in channels-last memory, scaled to mean 0 and deviation 1 a channel.
+    """Float batches of one split: (B, C, H, W), in channels-last memory unless that is False, scaled to mean 0 and
+    deviation 1 a channel.
 
     A single image left over joins the batch before it: batch-norm cannot learn from one.
     `mean` and `std` (C,) are in pixel units. Images in memory move to `device` once; image files are decoded by
     `workers` processes, 0 meaning this one. Raises DataError where the device has no room for the images, and while
-    iterating over files that cannot be read.
+    iterating over files that cannot be read. `share` (r, n) takes every n-th image of each batch, from the r-th on, as
+    they come where one process takes them all.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, device: torch.device, mean: Tensor, std: Tensor, workers: int = 0
-    ):
+        self, split: Split, batch_size: int, device: torch.device, mean: Tensor, std: Tensor, workers: int = 0, *,
+        channels_last: bool = True, share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
         self.batch_size, self.device, self.workers = batch_size, device, workers
+        self.channels_last, self.share = channels_last, share
         try:
             self.images = split.images if isinstance(split.images, ImageFiles) else split.images.to(device)
         except torch.OutOfMemoryError as error:
@@ -38,8 +42,18 @@ class Batches:
         self.scale, self.shift = ((row / std).repeat(width).to(device) for row in (torch.ones_like(mean), -mean))
 
     def __len__(self) -> int:
+        return len(self.sizes())
+
+    def sizes(self) -> list[int]:
+        """Images in each whole batch."""
         count, size = len(self.labels), self.batch_size
-        return -(-count // size) - (count > size and count % size == 1)
+        number = -(-count // size) - (count > size and count % size == 1)
+        return [size] * (number - 1) + [count - size * (number - 1)]
+
+    def indices(self, order: Tensor, start: int) -> Sequence[Tensor]:
+        """This share of batches start, start + 1, ... of images in that order."""
+        first, every = self.share
+        return [index[first::every] for index in order.split(self.sizes())[start:]]
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of every batch, as they lie in the split."""
@@ -54,20 +68,41 @@ class Batches:
         order = torch.randperm(len(self.labels), generator=seeded(seed, ORDER, epoch))
         for t, (images, labels) in enumerate(self.pixels(order, start), start):
             if crop or flip:
-                images = cropped_and_flipped(images, crop, flip, seeded(seed, CROPS, epoch, t))
+                images = cropped_and_flipped(
+                    images, crop, flip, seeded(seed, CROPS, epoch, t), self.sizes()[t], self.share
+                )
             yield self.normalised(images), labels
 
     def pixels(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, H, W, C) uint8, labels (B,)) in that order, without the first `start` batches."""
-        cuts = [i * self.batch_size for i in range(1, len(self))]
-        there = order.to(self.device).tensor_split(cuts)[start:]
-        here = order.tensor_split(cuts)[start:] if isinstance(self.images, ImageFiles) else there
-        for images, index in zip(chosen(self.images, here, self.workers, self.device), there, strict=True):
+        here = self.indices(order, start)
+        there = self.indices(order.to(self.device), start)
+        wanted = here if isinstance(self.images, ImageFiles) else there
+        for images, index in zip(chosen(self.images, wanted, self.workers, self.device), there, strict=True):
             yield images, self.labels[index]
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, C) -> float32 (B, C, H, W)."""
-        return images.flatten(2).float().mul_(self.scale).add_(self.shift).view(images.shape).permute(0, 3, 1, 2)
+        scaled = images.flatten(2).float().mul_(self.scale).add_(self.shift).view(images.shape).permute(0, 3, 1, 2)
+        return scaled if self.channels_last else scaled.contiguous()
+
+
+class Labels(Batches):
+    """The labels alone of the same batches, for a process that gets its features from another: inputs are None."""
+
+    def __init__(self, split: Split, batch_size: int, device: torch.device, share: tuple[int, int] = (0, 1)):
+        self.batch_size, self.device, self.share = batch_size, device, share
+        self.labels = split.labels.to(device)
+
+    def in_order(self) -> Iterator[tuple[None, Tensor]]:
+        return self.chosen(torch.arange(len(self.labels)), 0)
+
+    def shuffled(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[None, Tensor]]:
+        return self.chosen(torch.randperm(len(self.labels), generator=seeded(seed, ORDER, epoch)), start)
+
+    def chosen(self, order: Tensor, start: int) -> Iterator[tuple[None, Tensor]]:
+        for index in self.indices(order.to(self.device), start):
+            yield None, self.labels[index]
 
 
 def chosen(
@@ -99,19 +134,24 @@ def pixel_statistics(images: Tensor | ImageFiles, workers: int = 0) -> tuple[Ten
     return mean.float(), variance.clamp_min(1e-6).sqrt().float()  # a constant channel becomes all zeros
 
 
-def cropped_and_flipped(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
+def cropped_and_flipped(
+    images: Tensor, crop: int, flip: bool, generator: torch.Generator, whole: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Tensor:  # fmt: skip
     """Zero-pad uint8 images (B, H, W, C) by `crop`, cut an H x W window at random from each, mirror half of them.
+    Where they are a share of a batch of `whole` images, they get the windows that they have in it.
 
     Window and mirror are one gather of whole pixels: index_select copies each at once, 3 times as fast on a CPU as
     indexing with rows and columns.
     """
     count, height, width, channels = images.shape
+    whole = count if whole is None else whole
     draws = torch.cat(
         [
-            torch.randint(0, 2 * crop + 1, (2, count, 1), generator=generator),  # top and left, in padded pixels
-            (torch.rand(1, count, 1, generator=generator) < (0.5 if flip else 0)).long(),
+            torch.randint(0, 2 * crop + 1, (2, whole, 1), generator=generator),  # top and left, in padded pixels
+            (torch.rand(1, whole, 1, generator=generator) < (0.5 if flip else 0)).long(),
         ]
-    )
+    )[:, share[0] :: share[1]]
     top, left, mirror = draws.to(images.device, non_blocking=True)  # one copy that the device is not waited for
     image, rows, columns = (torch.arange(n, device=images.device) for n in (count, height, width))
     columns = torch.where(mirror.bool(), columns.flip(0), columns) + left  # (B, W)

@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import OutOfMemoryError
 
 from .architectures import LAYOUTS, TRUNKS
+from .checkpoint import LAST, PREVIOUS
 from .data import DATASETS
 from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
-from .runs import RunConfig
+from .processes import PARALLEL, LostRank, leave, restarted
+from .runs import MOVABLE, RunConfig
 from .step import SCHEDULES
 from .trainer import DTYPES, Interrupted, NonFiniteLoss
 
@@ -159,6 +161,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--graph", action=argparse.BooleanOptionalAction, help="on a GPU, the step as one CUDA graph (default: no)")
     add("--save-every", type=int, metavar="STEPS", help="also save within epochs")
 
+    processes = parser.add_argument_group("many processes, started by torchrun")
+    add = processes.add_argument
+    add("--parallel", choices=PARALLEL, help="share every batch, or the stages as a pipeline " + default("parallel"))
+    add("--replicas", type=int, help="pipelines side by side, sharing every batch " + default("replicas"))
+    add("--stages-per-rank", type=int, nargs="+", metavar="N", help="(default: balanced by what the stages cost)")
+    add("--in-flight", type=int, help="batches on their way between two ranks " + default("in_flight"))
+    add("--timeout", type=float, metavar="SECONDS", help="of silence that end a run " + default("timeout"))
+
 
 HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
     "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
@@ -182,7 +192,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 def run_train(args: argparse.Namespace) -> None:
     from .memory import keep_freed_memory
-    from .runs import MOVABLE, make_trainer, resumed, run_config
+    from .runs import resumed, run_config
 
     keep_freed_memory()
     if hasattr(args, "resume"):
@@ -190,23 +200,41 @@ def run_train(args: argparse.Namespace) -> None:
         if fixed := sorted(given - set(MOVABLE)):
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run has its settings")
         trainer = resumed(args.resume, **{name: getattr(args, name) for name in given})
-        print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
+        if trainer.records:
+            print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
     else:
         run = run_config(**{name: value for name, value in settings(args).items()})
         folder = getattr(args, "out", Path(f"runs/{run.dataset}-{run.method}"))
-        if (folder / "config.json").exists() and not hasattr(args, "overwrite"):
-            raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
-        trainer = make_trainer(run, folder)
-        for stale in ("last.pt", "previous.pt", PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
-            (folder / stale).unlink(missing_ok=True)
+        trainer = begun(run, folder, hasattr(args, "overwrite"))
+    if trainer.records:
+        introduce(trainer)
+    trainer.fit()
+    if trainer.records:
+        show(trainer.folder)
+
+
+def introduce(trainer) -> None:
     about, data = trainer.about, trainer.data
     print(
         f"{about['method']} on {about['dataset']}: {len(data.train.labels)} training and {len(data.test.labels)} test"
         f" images, {about['arch']} {about['layout']}, {about['depth']} stages, {about['num_parameters']:,} parameters,"
         f" {about['dtype']} on {trainer.device}"
     )
-    trainer.fit()
-    show(trainer.folder)
+
+
+def begun(run: RunConfig, folder: Path, overwrite: bool):
+    """The trainer of a new run; or, where torchrun starts a process anew, of what the lost one had saved."""
+    from .runs import make_trainer, resumed
+
+    if restarted() and any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        return resumed(folder, **{name: getattr(run, name) for name in MOVABLE})
+    if (folder / "config.json").exists() and not (overwrite or restarted()):
+        raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
+    trainer = make_trainer(run, folder)
+    if trainer.records:
+        for stale in (LAST, PREVIOUS, PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
+            (folder / stale).unlink(missing_ok=True)
+    return trainer
 
 
 def show(folder: Path) -> None:
@@ -287,13 +315,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, LostRank) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except OutOfMemoryError as error:
         print(f"{prog}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    except SystemExit as end:
+        return end.code
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
+    finally:
+        leave()
     return 0

@@ -49,7 +49,7 @@ class Log:
             for name, value in row.items():
                 numbers = enumerate(value, 1) if isinstance(value, list) else [(None, value)]
                 for stage, number in numbers:
-                    if number is not None and name != "epoch":
+                    if isinstance(number, int | float) and name != "epoch":
                         self.board.add_scalar(f"{name}/{stage}" if stage else name, number, row["epoch"])
         if not self.quiet:
             if not self.head:

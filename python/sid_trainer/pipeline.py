@@ -54,7 +54,7 @@ def layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Lay
 
 
 class Link(InTurn):
-    """What lies between a rank's stages and its neighbours': receives are posted ahead, sends wait for nothing but room.
+    """What lies between a rank's stages and its neighbours': receives are posted ahead, sends wait only for room.
 
     At most `in_flight` batches are on their way to a rank, and as many are kept by the one that sent them: a rank that
     is further ahead waits. As `streams` of the step it sends right after the forward of the rank's last stage, so that

@@ -5,7 +5,6 @@ other besides batches. Nothing here knows how a network is trained.
 import io
 import os
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -179,13 +178,11 @@ class Reports:
             dist.recv(content, rank, group=self.place.control, tag=STATE)
         return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
-    def gather(self, own: Any, merge: Callable[[list[Any]], Any]) -> Any:
-        """On the recorder `merge` of what every rank told, in rank order; elsewhere None."""
+    def gather(self, own: Any) -> list[Any] | None:
+        """On the recorder what every rank told, in their order; elsewhere None."""
         if not self.place.records:
-            self.tell(own)
-            return None
-        every = [own if rank == self.place.rank else self.hear(rank) for rank in range(self.place.size)]
-        return merge(every)
+            return self.tell(own)
+        return [own if rank == self.place.rank else self.hear(rank) for rank in range(self.place.size)]
 
 
 def leave() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from .batches import Batches
 from .checkpoint import check_same, load_checkpoint
 from .data import ImageData, load_data
 from .evaluation import evaluate
-from .methods import BACKPROPAGATED
+from .methods import BACKPROPAGATED, LOCAL
 from .network import SIDNetwork
+from .processes import PARALLEL, Place, join, own_device, refuse, world_size
 from .splits import with_label_noise, with_subset, with_validation
 from .trainer import DTYPES, TrainConfig, Trainer
 
@@ -49,6 +51,11 @@ class RunConfig(TrainConfig):
     hidden_dim: int = 256
     grid: int = 4
     alpha: float | str | Sequence[float] = 0.5  # also a text that `alpha_by_depth` takes
+    parallel: str = "none"  # how the processes that torchrun started share the work
+    replicas: int = 1  # of the pipeline, each with a share of every batch
+    stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
+    in_flight: int = 2  # batches on their way between two ranks
+    timeout: float = 600.0  # seconds after which a silent rank counts as lost
 
     def __post_init__(self):
         object.__setattr__(self, "alpha", parse_alpha(self.alpha))
@@ -59,6 +66,9 @@ class RunConfig(TrainConfig):
             raise ValueError(f"val must be in [0, 1), not {self.val}")
         if self.train_images is not None and self.train_images < 1:
             raise ValueError(f"train_images must be at least 1, not {self.train_images}")
+        if self.stages_per_rank is not None:
+            object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
+        check_parallel(self)
         if self.crop is not None and self.crop < 0:
             raise ValueError(f"crop must be 0 or more, not {self.crop}")
         if self.flip and self.dataset in ("digits", "mnist"):
@@ -67,8 +77,27 @@ class RunConfig(TrainConfig):
             raise ValueError("data means nothing for digits; the other data sets read files")
 
 
+def check_parallel(run: RunConfig) -> None:
+    if run.parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, not {run.parallel!r}")
+    for name, lowest in {"replicas": 1, "in_flight": 1, "timeout": 1}.items():
+        if getattr(run, name) < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
+    if run.parallel != "stage":
+        if run.replicas > 1 or run.stages_per_rank is not None:
+            raise ValueError(f"replicas and stages_per_rank mean something for parallel 'stage', not {run.parallel!r}")
+    elif run.layout != "stagewise" or run.method not in LOCAL or run.schedule != "one-pass":
+        raise ValueError(
+            "parallel 'stage' needs layout 'stagewise', method 'sid' or 'greedy' and schedule 'one-pass', not"
+            f" {run.layout!r}, {run.method!r}, {run.schedule!r}"
+        )
+    if run.parallel == "data" and run.method == "bp-checkpoint":
+        raise ValueError("parallel 'data' cannot recompute in the backward pass: method must not be 'bp-checkpoint'")
+
+
 # Settings that say where and with what help a run is made; all others make it another run.
-MOVABLE = ("data", "cache", "download", "device", "workers", "save_every")
+PROCESSES = ("parallel", "replicas", "stages_per_rank", "in_flight", "timeout")
+MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROCESSES)
 
 
 def run_config(**given) -> RunConfig:
@@ -145,7 +174,9 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
 
 
 def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False) -> Trainer:
-    """The trainer of a run that has not begun; the seed draws its network."""
+    """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
+    the same time."""
+    place = meet(run)
     alphas, data = stage_alphas(run), make_data(run)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
@@ -156,7 +187,40 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     about = dataclasses.asdict(run) | {
         "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
     }  # fmt: skip
-    return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
+    if place is None:
+        return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
+    from .parallel import ParallelTrainer
+
+    own["device"] = own_device(run.device)
+    parts = stages_of_ranks(run, network, place) if run.parallel == "stage" else None
+    return ParallelTrainer(
+        network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, about=about,
+        quiet=quiet,
+    )  # fmt: skip
+
+
+def meet(run: RunConfig) -> Place | None:
+    if run.parallel == "none":
+        if world_size() > 1:
+            raise ValueError(f"parallel must say how {world_size()} processes share the work: data or stage, not none")
+        return None
+    settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
+    settings |= {name: getattr(run, name) for name in PROCESSES}
+    return join(run.parallel, settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
+
+
+def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place) -> list[range]:
+    """Consecutive stages for each rank of the pipeline."""
+    depth = len(network.stages)
+    if depth < place.stages:
+        refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
+    counts = run.stages_per_rank
+    if counts is None:
+        counts = [depth // place.stages + (i < depth % place.stages) for i in range(place.stages)]
+    if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
+        refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")
+    edges = [0, *accumulate(counts)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def saved_run(place: Path) -> tuple[RunConfig, dict]:
@@ -169,9 +233,11 @@ def saved_run(place: Path) -> tuple[RunConfig, dict]:
 
 
 def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
-    """The trainer of a run as its checkpoint has it; `moved`: settings that say where things are now."""
+    """The trainer of a run as its checkpoint has it; `moved`: settings that say where things are now, and how many
+    processes go on with it (one, unless said)."""
     run, _ = saved_run(place)
-    moved = {name: value for name, value in moved.items() if value is not None}
+    alone = {name: getattr(RunConfig, name) for name in PROCESSES}
+    moved = alone | {name: value for name, value in moved.items() if value is not None}
     trainer = make_trainer(dataclasses.replace(run, **moved), place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)
     return trainer

@@ -19,8 +19,7 @@ class InTurn:
         return nullcontext()
 
     def hand_on(self, features: Tensor, belief: Tensor) -> None:
-        """Called within a stage, before its backward and update: what it made for the next one, from here on complete.
-        """
+        """Called within a stage, before its backward and update: what it made for the next one is complete."""
 
     def join(self) -> None:
         """What is asked for from here on comes after all stages."""

@@ -136,7 +136,8 @@ class Trainer:
         self.about = json.loads(json.dumps(about, default=str))
         parts = {"train": data.train, "test": data.test, "val": data.validation}
         self.batches = {
-            name: Batches(split, config.batch_size, self.device, *statistics, workers=config.workers)
+            name: Batches(split, config.batch_size, self.device, *statistics, workers=config.workers,
+                          channels_last=config.channels_last)
             for name, split in parts.items() if split is not None
         }  # fmt: skip
         self.optimizers = make_optimizers(
@@ -209,7 +210,7 @@ class Trainer:
                     pending, start = [], now
                     right.zero_()
                     seen = images if self.step == steps else self.step * config.batch_size
-                    memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if inputs.is_cuda else ""
+                    memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if targets.is_cuda else ""
                     loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / seen
                     bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
                     bar.update(seen - done)

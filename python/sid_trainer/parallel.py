@@ -1,0 +1,296 @@
+"""A trainer that is one of many processes: replicas share every batch, ranks of the pipeline share the stages.
+
+The run's folder is that of one process: the same checkpoints, readable whatever number of processes goes on with them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .batches import Labels
+from .checkpoint import save_checkpoint
+from .evaluation import judged
+from .methods import make_step
+from .network import SIDNetwork, at_least_float32
+from .pipeline import Link, layouts
+from .processes import Place, Reports, refuse, watching
+from .stacked import stacked_stages
+from .step import StepResult, autocast, clear_gradients, stage_by_stage
+from .trainer import TrainConfig, Trainer
+
+SHOWN = 40  # batches of an epoch whose times are kept for the picture
+
+
+class ParallelTrainer(Trainer):
+    """`Trainer` on the stages and the share of each batch that `place` gives to this process.
+
+    parts: the stages of each rank of the pipeline; None where it has one rank. in_flight: see `Link`. The other
+    arguments are `Trainer`'s.
+    """
+
+    def __init__(
+        self, network: SIDNetwork, data, config: TrainConfig, folder=None, *, place: Place,
+        parts: Sequence[range] | None = None, in_flight: int = 2, about: dict | None = None, quiet: bool = False,
+    ):  # fmt: skip
+        if stacked_stages(network) is not None:
+            config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
+        super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
+        self.place, self.records, self.reports = place, place.records, Reports(place)
+        self.parts = [self.own] if parts is None else list(parts)
+        self.own = self.parts[place.stage]
+        self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
+        self.share_out()
+        self.link = self.make_link(in_flight)
+        self.keep_own_stages()
+        self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
+        if place.stages == 1:
+            self.run_step = make_step(
+                config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
+                divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
+            )  # fmt: skip
+        else:
+            self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
+            self.run_step = self.pipeline_step
+        self.begun = self.busy = 0.0
+        self.times: list[tuple[float, float]] = []
+
+    # ---------------------------------------------------------------- what is this process's
+
+    def share_out(self) -> None:
+        share = (self.place.replica, self.place.replicas)
+        for name, whole in self.batches.items():
+            split = {"train": self.data.train, "test": self.data.test, "val": self.data.validation}[name]
+            self.rows[name] = [len(range(share[0], rows, share[1])) for rows in whole.sizes()]
+            if 0 in self.rows[name]:
+                refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of fewer images than"
+                       f" the {share[1]} processes that share it")  # fmt: skip
+            if self.place.first:
+                whole.share = share
+            else:
+                self.batches[name] = Labels(split, self.config.batch_size, self.device, share)
+
+    def make_link(self, in_flight: int) -> Link:
+        if self.place.stages == 1:
+            return Link(self.place, len(self.own), self.network.num_classes, None, None)
+        height, width = self.data.image_size
+        example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
+        between = layouts(self.network, example if self.config.channels_last else example.contiguous(), self.dtype)
+        received = None if self.place.first else between[self.own.start - 1]
+        sent = None if self.place.last else between[self.own.stop - 1]
+        return Link(self.place, len(self.own), self.network.num_classes, received, sent, in_flight)
+
+    def keep_own_stages(self) -> None:
+        """Other ranks' stages keep their names and shapes, and no memory."""
+        if self.place.stages == 1:
+            return
+        for i, stage in enumerate(self.network.stages):
+            if i not in self.own:
+                stage.to("meta")
+                self.optimizers[1 + i] = None
+        self.schedulers = [self.schedulers[i] for i in self.own]
+
+    def in_replicas(self) -> SIDNetwork:
+        """The network with each stage, and the extractor, in a wrapper that sums gradients over the replicas."""
+
+        def wrap(module: nn.Module) -> nn.Module:
+            if not any(p.requires_grad and not p.is_meta for p in module.parameters()):
+                return module
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
+            wrapped.register_comm_hook(self, weighted_sum)
+            return wrapped
+
+        stages = [wrap(stage) for stage in self.network.stages]
+        return SIDNetwork(wrap(self.network.extractor), stages, self.network.num_classes)
+
+    # ---------------------------------------------------------------- steps
+
+    def train_epoch(self) -> None:
+        self.link.forget()
+        self.link.expect(self.rows["train"][self.step :])
+        self.begun, self.busy, self.times = time.time(), 0.0, []
+        super().train_epoch()
+        self.ended = time.time()
+
+    def one_step(self, inputs: Tensor | None, targets: Tensor) -> StepResult:
+        if self.place.first:
+            self.link.stop = self.asked_to_stop()
+        else:
+            features, self.prior = self.link.take()
+            inputs = features
+        start, waited = time.time(), self.link.sending
+        self.share = len(targets) / self.batches["train"].sizes()[self.step]
+        with watching(self.place, "another rank"):
+            result = super().one_step(inputs, targets)
+        end = time.time()
+        self.busy += end - start - (self.link.sending - waited)
+        if len(self.times) < SHOWN:
+            self.times.append((start, end))
+        return result
+
+    def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        config, optimizers = self.config, [None, *(self.optimizers[1 + i] for i in self.own)]
+        prior = self.part.uniform(inputs) if self.place.first else self.prior
+        loss = {
+            "divergence": "forward" if config.method == "greedy" else config.divergence,
+            "label_smoothing": config.label_smoothing,
+        }
+        alphas = [1.0 if config.method == "greedy" else self.alphas[i] for i in self.own]
+        clear_gradients(optimizers)
+        losses, logits = stage_by_stage(
+            self.part, inputs, targets, alphas, optimizers, None, loss, self.dtype, self.link, prior
+        )
+        return StepResult(losses, logits)
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal reached any replica: all end after the same step. Later ranks hear it with the batch."""
+        asked = torch.tensor([float(bool(self.stop))])
+        if self.place.replicas > 1:
+            with watching(self.place, "another rank"):
+                dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.place.data)
+        return bool(asked)
+
+    def stopping(self) -> bool:
+        return self.link.stop
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, tuple[Tensor, int]]:
+        """The same for the stages and images of this process; ranks of the pipeline go on as batches arrive."""
+        if self.place.stages == 1:
+            return super().evaluate()
+        self.part.eval()
+        found = {}
+        for name in [name for name in self.batches if name != "train"]:
+            self.link.expect(self.rows[name])
+            sums, count = 0, 0
+            for inputs, targets in self.batches[name].in_order():
+                if self.place.first:
+                    features, prior = inputs, self.part.uniform(inputs)
+                else:
+                    features, prior = self.link.take()
+                first, every = prior, []
+                with autocast(features, self.dtype):
+                    for stage in self.part.stages:
+                        features, logits = stage(features, prior)
+                        prior = at_least_float32(logits).softmax(dim=1)
+                        every.append(logits)
+                self.link.send(features, prior)
+                alphas = [self.alphas[i] for i in self.own]
+                options = self.judging["divergence"], self.judging["label_smoothing"]
+                sums, count = sums + judged(every, first, targets, alphas, *options), count + len(targets)
+            found[name] = (sums.cpu(), count)
+        return found
+
+    # ---------------------------------------------------------------- what all processes found, put together
+
+    def row(self, found: dict) -> dict | None:
+        link = self.link
+        about = {
+            "rank": self.place.rank, "stages": [i + 1 for i in self.own], "begun": self.begun, "ended": self.ended,
+            "busy": self.busy, "receiving": link.receiving, "sending": link.sending, "bytes_sent": link.bytes_sent,
+            "peak_memory_bytes": found["peak"], "batches": self.times,
+        }  # fmt: skip
+        every = self.reports.gather(found | {"about": about, "activation_bytes": self.activation_bytes})
+        if every is None:
+            return None
+        self.activation_bytes = max(found["activation_bytes"] for found in every)
+        row = super().row(self.together(every))
+        ranks = [found["about"] for found in every]
+        return row | {"pipeline": shares(ranks, self.place.stages, len(self.batches["train"]))}
+
+    def together(self, every: list[dict]) -> dict:
+        """One `found` of those of all ranks: stages side by side, images of all replicas."""
+        pipelines = self.by_replica(every)
+        tallies = {}
+        for name in every[0]["tallies"]:
+            sums = sum(torch.cat([found["tallies"][name][0] for found in line], dim=1) for line in pipelines)
+            tallies[name] = sums, sum(line[0]["tallies"][name][1] for line in pipelines)
+        sums = self.sums_together([[found["sums"] for found in line] for line in pipelines])
+        return {"sums": sums, "tallies": tallies, "peak": max(found["peak"] for found in every)}
+
+    def by_replica(self, every: list) -> list[list]:
+        """What all ranks told, a list of the stages' for each replica."""
+        stages = self.place.stages
+        return [every[i : i + stages] for i in range(0, len(every), stages)]
+
+    def sums_together(self, pipelines: list[list[dict]]) -> dict:
+        if not pipelines[0][0]:  # nothing was added up yet
+            return {}
+        losses = [[loss for sums in line for loss in sums["loss"]] for line in pipelines]
+        return pipelines[0][-1] | {
+            "loss": [sum(column[1:], column[0]) for column in zip(*losses, strict=True)],
+            "right": sum(line[-1]["right"] for line in pipelines),
+        }
+
+    def save(self) -> None:
+        """The recorder writes what all ranks know; the others go on as soon as they have told it."""
+        if not self.folder:
+            return
+        own = super().state()
+        own["network"] = {name: t for name, t in own["network"].items() if not t.is_meta}
+        every = self.reports.gather({name: own[name] for name in ("network", "optimizers", "schedulers", "sums")})
+        if every is None:
+            return
+        first = self.by_replica(every)[0]  # replicas are alike
+        network = {name: tensor for part in first for name, tensor in part["network"].items()}
+        own["network"] = {name: network[name] for name in self.network.state_dict()}
+        own["optimizers"] = [
+            next((o for o in one if o is not None), None)
+            for one in zip(*(part["optimizers"] for part in first), strict=True)
+        ]
+        own["schedulers"] = [state for part in first for state in part["schedulers"]]
+        own["sums"] = self.sums_together([[part["sums"] for part in line] for line in self.by_replica(every)])
+        save_checkpoint(self.folder, own)
+
+    def adopt(self, state: dict) -> None:
+        """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
+        own = set(self.own)
+        if self.place.stages > 1:
+            of_stage = {f"stages.{i}.": i for i in range(len(self.network.stages))}
+            mine = {
+                name: tensor for name, tensor in state["network"].items()
+                if next((i for prefix, i in of_stage.items() if name.startswith(prefix)), None) in own
+            }  # fmt: skip
+            state = state | {
+                "network": {name: mine.get(name, tensor) for name, tensor in self.network.state_dict().items()},
+                "optimizers": [o if i - 1 in own else None for i, o in enumerate(state["optimizers"])],
+                "schedulers": [state["schedulers"][i] for i in self.own],
+            }
+            if state["sums"]:
+                state["sums"] = state["sums"] | {"loss": [state["sums"]["loss"][i] for i in self.own]}
+        if self.place.replica > 0 and state["sums"]:
+            none = [0.0] * len(state["sums"]["loss"])
+            state = state | {"sums": state["sums"] | {"loss": none, "right": 0}}
+        super().adopt(state)
+
+    def fit(self) -> list[dict]:
+        metrics = super().fit()
+        self.link.wait_for_room()
+        self.reports.finish()
+        return metrics
+
+
+def shares(ranks: list[dict], stages: int, batches: int) -> dict:
+    """How the ranks spent the time from the first one's first batch to the last one's last: `bubble` is the share in
+    which they were idle. `least_bubble` is that of a pipeline of equal stages, (S - 1) / (N + S - 1) over N batches,
+    and `imbalance` what unequal loads add, 1 - mean / largest."""
+    span = max(rank["ended"] for rank in ranks) - min(rank["begun"] for rank in ranks)
+    busy = [rank["busy"] for rank in ranks]
+    mean = sum(busy) / len(busy)
+    return {
+        "bubble": 1 - mean / span,
+        "least_bubble": (stages - 1) / (batches + stages - 1),
+        "imbalance": 1 - mean / max(busy),
+        "ranks": ranks,
+    }
+
+
+def weighted_sum(trainer: ParallelTrainer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean over the whole batch, of which this process has `trainer.share`."""
+    work = dist.all_reduce(bucket.buffer().mul_(trainer.share), group=trainer.place.data, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
