@@ -113,7 +113,7 @@ def run_and_read(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: train | compare | report | eval | export | memory"),
+        ([], "required: train | compare | report | eval | export | memory | simulate"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--wrong"], "unrecognized arguments: --wrong"),
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
@@ -205,7 +205,13 @@ def test_a_single_image_left_over_does_not_stop_batch_norm(tmp_path):
 
 
 def test_help_and_module_entry():
-    for arguments in (["--help"], ["train", "--help"], ["compare", "--help"], ["memory", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["compare", "--help"],
+        ["memory", "--help"],
+        ["simulate", "--help"],
+    ):
         assert main(arguments) == 0
     wrong = subprocess.run([sys.executable, "-m", "sid_trainer", "train", "--no"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

@@ -286,3 +286,59 @@ def test_the_ideal_cascade_is_every_stage_at_its_minimum(divergence, smoothing):
     assert ideal_kl(0.5, classes, 2) == pytest.approx(ideal_kl([0.5, 0.5], classes, 2))
     with pytest.raises(ValueError, match=r"alpha must have one value a stage \(2\), not 3"):
         ideal_kl(alphas, classes, 2)
+
+
+def pipeline(ranks=2):
+    return {
+        "ranks": [
+            {
+                "rank": rank, "stages": [2 * rank + 1, 2 * rank + 2], "busy": 1.5, "receiving": 0.25 * rank, "sending": 0.0,
+                "bytes_sent": 2**20, "peak_memory_bytes": 2**28, "batches": [[0.1 * i + 0.05 * rank, 0.1 * i + 0.14] for i in range(9)],
+            }
+            for rank in range(ranks)
+        ],
+        "bubble": 0.125, "predicted_bubble": 0.1, "imbalance": 0.05,
+    }  # fmt: skip
+
+
+def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
+    plain, two, four = (write_run(tmp_path / name, stages=4) for name in ("plain", "two $", "four"))
+    (two / "pipeline.json").write_text(json.dumps(pipeline()))
+    (four / "pipeline.json").write_text(json.dumps(pipeline(4)))
+    heights = []
+    for name, folders in (("a", [plain, two]), ("b", [plain, two, four])):
+        parsed = Tables(write_report(folders, tmp_path / name).read_text())
+        heights.append(png_size((tmp_path / name / "pipeline.png").read_bytes())[1])
+    rows = parsed.rows("waited for batches")
+    assert [(one["run"], one["rank"]) for one in rows] == [
+        ("two $", "0"),
+        ("two $", "1"),
+        *(("four", str(r)) for r in range(4)),
+    ]
+    assert rows[1] == {
+        "run": "two $", "rank": "1", "stages": "3, 4", "busy, seconds": "1.50", "waited for batches": "0.25",
+        "waited for room": "0.00", "sent on": "1 MiB", "peak memory": "256 MiB",
+    }  # fmt: skip
+    assert heights[0] < heights[1]
+    assert sum(tag == "img" for tag, _ in parsed.tags) == 2
+    write_report([plain], tmp_path / "c")
+    assert not (tmp_path / "c" / "pipeline.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: {}, "each of ranks has rank, busy"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "each of ranks has rank, busy"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": [[0, math.inf]]}]}, "each of ranks has"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": []}]}, "each of ranks has"),
+        (lambda found: found | {"bubble": "much"}, "bubble, predicted_bubble, imbalance must be numbers"),
+    ],
+)
+def test_a_pipeline_that_is_none_is_named(change, message, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "pipeline.json").write_text(json.dumps(change(pipeline())))
+    with pytest.raises(ValueError) as error:
+        write_report([run], tmp_path / "out")
+    assert str(error.value).startswith(f"{run / 'pipeline.json'}: ") and message in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

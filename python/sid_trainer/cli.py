@@ -14,6 +14,7 @@ from .data import DATASETS
 from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
 from .processes import PARALLEL, LostRank, leave, restarted
 from .runs import MOVABLE, RunConfig
+from .simulate import SCHEDULES as PIPELINES
 from .step import SCHEDULES
 from .trainer import DTYPES, Interrupted, NonFiniteLoss
 
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="sid", description="Train networks by synergistic information distillation (SID).")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="train | compare | report | eval | export | memory"
+        dest="command", required=True, metavar="train | compare | report | eval | export | memory | simulate"
     )
 
     def command(name: str, summary: str, run) -> argparse.ArgumentParser:
@@ -85,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
     memory.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
     memory.add_argument("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
+
+    add_simulate_options(
+        command("simulate", "what a pipeline over more machines would gain, from costs measured here", run_simulate)
+    )
     return top
 
 
@@ -116,13 +121,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--crop", type=int, metavar="PIXELS", help="pad and crop by this (default: what suits the data set)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: what suits the data set)")
 
-    network = parser.add_argument_group("network")
-    add = network.add_argument
-    add("--arch", choices=TRUNKS, help=default("arch"))
-    add("--depth", type=int, help="stages (default: 10 shared, the network's own cuts stagewise)")
-    add("--head-depth", type=int, help=f"hidden layers of each belief head {default('head_depth')}")
-    add("--hidden-dim", type=int, help=f"their width {default('hidden_dim')}")
-    add("--grid", type=int, help=f"stagewise heads read features pooled to GRID x GRID {default('grid')}")
+    add_network_options(parser)
 
     loss = parser.add_argument_group("local loss")
     add = loss.add_argument
@@ -174,6 +173,40 @@ HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-Ima
     "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
     "cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100",
 }  # fmt: skip
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    network = parser.add_argument_group("network")
+    add = network.add_argument
+    add("--arch", choices=TRUNKS, help=default("arch"))
+    add("--depth", type=int, help="stages (default: 10 shared, the network's own cuts stagewise)")
+    add("--head-depth", type=int, help=f"hidden layers of each belief head {default('head_depth')}")
+    add("--hidden-dim", type=int, help=f"their width {default('hidden_dim')}")
+    add("--grid", type=int, help=f"stagewise heads read features pooled to GRID x GRID {default('grid')}")
+
+
+def add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ranks", nargs="+", type=int, default=[2, 4], help="processes, a GPU or a machine each (default: 2 4)")
+    add("--schedule", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="(default: all)")
+    add("--batches", type=int, default=400, help="of an epoch (default: 400, about CIFAR-10's at 128)")
+    add("--microbatches", nargs="+", type=int, default=None, metavar="M",
+        help="parts of a batch under backpropagation; the best of these counts (default: 4 8 16 32)")  # fmt: skip
+    add("--bandwidth", type=float, default=None, metavar="GBIT/S", help="of a link, each way (default: unlimited)")
+    add("--latency", type=float, default=0.0, metavar="MICROSECONDS", help="of a message (default: 0)")
+    add("--in-flight", type=int, default=2, metavar="N", help="batches on their way between two ranks (default: 2)")
+    add("--costs", metavar="FILE", type=Path, default=None, help="read the stages' costs there, or write them there")
+    add("--rounds", type=int, default=10, help="steps of which the median is a cost (default: 10)")
+    add("--out", metavar="DIR", type=Path, default=Path("simulate"), help="(default: simulate)")
+    add_network_options(parser)
+    add = parser.add_argument_group("what is measured, on synthetic images").add_argument
+    add("--batch-size", type=int, help=default("batch_size"))
+    add("--image-size", type=int, metavar="PIXELS", help="(default: 32)")
+    add("--in-channels", type=int, metavar="N", help="colours of the images (default: 3)")
+    add("--num-classes", type=int, metavar="C", help="(default: 10)")
+    add("--optimizer", choices=OPTIMIZERS, help="(default: adam)")
+    add("--dtype", choices=DTYPES, help=default("dtype"))
+    add("--device", help=default("device"))
 
 
 def dataset_of(path: str | None) -> str:
@@ -298,6 +331,22 @@ def run_memory(args: argparse.Namespace) -> None:
     rows = measure(args.methods, args.depths, args.batch_sizes)
     print(write_memory(rows, args.out))
     print(f"written: {args.out}")
+
+
+def run_simulate(args: argparse.Namespace) -> None:
+    from .cluster import COLUMNS, Measured, outlook
+    from .report import markdown
+    from .simulate import Link
+
+    known = {field.name for field in dataclasses.fields(Measured)}
+    measured = Measured(**{name: value for name, value in vars(args).items() if name in known})
+    speed = {} if args.bandwidth is None else {"bytes_per_second": args.bandwidth * 1e9 / 8}
+    rows = outlook(
+        measured, args.ranks, args.schedule, args.out, batches=args.batches, microbatches=args.microbatches,
+        link=Link(args.latency * 1e-6, **speed), in_flight=args.in_flight, costs=args.costs, rounds=args.rounds,
+    )  # fmt: skip
+    print(markdown(COLUMNS, rows))
+    print(f"written: {args.out / 'simulate.json'} and simulate.png")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,17 +27,23 @@ class Layout:
     """How a batch of features lies in memory: the receiver allocates the same, so kernels choose the same path."""
 
     shape: tuple[int, ...]  # of one example
-    strides: tuple[int, ...]  # of a batch, whose dimension is the outermost
+    order: tuple[int, ...]  # the dimensions of a batch, outermost first
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, batch: Tensor) -> "Layout":
+        order = sorted(range(batch.dim()), key=lambda d: -batch.stride(d))
+        return cls(tuple(batch.shape[1:]), tuple(order), batch.dtype, batch.device)
+
     def empty(self, rows: int) -> Tensor:
-        return torch.empty_strided((rows, *self.shape), self.strides, dtype=self.dtype, device=self.device)
+        sizes = rows, *self.shape
+        dense = torch.empty([sizes[d] for d in self.order], dtype=self.dtype, device=self.device)
+        return dense.permute([self.order.index(d) for d in range(len(sizes))])
 
     def dense(self, batch: Tensor) -> Tensor:
-        """The same memory with its dimensions in the order in which they lie: contiguous, which messages must be."""
-        order = sorted(range(batch.dim()), key=lambda d: (-self.strides[d], -batch.shape[d]))
-        return batch.permute(order)
+        """The same values in the order in which they lie here, contiguous, as messages must be: mostly no copy."""
+        return batch.permute(self.order).contiguous()
 
 
 @torch.no_grad()
@@ -49,7 +55,7 @@ def layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Lay
         prior = network.uniform(features).float()
         for stage in network.stages:
             features, _ = stage(features, prior)
-            found.append(Layout(tuple(features.shape[1:]), features.stride(), features.dtype, features.device))
+            found.append(Layout.of(features))
     return found
 
 
@@ -112,8 +118,6 @@ class Link(InTurn):
             return
         self.wait_for_room(self.in_flight - 1)
         features = features.detach()
-        if features.stride() != self.sent.strides:  # where it lies otherwise than the example did
-            features = self.sent.empty(len(features)).copy_(features)
         flat = torch.cat((belief.flatten(), belief.new_full((1,), float(self.stop))))
         sends = ((self.sent.dense(features), FEATURES), (flat, BELIEF))
         with watching(self.place, f"rank {self.place.rank + 1}"):

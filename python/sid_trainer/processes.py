@@ -133,6 +133,13 @@ def refuse(place: Place, message: str) -> None:
     raise SystemExit(2)
 
 
+def tell_all(place: Place, what: Any) -> Any:
+    """What rank 0 says."""
+    said = [what]
+    dist.broadcast_object_list(said, 0, group=place.control)
+    return said[0]
+
+
 @contextmanager
 def watching(place: Place, whom: str):
     """Turn what a backend raises when a peer is gone, of many kinds, into one line."""

@@ -180,6 +180,18 @@ MEMORY: dict[str, Callable[[dict], str]] = {
 }
 
 
+PIPELINE: dict[str, Callable[[dict], str]] = {
+    "run": lambda one: one["run"],
+    "rank": lambda one: str(one["rank"]),
+    "stages": lambda one: ", ".join(map(str, one["stages"])),
+    "busy, seconds": lambda one: number(one["busy"], 2),
+    "waited for batches": lambda one: number(one["receiving"], 2),
+    "waited for room": lambda one: number(one["sending"], 2),
+    "sent on": lambda one: size(one["bytes_sent"]),
+    "peak memory": lambda one: size(one["peak_memory_bytes"]),
+}
+
+
 def as_cells(columns: dict[str, Callable], items: Sequence) -> tuple[list[str], list[list[str]]]:
     """A table's titles and its rows in words, without the columns in which no row has anything."""
     kept = {title: [words(item) for item in items] for title, words in columns.items()}
@@ -189,7 +201,11 @@ def as_cells(columns: dict[str, Callable], items: Sequence) -> tuple[list[str], 
 
 def as_markdown(table: Sequence[dict]) -> str:
     """`comparison_table`'s rows as a table in Markdown."""
-    titles, rows = as_cells(COMPARISON, table)
+    return markdown(COMPARISON, table)
+
+
+def markdown(columns: dict[str, Callable], items: Sequence) -> str:
+    titles, rows = as_cells(columns, items)
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
 
@@ -214,13 +230,15 @@ def read_memory(file: Path) -> dict:
 
 def write_report(folders: Sequence[Path], out: Path, memory: Path | None = None) -> Path:
     """Write report.png and report.html, one page that needs no other file, over the runs in `folders` into the folder
-    `out`, with memory.png where `memory` names a memory table (`read_memory`). Returns the page's path.
+    `out`, with memory.png where `memory` names a memory table (`read_memory`), and pipeline.png where a run's stages
+    were spread over ranks. Returns the page's path.
 
     Raises ValueError, in one line that names the file, before anything is written, where a folder holds no whole run.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from .figures import draw_memory, draw_report
+    from .pipeline_figures import draw_pipelines
 
     runs = load_runs(folders)
     groups = grouped(runs)
@@ -229,6 +247,10 @@ def write_report(folders: Sequence[Path], out: Path, memory: Path | None = None)
     pictures = {"report.png": draw_report(groups)}
     if table:
         pictures["memory.png"] = draw_memory(table["rows"])
+    pipelines = [(run.name, run.pipeline) for run in ordered if run.pipeline]
+    if pipelines:
+        pictures["pipeline.png"] = draw_pipelines(pipelines)
+    every_rank = [{"run": name} | rank for name, about in pipelines for rank in about["ranks"]]
     differing = differing_settings(ordered)
     named = [key for key in ordered[0].config if key == "seed" or key not in NOT_SETTINGS]
     settings = {"run": lambda run: run.name}
@@ -243,6 +265,7 @@ def write_report(folders: Sequence[Path], out: Path, memory: Path | None = None)
         differing=as_cells(settings, ordered) if differing else None,
         same={key: shown(ordered[0].config[key]) for key in named if key not in differing},
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        pipeline_table=as_cells(PIPELINE, every_rank) if every_rank else None,
         memory=table and table["what"],
         memory_table=table and as_cells(MEMORY, table["rows"]),
     )

@@ -29,6 +29,7 @@ class Run:
     name: str
     config: dict
     rows: list[dict]
+    pipeline: dict | None = None  # what its pipeline.json holds, where ranks shared the stages
 
     @property
     def last(self) -> dict:
@@ -103,7 +104,8 @@ def load_runs(folders: Sequence[Path | str]) -> list[Run]:
     runs = []
     for folder, name in zip(folders, names, strict=True):
         rows, config = read_run(folder)
-        runs.append(Run(shown(name if names.count(name) == 1 else str(folder)), config, rows))
+        name = shown(name if names.count(name) == 1 else str(folder))
+        runs.append(Run(name, config, rows, read_pipeline(folder)))
     return runs
 
 
@@ -141,8 +143,44 @@ def read_run(folder: Path) -> tuple[list[dict], dict]:
     return rows, config
 
 
+def read_pipeline(folder: Path) -> dict | None:
+    """A run's pipeline.json, where it has one: for each of `ranks` its number, stages (from 1), seconds busy, waiting
+    to receive and waiting to send, bytes, and `batches`, [start, end] in seconds of the first of the last epoch.
+
+    Raises ValueError, in one line, where it is something else.
+    """
+    file = folder / "pipeline.json"
+    if not file.exists():
+        return None
+    found = read_json(file)
+    ranks = found.get("ranks") if isinstance(found, dict) else None
+    numbers = ("rank", "busy", "receiving", "sending", "bytes_sent", "peak_memory_bytes")
+
+    def are_numbers(values) -> bool:
+        return isinstance(values, list) and len(values) > 0 and all(map(is_finite, values))
+
+    whole = isinstance(ranks, list) and all(
+        isinstance(one, dict)
+        and all(is_finite(one.get(key)) for key in numbers)
+        and are_numbers(one.get("stages"))
+        and isinstance(one.get("batches"), list)
+        and all(are_numbers(span) and len(span) == 2 for span in one["batches"])
+        for one in ranks
+    )
+    shares = ("bubble", "predicted_bubble", "imbalance")
+    if not ranks or not whole or not any(one["batches"] for one in ranks):
+        raise ValueError(f"{file}: not what a run writes: each of ranks has {', '.join(numbers)}, stages, batches")
+    if not all(found.get(key) is None or is_finite(found[key]) for key in shares):
+        raise ValueError(f"{file}: not what a run writes: {', '.join(shares)} must be numbers")
+    return found
+
+
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def read_json(file: Path, parse: Callable = json.loads):

@@ -11,11 +11,12 @@ import torch
 from .architectures import build_network, stage_count
 from .batches import Batches
 from .checkpoint import check_same, load_checkpoint
+from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .methods import BACKPROPAGATED, LOCAL
 from .network import SIDNetwork
-from .processes import PARALLEL, Place, join, own_device, refuse, world_size
+from .processes import PARALLEL, Place, join, own_device, refuse, tell_all, world_size
 from .splits import with_label_noise, with_subset, with_validation
 from .trainer import DTYPES, TrainConfig, Trainer
 
@@ -60,15 +61,15 @@ class RunConfig(TrainConfig):
     def __post_init__(self):
         object.__setattr__(self, "alpha", parse_alpha(self.alpha))
         super().__post_init__()
+        if self.stages_per_rank is not None:
+            object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
+        check_parallel(self)
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise must be in [0, 1], not {self.label_noise}")
         if not 0 <= self.val < 1:
             raise ValueError(f"val must be in [0, 1), not {self.val}")
         if self.train_images is not None and self.train_images < 1:
             raise ValueError(f"train_images must be at least 1, not {self.train_images}")
-        if self.stages_per_rank is not None:
-            object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
-        check_parallel(self)
         if self.crop is not None and self.crop < 0:
             raise ValueError(f"crop must be 0 or more, not {self.crop}")
         if self.flip and self.dataset in ("digits", "mnist"):
@@ -176,8 +177,9 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
 def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False) -> Trainer:
     """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
     the same time."""
+    alphas = stage_alphas(run)
     place = meet(run)
-    alphas, data = stage_alphas(run), make_data(run)
+    data = make_data(run)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
@@ -192,7 +194,7 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     from .parallel import ParallelTrainer
 
     own["device"] = own_device(run.device)
-    parts = stages_of_ranks(run, network, place) if run.parallel == "stage" else None
+    parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
     return ParallelTrainer(
         network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, about=about,
         quiet=quiet,
@@ -209,14 +211,21 @@ def meet(run: RunConfig) -> Place | None:
     return join(run.parallel, settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
 
 
-def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place) -> list[range]:
-    """Consecutive stages for each rank of the pipeline."""
+def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
+    """Consecutive stages for each rank of the pipeline, balanced by what they cost on the first one's machine."""
     depth = len(network.stages)
     if depth < place.stages:
         refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
     counts = run.stages_per_rank
     if counts is None:
-        counts = [depth // place.stages + (i < depth % place.stages) for i in range(place.stages)]
+        seconds = None
+        if place.rank == 0 and place.stages > 1:
+            shape = run.batch_size // place.replicas, *data.image_size, data.in_channels
+            inputs = torch.zeros(shape).permute(0, 3, 1, 2)
+            labels = torch.zeros(len(inputs), dtype=torch.int64)
+            costs = measure_stages(network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3)
+            seconds = [cost.seconds for cost in costs]
+        counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
     if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
         refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")
     edges = [0, *accumulate(counts)]
