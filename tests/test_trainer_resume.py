@@ -54,11 +54,11 @@ def resume(folder, place=None, **options):
     [
         ((STEP, 4), (1, 2)),  # in the first epoch, between two saves
         ((STEP, 5), (1, 4)),  # just after a save
-        (("sid_trainer.trainer.evaluate", 1), (1, 6)),  # during the first evaluation
+        (("sid_trainer.trainer.Trainer.evaluate", 1), (1, 6)),  # during the first evaluation
         ((STEP, 8), (2, 0)),  # the first step of an epoch
         ((STEP, 12), (2, 4)),  # in the middle of the second epoch
         (("sid_trainer.logs.Log.add", 2), (3, 0)),  # saved, but not yet in metrics.jsonl
-        (("sid_trainer.trainer.evaluate", 3), (3, 6)),  # during the last evaluation
+        (("sid_trainer.trainer.Trainer.evaluate", 3), (3, 6)),  # during the last evaluation
         (("sid_trainer.cli.show", 1), (4, 0)),  # finished, but for the picture
         (("rename", 3), (1, 4)),  # last.pt has become previous.pt, and the new one is not in its place
     ],
@@ -114,7 +114,7 @@ def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(run, tmp_path, numb
 def test_a_stop_during_evaluation_waits_for_the_next_step_or_the_end(run, tmp_path):
     words, alone = run
     folder, last = tmp_path / "stopped", tmp_path / "last"
-    place = "sid_trainer.trainer.evaluate"
+    place = "sid_trainer.trainer.Trainer.evaluate"
     status, printed = sid(*words, "--out", folder, out=folder, kill=(place, 1), number=signal.SIGTERM)
     assert status == 130 and "stopped in epoch 2 after step 1" in printed
     resume(folder)
