@@ -3,6 +3,7 @@
 The run's folder is that of one process: the same checkpoints, readable whatever number of processes goes on with them.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import Labels
 from .checkpoint import save_checkpoint
 from .evaluation import judged
+from .files import write_atomically
 from .methods import make_step
 from .network import SIDNetwork, at_least_float32
 from .pipeline import Link, layouts
@@ -56,8 +58,6 @@ class ParallelTrainer(Trainer):
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
-        self.begun = self.busy = 0.0
-        self.times: list[tuple[float, float]] = []
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -113,9 +113,10 @@ class ParallelTrainer(Trainer):
     def train_epoch(self) -> None:
         self.link.forget()
         self.link.expect(self.rows["train"][self.step :])
-        self.begun, self.busy, self.times = time.time(), 0.0, []
+        self.begun, self.times = time.time(), []
         super().train_epoch()
         self.ended = time.time()
+        self.busy = self.ended - self.begun - self.link.receiving - self.link.sending  # loading is work, too
 
     def one_step(self, inputs: Tensor | None, targets: Tensor) -> StepResult:
         if self.place.first:
@@ -123,14 +124,12 @@ class ParallelTrainer(Trainer):
         else:
             features, self.prior = self.link.take()
             inputs = features
-        start, waited = time.time(), self.link.sending
+        start = time.time()
         self.share = len(targets) / self.batches["train"].sizes()[self.step]
         with watching(self.place, "another rank"):
             result = super().one_step(inputs, targets)
-        end = time.time()
-        self.busy += end - start - (self.link.sending - waited)
         if len(self.times) < SHOWN:
-            self.times.append((start, end))
+            self.times.append((start, time.time()))
         return result
 
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
@@ -201,7 +200,13 @@ class ParallelTrainer(Trainer):
         self.activation_bytes = max(found["activation_bytes"] for found in every)
         row = super().row(self.together(every))
         ranks = [found["about"] for found in every]
-        return row | {"pipeline": shares(ranks, self.place.stages, len(self.batches["train"]))}
+        pipeline = shares(ranks, self.place.stages, len(self.batches["train"]))
+        if self.folder:
+            text = json.dumps(pipeline)
+            write_atomically(self.folder / "pipeline.json", lambda file: file.write(text.encode()))
+        for rank in pipeline["ranks"]:
+            del rank["batches"]  # the picture's; a row of numbers is enough
+        return row | {"pipeline": pipeline}
 
     def together(self, every: list[dict]) -> dict:
         """One `found` of those of all ranks: stages side by side, images of all replicas."""
@@ -277,14 +282,19 @@ class ParallelTrainer(Trainer):
 
 def shares(ranks: list[dict], stages: int, batches: int) -> dict:
     """How the ranks spent the time from the first one's first batch to the last one's last: `bubble` is the share in
-    which they were idle. `least_bubble` is that of a pipeline of equal stages, (S - 1) / (N + S - 1) over N batches,
-    and `imbalance` what unequal loads add, 1 - mean / largest."""
-    span = max(rank["ended"] for rank in ranks) - min(rank["begun"] for rank in ranks)
+    which they were idle. `predicted_bubble` is that of a pipeline of equal stages, (S - 1) / (N + S - 1) over N
+    batches, and `imbalance` what unequal loads add, 1 - mean / largest. Times become seconds from the first begin."""
+    start = min(rank["begun"] for rank in ranks)
+    for rank in ranks:
+        rank["begun"], rank["ended"] = rank["begun"] - start, rank["ended"] - start
+        rank["batches"] = [(a - start, b - start) for a, b in rank["batches"]]
+    span = max(rank["ended"] for rank in ranks)
     busy = [rank["busy"] for rank in ranks]
     mean = sum(busy) / len(busy)
     return {
+        "span": span,
         "bubble": 1 - mean / span,
-        "least_bubble": (stages - 1) / (batches + stages - 1),
+        "predicted_bubble": (stages - 1) / (batches + stages - 1),
         "imbalance": 1 - mean / max(busy),
         "ranks": ranks,
     }
