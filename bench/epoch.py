@@ -31,7 +31,7 @@ from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.batches import Batches, pixel_statistics
 from sid_trainer.cli import Parser
 from sid_trainer.data import Split
-from sid_trainer.evaluation import evaluate
+from sid_trainer.evaluation import evaluate, means
 from sid_trainer.memory import keep_freed_memory
 from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, run_config
 
@@ -55,10 +55,10 @@ def command(args: argparse.Namespace, dtype: str) -> tuple[Epoch, Accuracy]:
     trainer = make_trainer(settings(args, dtype), quiet=True)
 
     def epoch() -> None:
-        trainer.train_epoch([])
+        trainer.train_epoch()
         trainer.epoch, trainer.step, trainer.sums = trainer.epoch + 1, 0, {}
 
-    return epoch, lambda: trainer.evaluate()["test_accuracy"]
+    return epoch, lambda: means(*trainer.evaluate()["test"])["accuracy"][-1]
 
 
 class InMemory(Dataset):

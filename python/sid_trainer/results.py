@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .methods import METHODS  # in the order they are shown
+from .runs import MOVABLE
 
 FAMILY = ("arch", "layout", "method", "label_noise")  # what the table of methods tells apart first
 # what every epoch's row has beside its number, and what only those of newer runs have
@@ -18,8 +19,14 @@ NUMBERS, LISTS = ("train_loss", "test_accuracy"), ("stage_accuracy", "stage_kl")
 NUMBERS_OF_SOME = ("elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes")
 LISTS_OF_SOME = ("certificate",)
 # what may differ between two runs of one group: the seed, where files lie, how often a run is saved
-NOT_SETTINGS = {"seed", "run", "data", "cache", "download", "workers", "save_every", "threads"}
-FOLLOWS = {"num_parameters", "classes"}  # from other settings, so never named where those are
+NOT_SETTINGS = {"seed", "run", "threads", *MOVABLE} - {"device"}
+FOLLOWS = {
+    "num_parameters",
+    "classes",
+    "in_channels",
+    "pixel_mean",
+    "pixel_std",
+}  # from other settings, so never named where those are
 
 
 @dataclass(frozen=True)
