@@ -296,9 +296,8 @@ def simulated(network: str, found: dict[str, dict], measured: list[list[dict]]) 
 
 
 def table(found: dict) -> str:
-    lines = [
-        f"{'':34s} {'images/s':>9s} {'x sid, 1 rank':>14s} {'held MiB':>9s} {'grown MiB':>10s} {'bubble':>7s} {'predicted':>10s}"
-    ]
+    heads = f"{'images/s':>9s} {'x sid, 1 rank':>14s} {'held MiB':>9s} {'grown MiB':>10s}"
+    lines = [f"{'':34s} {heads} {'bubble':>7s} {'predicted':>10s}"]
     for name, row in found["contenders"].items():
         if "failed" in row:
             lines.append(f"{name:34s} {row['failed']}")

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import Labels
 from .checkpoint import save_checkpoint
 from .evaluation import judged
+from .feedback import Feedback
 from .files import write_atomically
 from .methods import make_step
 from .network import SIDNetwork, at_least_float32
-from .pipeline import Link, layouts
+from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, refuse, watching
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
@@ -37,7 +38,8 @@ class ParallelTrainer(Trainer):
 
     def __init__(
         self, network: SIDNetwork, data, config: TrainConfig, folder=None, *, place: Place,
-        parts: Sequence[range] | None = None, in_flight: int = 2, about: dict | None = None, quiet: bool = False,
+        parts: Sequence[range] | None = None, in_flight: int = 2, stale: int = 0, about: dict | None = None,
+        quiet: bool = False,
     ):  # fmt: skip
         if stacked_stages(network) is not None:
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
@@ -45,9 +47,11 @@ class ParallelTrainer(Trainer):
         self.place, self.records, self.reports = place, place.records, Reports(place)
         self.parts = [self.own] if parts is None else list(parts)
         self.own = self.parts[place.stage]
+        self.feedback: Feedback | None = None
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
         self.share_out()
-        self.link = self.make_link(in_flight)
+        between = self.layouts()
+        self.link = self.make_link(between, in_flight)
         self.keep_own_stages()
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
         if place.stages == 1:
@@ -58,6 +62,8 @@ class ParallelTrainer(Trainer):
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
+            if not isinstance(network.extractor, nn.Identity):
+                self.feedback = Feedback(place, self.wrapped.extractor, self.optimizers[0], between[0], stale)
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -74,12 +80,15 @@ class ParallelTrainer(Trainer):
             else:
                 self.batches[name] = Labels(split, self.config.batch_size, self.device, share)
 
-    def make_link(self, in_flight: int) -> Link:
+    def layouts(self) -> list[Layout]:
+        """Of what each stage hands on."""
         if self.place.stages == 1:
-            return Link(self.place, len(self.own), self.network.num_classes, None, None)
+            return []
         height, width = self.data.image_size
         example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
-        between = layouts(self.network, example if self.config.channels_last else example.contiguous(), self.dtype)
+        return layouts(self.network, example if self.config.channels_last else example.contiguous(), self.dtype)
+
+    def make_link(self, between: list[Layout], in_flight: int) -> Link:
         received = None if self.place.first else between[self.own.start - 1]
         sent = None if self.place.last else between[self.own.stop - 1]
         return Link(self.place, len(self.own), self.network.num_classes, received, sent, in_flight)
@@ -92,7 +101,12 @@ class ParallelTrainer(Trainer):
             if i not in self.own:
                 stage.to("meta")
                 self.optimizers[1 + i] = None
-        self.schedulers = [self.schedulers[i] for i in self.own]
+        extracts = self.optimizers[0] is not None  # what the checkpoint's schedulers begin with
+        self.scheduled = [*([0] if extracts and self.place.first else []), *(extracts + i for i in self.own)]
+        self.schedulers = [self.schedulers[i] for i in self.scheduled]
+        if not self.place.first:
+            self.network.extractor.to("meta")
+            self.optimizers[0] = None
 
     def in_replicas(self) -> SIDNetwork:
         """The network with each stage, and the extractor, in a wrapper that sums gradients over the replicas."""
@@ -115,6 +129,7 @@ class ParallelTrainer(Trainer):
         self.link.expect(self.rows["train"][self.step :])
         self.begun, self.times = time.time(), []
         super().train_epoch()
+        self.settle()
         self.ended = time.time()
         self.busy = self.ended - self.begun - self.link.receiving - self.link.sending  # loading is work, too
 
@@ -132,6 +147,11 @@ class ParallelTrainer(Trainer):
             self.times.append((start, time.time()))
         return result
 
+    def settle(self) -> None:
+        """Nothing that a checkpoint or an evaluation should know is still on its way."""
+        if self.feedback and self.place.first:
+            self.feedback.learn()
+
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         config, optimizers = self.config, [None, *(self.optimizers[1 + i] for i in self.own)]
         prior = self.part.uniform(inputs) if self.place.first else self.prior
@@ -141,9 +161,16 @@ class ParallelTrainer(Trainer):
         }
         alphas = [1.0 if config.method == "greedy" else self.alphas[i] for i in self.own]
         clear_gradients(optimizers)
+        features = inputs
+        if self.feedback and self.place.first:
+            features = self.feedback.extract(inputs, self.dtype)
+        elif self.feedback:
+            self.feedback.partial(features)
         losses, logits = stage_by_stage(
-            self.part, inputs, targets, alphas, optimizers, None, loss, self.dtype, self.link, prior
+            self.part, features, targets, alphas, optimizers, None, loss, self.dtype, self.link, prior
         )
+        if self.feedback:
+            self.feedback.send(features)
         return StepResult(losses, logits)
 
     def asked_to_stop(self) -> bool:
@@ -162,14 +189,16 @@ class ParallelTrainer(Trainer):
         """The same for the stages and images of this process; ranks of the pipeline go on as batches arrive."""
         if self.place.stages == 1:
             return super().evaluate()
-        self.part.eval()
+        self.network.eval()
         found = {}
         for name in [name for name in self.batches if name != "train"]:
             self.link.expect(self.rows[name])
             sums, count = 0, 0
             for inputs, targets in self.batches[name].in_order():
                 if self.place.first:
-                    features, prior = inputs, self.part.uniform(inputs)
+                    with autocast(inputs, self.dtype):
+                        features = at_least_float32(self.wrapped.extractor(inputs))
+                    prior = self.part.uniform(features)
                 else:
                     features, prior = self.link.take()
                 first, every = prior, []
@@ -236,6 +265,7 @@ class ParallelTrainer(Trainer):
         """The recorder writes what all ranks know; the others go on as soon as they have told it."""
         if not self.folder:
             return
+        self.settle()
         own = super().state()
         own["network"] = {name: t for name, t in own["network"].items() if not t.is_meta}
         every = self.reports.gather({name: own[name] for name in ("network", "optimizers", "schedulers", "sums")})
@@ -254,17 +284,17 @@ class ParallelTrainer(Trainer):
 
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
-        own = set(self.own)
         if self.place.stages > 1:
-            of_stage = {f"stages.{i}.": i for i in range(len(self.network.stages))}
-            mine = {
-                name: tensor for name, tensor in state["network"].items()
-                if next((i for prefix, i in of_stage.items() if name.startswith(prefix)), None) in own
-            }  # fmt: skip
+            kept = {name for name, tensor in self.network.state_dict().items() if not tensor.is_meta}
             state = state | {
-                "network": {name: mine.get(name, tensor) for name, tensor in self.network.state_dict().items()},
-                "optimizers": [o if i - 1 in own else None for i, o in enumerate(state["optimizers"])],
-                "schedulers": [state["schedulers"][i] for i in self.own],
+                "network": {
+                    name: state["network"][name] if name in kept else tensor
+                    for name, tensor in self.network.state_dict().items()
+                },
+                "optimizers": [
+                    saved if own else None for own, saved in zip(self.optimizers, state["optimizers"], strict=True)
+                ],
+                "schedulers": [state["schedulers"][i] for i in self.scheduled],
             }
             if state["sums"]:
                 state["sums"] = state["sums"] | {"loss": [state["sums"]["loss"][i] for i in self.own]}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .network import SIDNetwork
+from .network import SIDNetwork, at_least_float32
 from .processes import Place, watching
 from .step import autocast
 from .streams import InTurn
@@ -51,8 +51,8 @@ def layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Lay
     """Of the features that each stage hands on, from a few inputs (2 or more, ...); nothing of the network changes."""
     found, network = [], copy.deepcopy(network).eval()
     with autocast(inputs, dtype):
-        features = network.extractor(inputs)
-        prior = network.uniform(features).float()
+        features = at_least_float32(network.extractor(inputs))
+        prior = network.uniform(features)
         for stage in network.stages:
             features, _ = stage(features, prior)
             found.append(Layout.of(features))

@@ -56,6 +56,7 @@ class RunConfig(TrainConfig):
     replicas: int = 1  # of the pipeline, each with a share of every batch
     stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
     in_flight: int = 2  # batches on their way between two ranks
+    stale: int = 0  # batches whose gradient a shared extractor in a pipeline does not wait for
     timeout: float = 600.0  # seconds after which a silent rank counts as lost
 
     def __post_init__(self):
@@ -81,17 +82,19 @@ class RunConfig(TrainConfig):
 def check_parallel(run: RunConfig) -> None:
     if run.parallel not in PARALLEL:
         raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, not {run.parallel!r}")
-    for name, lowest in {"replicas": 1, "in_flight": 1, "timeout": 1}.items():
+    for name, lowest in {"replicas": 1, "in_flight": 1, "stale": 0, "timeout": 1}.items():
         if getattr(run, name) < lowest:
             raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
     if run.parallel != "stage":
         if run.replicas > 1 or run.stages_per_rank is not None:
             raise ValueError(f"replicas and stages_per_rank mean something for parallel 'stage', not {run.parallel!r}")
-    elif run.layout != "stagewise" or run.method not in LOCAL or run.schedule != "one-pass":
+    elif run.method not in LOCAL or run.schedule != "one-pass":
         raise ValueError(
-            "parallel 'stage' needs layout 'stagewise', method 'sid' or 'greedy' and schedule 'one-pass', not"
-            f" {run.layout!r}, {run.method!r}, {run.schedule!r}"
+            f"parallel 'stage' needs method {' or '.join(LOCAL)} and schedule one-pass, not {run.method!r},"
+            f" {run.schedule!r}"
         )
+    if run.stale and (run.parallel != "stage" or run.layout != "shared" or run.replicas > 1):
+        raise ValueError("stale means something for parallel 'stage', layout 'shared' and one replica only")
     if run.parallel == "data" and run.method == "bp-checkpoint":
         raise ValueError("parallel 'data' cannot recompute in the backward pass: method must not be 'bp-checkpoint'")
 
@@ -196,8 +199,8 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     own["device"] = own_device(run.device)
     parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
     return ParallelTrainer(
-        network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, about=about,
-        quiet=quiet,
+        network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, stale=run.stale,
+        about=about, quiet=quiet,
     )  # fmt: skip
 
 
@@ -219,7 +222,9 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
     counts = run.stages_per_rank
     if counts is None:
         seconds = None
-        if place.rank == 0 and place.stages > 1:
+        if run.layout == "shared":  # the extractor is most of the first rank's work
+            seconds = [float(depth), *[1.0] * (depth - 1)]
+        elif place.rank == 0 and place.stages > 1:
             shape = run.batch_size // place.replicas, *data.image_size, data.in_channels
             inputs = torch.zeros(shape).permute(0, 3, 1, 2)
             labels = torch.zeros(len(inputs), dtype=torch.int64)
