@@ -111,9 +111,29 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     seconds = [[cost.seconds for cost in costs]]
     dist.broadcast_object_list(seconds, 0)
     part = balanced(seconds[0], RANKS)[rank]
+
+    class Contiguous(torch.autograd.Function):
+        """What passes between ranks, both ways: PyTorch's pipelines send nothing else."""
+
+        @staticmethod
+        def forward(ctx, features):
+            return features.contiguous()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.contiguous()
+
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, features):
+            return Contiguous.apply(self.block(Contiguous.apply(features)))
+
     blocks = [*network.extractor, Classifier(network.stages[0].head, network.num_classes)]
     last = rank == RANKS - 1
-    module = nn.Sequential(*blocks[part.start : part.stop + last])
+    module = Block(nn.Sequential(*blocks[part.start : part.stop + last]))
     optimizer = OPTIMIZERS[run.optimizer](module.parameters(), lr=run.lr, fused=True)
     with torch.no_grad():  # what passes between the two
         example = inputs[:size] if rank == 0 else nn.Sequential(*blocks[: part.start])(inputs[:size])

@@ -162,7 +162,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
     processes = parser.add_argument_group("many processes, started by torchrun")
     add = processes.add_argument
-    add("--parallel", choices=PARALLEL, help="share every batch, or the stages as a pipeline " + default("parallel"))
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        help="share every batch, also the parameters, or the stages as a pipeline " + default("parallel"),
+    )
     add("--replicas", type=int, help="pipelines side by side, sharing every batch " + default("replicas"))
     add("--stages-per-rank", type=int, nargs="+", metavar="N", help="(default: balanced by what the stages cost)")
     add("--in-flight", type=int, help="batches on their way between two ranks " + default("in_flight"))

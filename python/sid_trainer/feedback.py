@@ -5,6 +5,7 @@ The extractor waits for it before its next batch; with `stale` it waits only for
 many graphs more, and learns from gradients of the weights it had then.
 """
 
+import warnings
 from collections import deque
 
 import torch
@@ -29,6 +30,8 @@ class Feedback:
         self.layout, self.stale = layout, stale
         self.pending: deque[tuple[Tensor, dict[str, Tensor], Tensor, dist.Work]] = deque()
         self.going: deque[tuple[dist.Work, Tensor]] = deque()
+        if stale:  # its learning rate goes on with the batches, before its first update
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     def extract(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         """On the first rank: the features (B, D), a leaf whose gradient the stages fill."""

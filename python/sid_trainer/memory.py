@@ -33,7 +33,8 @@ class SavedBytes:
     `parameters` not at all."""
 
     def __init__(self, parameters: Iterable[Tensor] = ()):
-        memories = [parameter.untyped_storage() for parameter in parameters]
+        local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
+        memories = [parameter.untyped_storage() for parameter in local]
         self.ignored = {memory.data_ptr(): memory for memory in memories}  # kept, lest an activation gets a moved one's
         self.alive, self.peak, self.holders = 0, 0, Counter()
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from .methods import make_step
 from .network import SIDNetwork, at_least_float32
 from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, refuse, watching
+from .sharded import load_network, load_optimizer, shard, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
 from .trainer import TrainConfig, Trainer
@@ -38,8 +40,8 @@ class ParallelTrainer(Trainer):
 
     def __init__(
         self, network: SIDNetwork, data, config: TrainConfig, folder=None, *, place: Place,
-        parts: Sequence[range] | None = None, in_flight: int = 2, stale: int = 0, about: dict | None = None,
-        quiet: bool = False,
+        parts: Sequence[range] | None = None, in_flight: int = 2, stale: int = 0, sharded: bool = False,
+        about: dict | None = None, quiet: bool = False,
     ):  # fmt: skip
         if stacked_stages(network) is not None:
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
@@ -48,12 +50,15 @@ class ParallelTrainer(Trainer):
         self.parts = [self.own] if parts is None else list(parts)
         self.own = self.parts[place.stage]
         self.feedback: Feedback | None = None
+        self.sharded = sharded
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
         self.share_out()
         between = self.layouts()
         self.link = self.make_link(between, in_flight)
         self.keep_own_stages()
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
+        if sharded:  # the parameters are other ones now
+            self.make_optimizers()
         if place.stages == 1:
             self.run_step = make_step(
                 config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
@@ -69,14 +74,14 @@ class ParallelTrainer(Trainer):
 
     def share_out(self) -> None:
         share = (self.place.replica, self.place.replicas)
-        for name, whole in self.batches.items():
+        for name, batches in self.batches.items():
             split = {"train": self.data.train, "test": self.data.test, "val": self.data.validation}[name]
-            self.rows[name] = [len(range(share[0], rows, share[1])) for rows in whole.sizes()]
+            self.rows[name] = [len(range(share[0], rows, share[1])) for rows in batches.sizes()]
             if 0 in self.rows[name]:
                 refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of fewer images than"
                        f" the {share[1]} processes that share it")  # fmt: skip
             if self.place.first:
-                whole.share = share
+                batches.share = share
             else:
                 self.batches[name] = Labels(split, self.config.batch_size, self.device, share)
 
@@ -109,16 +114,25 @@ class ParallelTrainer(Trainer):
             self.optimizers[0] = None
 
     def in_replicas(self) -> SIDNetwork:
-        """The network with each stage, and the extractor, in a wrapper that sums gradients over the replicas."""
+        """The network with gradients that are means over the whole batch, reduced over the replicas stage by stage."""
 
         def wrap(module: nn.Module) -> nn.Module:
             if not any(p.requires_grad and not p.is_meta for p in module.parameters()):
                 return module
             ids = [self.device.index] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
-            wrapped.register_comm_hook(self, weighted_sum)
-            return wrapped
+            return DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
 
+        def weigh(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            """The mean over replicas of the means over their images is that over all images, if each counts as many."""
+            features, logits = made
+            weight = self.share * self.place.replicas
+            return features, logits if weight == 1 else Weighted.apply(logits, weight)
+
+        for stage in self.network.stages:
+            stage.register_forward_hook(weigh)
+        if self.sharded:
+            shard(self.network, self.place, self.device)
+            return self.network
         stages = [wrap(stage) for stage in self.network.stages]
         return SIDNetwork(wrap(self.network.extractor), stages, self.network.num_classes)
 
@@ -282,6 +296,17 @@ class ParallelTrainer(Trainer):
         own["sums"] = self.sums_together([[part["sums"] for part in line] for line in self.by_replica(every)])
         save_checkpoint(self.folder, own)
 
+    def whole(self, state: Any) -> Any:
+        return whole(state) if self.sharded else state
+
+    def load(self, state: dict) -> None:
+        if not self.sharded:
+            return super().load(state)
+        load_network(self.network, state["network"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            if optimizer:
+                load_optimizer(optimizer, saved)
+
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
         if self.place.stages > 1:
@@ -330,7 +355,14 @@ def shares(ranks: list[dict], stages: int, batches: int) -> dict:
     }
 
 
-def weighted_sum(trainer: ParallelTrainer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The mean over the whole batch, of which this process has `trainer.share`."""
-    work = dist.all_reduce(bucket.buffer().mul_(trainer.share), group=trainer.place.data, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+class Weighted(torch.autograd.Function):
+    """The logits; on the way back their gradient times a weight."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.weight, None

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PARALLEL = ("none", "data", "stage")
+PARALLEL = ("none", "data", "shard", "stage")
+LOST = ("connection", "broken pipe", "timed out", "timeout", "gloo", "nccl")  # what backends say of a peer that is gone
 SIZE, STATE = 1001, 1002  # tags of what is told
 
 
@@ -88,7 +89,7 @@ def own_device(name: str) -> str:
 def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 600.0, device: str = "auto") -> Place:
     """Meet the other processes that `torchrun` started; the place of this one among them.
 
-    parallel: "data", a replica each, or "stage", consecutive stages each, in `replicas` replicas.
+    parallel: "data" or "shard", a replica each, or "stage", consecutive stages each, in `replicas` replicas.
     settings: must be the same everywhere. timeout: seconds after which a silent peer counts as lost.
 
     Raises ValueError, on one rank (the others leave with status 2), where the processes cannot work together.
@@ -98,8 +99,8 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
         raise ValueError(
             f"parallel {parallel!r} needs torchrun: torchrun --standalone --nproc-per-node=2 -m sid_trainer ..."
         )
-    stages = 1 if parallel == "data" else world // replicas
-    replicas = world if parallel == "data" else replicas
+    stages = world // replicas if parallel == "stage" else 1
+    replicas = replicas if parallel == "stage" else world
     if stages * replicas != world:
         raise ValueError(f"replicas must divide the number of processes, {world}, not be {replicas}")
     cuda = own_device(device).startswith("cuda")
@@ -155,7 +156,8 @@ def watching(place: Place, whom: str):
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, LostRank):
+        told = str(error).lower()
+        if isinstance(error, LostRank) or not any(word in told for word in LOST):
             raise
         silent = time.monotonic() - start >= 0.9 * place.timeout
         how = f"said nothing for {place.timeout:g} seconds" if silent else "is gone"

@@ -95,8 +95,8 @@ def check_parallel(run: RunConfig) -> None:
         )
     if run.stale and (run.parallel != "stage" or run.layout != "shared" or run.replicas > 1):
         raise ValueError("stale means something for parallel 'stage', layout 'shared' and one replica only")
-    if run.parallel == "data" and run.method == "bp-checkpoint":
-        raise ValueError("parallel 'data' cannot recompute in the backward pass: method must not be 'bp-checkpoint'")
+    if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
+        raise ValueError(f"method 'bp-checkpoint' cannot recompute with parallel {run.parallel!r}")
 
 
 # Settings that say where and with what help a run is made; all others make it another run.
@@ -200,14 +200,16 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
     return ParallelTrainer(
         network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, stale=run.stale,
-        about=about, quiet=quiet,
+        sharded=run.parallel == "shard", about=about, quiet=quiet,
     )  # fmt: skip
 
 
 def meet(run: RunConfig) -> Place | None:
     if run.parallel == "none":
         if world_size() > 1:
-            raise ValueError(f"parallel must say how {world_size()} processes share the work: data or stage, not none")
+            raise ValueError(
+                f"parallel must say how {world_size()} processes share the work: data, shard or stage, not none"
+            )
         return None
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}

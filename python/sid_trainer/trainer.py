@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,17 +141,7 @@ class Trainer:
                           channels_last=config.channels_last)
             for name, split in parts.items() if split is not None
         }  # fmt: skip
-        self.optimizers = make_optimizers(
-            self.network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
-            schedule=config.schedule, fused=config.fused,
-        )  # fmt: skip
-        steps = config.epochs * len(self.batches["train"])
-        self.schedulers = [make_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
-        self.run_step = make_step(
-            config.method, self.network, self.optimizers, alpha=self.alphas, schedule=config.schedule,
-            fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
-            streams=stage_streams(self.device, depth) if config.streams else None,
-        )  # fmt: skip
+        self.make_optimizers()
         self.judging = {
             "divergence": config.divergence, "label_smoothing": config.label_smoothing, "dtype": self.dtype,
         }  # fmt: skip
@@ -164,6 +155,20 @@ class Trainer:
         self.stop: list[int] = []  # the signals that asked for an end
         self.records = True  # whether this process keeps the run's folder
         self.own = range(depth)  # the stages that learn in this process
+
+    def make_optimizers(self) -> None:
+        config = self.config
+        self.optimizers = make_optimizers(
+            self.network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
+            schedule=config.schedule, fused=config.fused,
+        )  # fmt: skip
+        steps = config.epochs * len(self.batches["train"])
+        self.schedulers = [make_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
+        self.run_step = make_step(
+            config.method, self.network, self.optimizers, alpha=self.alphas, schedule=config.schedule,
+            fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
+            streams=stage_streams(self.device, len(self.alphas)) if config.streams else None,
+        )  # fmt: skip
 
     def fit(self) -> list[dict]:
         """Train what is left of all epochs. Raises NonFiniteLoss, and Interrupted when SIGINT or SIGTERM asked for an
@@ -316,7 +321,7 @@ class Trainer:
 
     def state(self) -> dict:
         """What a checkpoint holds. Raises NonFiniteLoss where the last update left the network infinite or NaN."""
-        network = self.network.state_dict()
+        network = self.whole(self.network.state_dict())
         for name, value in network.items():
             if name in self.begun_finite and not value.is_meta and not value.isfinite().all():
                 words = name.split(".", 2)
@@ -331,7 +336,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "network": network,
-            "optimizers": [optimizer and optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": self.whole([optimizer and optimizer.state_dict() for optimizer in self.optimizers]),
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "random": random,
             "sums": self.sums,
@@ -358,11 +363,18 @@ class Trainer:
             print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
         self.adopt(state)
 
-    def adopt(self, state: dict) -> None:
+    def whole(self, state: Any) -> Any:
+        """What is in pieces in other processes, whole."""
+        return state
+
+    def load(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer:
                 optimizer.load_state_dict(saved)
+
+    def adopt(self, state: dict) -> None:
+        self.load(state)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         torch.set_rng_state(state["random"]["cpu"])
