@@ -13,7 +13,7 @@ from .processes import Place
 
 
 def shard(network: SIDNetwork, place: Place, device: torch.device) -> None:
-    """Each stage, and each block of the extractor, keeps 1/replicas of its parameters on a rank and gathers them when it runs."""
+    """Each stage, and each block of the extractor, keeps a share of its parameters on each rank, gathered to run."""
     mesh = torch.distributed.device_mesh.DeviceMesh.from_group(place.data, device.type)
     network.to(memory_format=torch.contiguous_format)  # no other can be cut
     extractor = network.extractor
