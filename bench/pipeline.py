@@ -49,7 +49,7 @@ def contenders(microbatches: list[int]) -> dict[str, tuple[int, list[str]]]:
 
 
 def settings(network: str, data: str, cache: str | None, method: str = "sid", **more):
-    from sid_trainer.runs import run_config
+    from sid_trainer.config import run_config
 
     return run_config(
         dataset="cifar10", data=data, cache=cache, layout="stagewise", method=method, device="cpu", epochs=100,

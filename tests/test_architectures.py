@@ -6,8 +6,8 @@ from torch import nn
 
 from sid_trainer import build_network, cut, sid_step
 from sid_trainer.architectures import LAYOUTS, TRUNKS
+from sid_trainer.config import alpha_by_depth
 from sid_trainer.network import Reader, StageHead
-from sid_trainer.runs import alpha_by_depth
 
 CELLS = [(arch, layout) for arch in TRUNKS for layout in LAYOUTS]
 

@@ -2,12 +2,13 @@
 
 from .architectures import build_network, cut
 from .capture import CapturedStep, capture
+from .config import TrainConfig
 from .data import load_data
 from .methods import bp_step, deep_supervision_step
 from .network import SIDNetwork, Stage, StageHead
 from .stacked import StackedStages, stacked_stages
 from .step import StepResult, sid_step
-from .trainer import TrainConfig, Trainer
+from .trainer import Trainer
 
 __all__ = [
     "CapturedStep",

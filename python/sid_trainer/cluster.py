@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from .architectures import build_network
+from .config import DTYPES
 from .costs import StageCost, balanced, measure_blocks, measure_stages
 from .files import write_atomically
 from .results import read_json
 from .simulate import Link, Simulated, simulate
-from .trainer import DTYPES, pick_device
+from .trainer import pick_device
 
 MICROBATCHES = (4, 8, 16, 32)  # those tried by default, where they divide the batch and leave two images each
 DRAWN_RANKS = 16  # more are told in the table, and drawn only where nothing smaller was asked for

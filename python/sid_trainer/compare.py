@@ -7,9 +7,10 @@ from itertools import product
 from pathlib import Path
 
 from .checkpoint import LAST, PREVIOUS
+from .config import MOVABLE, RunConfig, stage_alphas
 from .files import write_atomically
 from .report import as_markdown, comparison_table, load_runs, write_report
-from .runs import MOVABLE, RunConfig, make_trainer, resumed, saved_run, stage_alphas
+from .runs import make_trainer, resumed, saved_run
 
 TABLE = "table"
 

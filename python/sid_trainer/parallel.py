@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batches import Labels
 from .checkpoint import save_checkpoint
+from .config import TrainConfig
 from .evaluation import judged
 from .feedback import Feedback
 from .files import write_atomically
@@ -26,7 +27,7 @@ from .processes import Place, Reports, refuse, watching
 from .sharded import load_network, load_optimizer, shard, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
-from .trainer import TrainConfig, Trainer
+from .trainer import Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
 

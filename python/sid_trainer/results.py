@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config import MOVABLE
 from .methods import METHODS  # in the order they are shown
-from .runs import MOVABLE
 
 FAMILY = ("arch", "layout", "method", "label_noise")  # what the table of methods tells apart first
 # what every epoch's row has beside its number, and what only those of newer runs have

@@ -1,153 +1,22 @@
 """A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 
-from .architectures import build_network, stage_count
+from .architectures import build_network
 from .batches import Batches
 from .checkpoint import check_same, load_checkpoint
+from .config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
 from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
-from .methods import BACKPROPAGATED, LOCAL
 from .network import SIDNetwork
-from .processes import PARALLEL, Place, join, own_device, refuse, tell_all, world_size
+from .processes import Place, join, own_device, refuse, tell_all, world_size
 from .splits import with_label_noise, with_subset, with_validation
-from .trainer import DTYPES, TrainConfig, Trainer
-
-# A strong recipe for backpropagation on the network, and the same for every method it is compared with.
-RECIPES = {
-    "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "vit_tiny": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "lr_schedule": "one-cycle"},
-    "mlp": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-}
-
-
-@dataclass(frozen=True)
-class RunConfig(TrainConfig):
-    """Everything a run is made of: `TrainConfig`, the data and the network. All of it is in the run's config.json."""
-
-    dataset: str = "digits"
-    data: str | None = None
-    cache: str | None = None
-    download: bool = False
-    image_size: int | None = None
-    stream: bool | None = None
-    train_images: int | None = None
-    val: float = 0.0
-    label_noise: float = 0.0
-    crop: int | None = None  # None, here and for flip: what suits the data set
-    flip: bool | None = None
-    arch: str = "simple_cnn"
-    layout: str = "shared"
-    depth: int | None = None
-    head_depth: int = 1
-    hidden_dim: int = 256
-    grid: int = 4
-    alpha: float | str | Sequence[float] = 0.5  # also a text that `alpha_by_depth` takes
-    parallel: str = "none"  # how the processes that torchrun started share the work
-    replicas: int = 1  # of the pipeline, each with a share of every batch
-    stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
-    in_flight: int = 2  # batches on their way between two ranks
-    stale: int = 0  # batches whose gradient a shared extractor in a pipeline does not wait for
-    timeout: float = 600.0  # seconds after which a silent rank counts as lost
-
-    def __post_init__(self):
-        object.__setattr__(self, "alpha", parse_alpha(self.alpha))
-        super().__post_init__()
-        if self.stages_per_rank is not None:
-            object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
-        check_parallel(self)
-        if not 0 <= self.label_noise <= 1:
-            raise ValueError(f"label_noise must be in [0, 1], not {self.label_noise}")
-        if not 0 <= self.val < 1:
-            raise ValueError(f"val must be in [0, 1), not {self.val}")
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
-        if self.crop is not None and self.crop < 0:
-            raise ValueError(f"crop must be 0 or more, not {self.crop}")
-        if self.flip and self.dataset in ("digits", "mnist"):
-            raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
-        if self.data is not None and self.dataset == "digits":
-            raise ValueError("data means nothing for digits; the other data sets read files")
-
-
-def check_parallel(run: RunConfig) -> None:
-    if run.parallel not in PARALLEL:
-        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, not {run.parallel!r}")
-    for name, lowest in {"replicas": 1, "in_flight": 1, "stale": 0, "timeout": 1}.items():
-        if getattr(run, name) < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
-    if run.parallel != "stage":
-        if run.replicas > 1 or run.stages_per_rank is not None:
-            raise ValueError(f"replicas and stages_per_rank mean something for parallel 'stage', not {run.parallel!r}")
-    elif run.method not in LOCAL or run.schedule != "one-pass":
-        raise ValueError(
-            f"parallel 'stage' needs method {' or '.join(LOCAL)} and schedule one-pass, not {run.method!r},"
-            f" {run.schedule!r}"
-        )
-    if run.stale and (run.parallel != "stage" or run.layout != "shared" or run.replicas > 1):
-        raise ValueError("stale means something for parallel 'stage', layout 'shared' and one replica only")
-    if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
-        raise ValueError(f"method 'bp-checkpoint' cannot recompute with parallel {run.parallel!r}")
-
-
-# Settings that say where and with what help a run is made; all others make it another run.
-PROCESSES = ("parallel", "replicas", "stages_per_rank", "in_flight", "timeout")
-MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROCESSES)
-
-
-def run_config(**given) -> RunConfig:
-    """A run's settings; what is not given (or None) is the network's recipe, then the default."""
-    given = {name: value for name, value in given.items() if value is not None}
-    recipe = RECIPES.get(given.get("arch", RunConfig.arch), {})
-    return RunConfig(**{"epochs": 30 if given.get("dataset", "digits") == "digits" else 5} | recipe | given)
-
-
-def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ...] | str:
-    """A number; "0.9,0.5,0.3", one a stage; "0.9:0.3", linear over depth (stays a text until the depth is known)."""
-    if not isinstance(given, str):
-        return given if isinstance(given, float | int) else tuple(given)
-    try:
-        numbers = tuple(float(part) for part in given.replace(":", ",").split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or (":" in given and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
-        raise ValueError(
-            f"alpha must be a number in [0, 1], FIRST:LAST, or one number a stage (0.9,0.5,...), not {given!r}"
-        )
-    return given if ":" in given else numbers[0] if len(numbers) == 1 else numbers
-
-
-def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
-    """One alpha for each of `depth` stages. Raises ValueError for another number of them."""
-    alpha = parse_alpha(alpha)
-    if isinstance(alpha, tuple) and len(alpha) != depth:
-        raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alpha)}")
-    if isinstance(alpha, str):
-        first, last = map(float, alpha.split(":"))
-        return torch.linspace(first, last, depth, dtype=torch.float64).tolist()
-    return [alpha] * depth if isinstance(alpha, float | int) else list(alpha)
-
-
-def is_plain(run: RunConfig) -> bool:
-    """Whether its network is the backbone with one classifier."""
-    return run.layout == "stagewise" and run.method in BACKPROPAGATED
-
-
-def stage_alphas(run: RunConfig) -> list[float]:
-    """One for each stage of a run's network. Raises ValueError for a depth, or a number of alphas, it cannot have."""
-    depth = stage_count(run.arch, run.layout, run.depth)
-    if run.method == "sid":
-        return alpha_by_depth(run.alpha, depth)
-    return [1.0] * (1 if is_plain(run) else depth)  # a cross-entropy alone
+from .trainer import Trainer
 
 
 def make_data(run: RunConfig) -> ImageData:

@@ -2,13 +2,12 @@
 
 import contextlib
 import json
-import math
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +17,16 @@ from torch import Tensor
 from .batches import Batches, pixel_statistics
 from .capture import capture
 from .checkpoint import check_same, load_checkpoint, save_checkpoint, set_aside_damaged
+from .config import DTYPES, TrainConfig
 from .data import ImageData
 from .evaluation import means, tally
 from .logs import Log
 from .memory import SavedBytes, forget_peak, peak_memory
-from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS, held_by_cascade, make_optimizers, make_scheduler, make_step
+from .methods import held_by_cascade, make_optimizers, make_scheduler, make_step
 from .network import SIDNetwork
-from .step import SCHEDULES
 from .streams import stage_streams
 
 DATA = ("classes", "in_channels", "image_size", "train_images", "pixel_mean")  # what tells whether data are the same
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; what is trained, and on what, are the network and the data."""
-
-    method: str = "sid"
-    schedule: str = "one-pass"
-    fused: bool = True  # equal plain stages in one kernel; off, one stage's activations at a time
-    epochs: int = 5
-    batch_size: int = 128
-    optimizer: str = "adam"
-    lr: float = 1e-3  # the highest, where it changes
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    alpha: float | Sequence[float] = 0.5  # one number, or one a stage
-    divergence: str = "forward"
-    label_smoothing: float = 0.0
-    seed: int = 0  # of the order, crops and flips; the network is drawn before it comes here
-    dtype: str = "float32"
-    device: str = "auto"
-    channels_last: bool = True
-    streams: bool = True  # on a GPU, a stream a stage
-    graph: bool = False  # on a GPU, the step as one CUDA graph
-    workers: int = 2  # processes that decode, for data that is not held in memory
-    save_every: int = 0  # steps between checkpoints; 0: after every epoch only
-
-    def __post_init__(self):
-        tables = (
-            ("method", METHODS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
-            ("divergence", ("forward", "reverse")), ("dtype", DTYPES),
-        )  # fmt: skip
-        for name, table in tables:
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name} must be one of {', '.join(table)}, not {getattr(self, name)!r}")
-        least = {"epochs": 1, "batch_size": 1, "workers": 0, "save_every": 0, "seed": 0}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
-        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
-            if not isinstance(alpha, str) and not 0 <= alpha <= 1:  # a text is RunConfig's
-                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
-        if self.divergence == "reverse" and not self.label_smoothing:
-            raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
 
 
 class NonFiniteLoss(RuntimeError):
