@@ -1,9 +1,6 @@
 """Pipelines on paper: against sums by hand and known formulas, against processes that wait, and as a user asks for them."""
 
 import json
-import multiprocessing
-import os
-import socket
 import time
 from itertools import combinations
 
@@ -172,61 +169,6 @@ def test_few_flushed_batches_tell_of_many(schedule, costs, m):
     parts = balanced([m * (cost.forward + cost.backward) + cost.update for cost in costs], 3)
     assert told == pytest.approx(simulate(costs, parts, schedule, 30, microbatches=m, **options).seconds, rel=1e-6)
     assert run.batches == 5
-
-
-# ---------------------------------------------------------------- against real processes
-
-
-def slow_rank(rank, port, batches, seconds, size, ended):
-    """A rank of the real pipeline whose stage waits in place of computing, so that a busy machine changes little."""
-    import torch.distributed as dist
-
-    from sid_trainer.pipeline import Layout
-    from sid_trainer.pipeline import Link as RealLink
-    from sid_trainer.processes import Place
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    layout = Layout((size,), (size, 1), torch.float32, torch.device("cpu"))
-    place = Place(stage=rank, stages=2)
-    link = RealLink(place, 1, 10, layout if rank else None, None if rank else layout)
-    link.expect([8] * batches)
-    features, belief = torch.zeros(8, size), torch.full((8, 10), 0.1)
-    dist.barrier()
-    start = time.perf_counter()
-    forward, backward = seconds[rank]
-    for _ in range(batches):
-        if rank:
-            link.take()
-        time.sleep(forward)
-        link.send(features, belief)
-        time.sleep(backward)
-    waited = link.sending
-    link.wait_for_room()
-    ended.put((rank, time.perf_counter() - start, waited))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("seconds", [[(0.02, 0.03), (0.02, 0.03)], [(0.005, 0.005), (0.03, 0.03)]])
-def test_two_real_ranks_take_the_time_that_was_told(seconds):
-    batches = 20
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ended = context.Queue()
-    ranks = [context.Process(target=slow_rank, args=(rank, port, batches, seconds, 1024, ended)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = sorted(ended.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
-    told = simulate([StageCost(*pair) for pair in seconds], [range(1), range(1, 2)], "sid", batches)
-    assert found[1][1] == pytest.approx(told.seconds, rel=0.1)
-    backward = [event.start for event in told.events if event.rank == 0 and event.kind == "backward"]
-    waited = backward[-1] - batches * seconds[0][0] - (batches - 1) * seconds[0][1]  # for room, all in all
-    assert found[0][2] == pytest.approx(waited, abs=0.06 * told.seconds)
 
 
 # ---------------------------------------------------------------- measured
