@@ -24,7 +24,7 @@ from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, refuse, watching
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
-from .trainer import TrainConfig, Trainer
+from .trainer import Interrupted, TrainConfig, Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
 
@@ -304,10 +304,18 @@ class ParallelTrainer(Trainer):
         super().adopt(state)
 
     def fit(self) -> list[dict]:
-        metrics = super().fit()
+        try:
+            metrics = super().fit()
+        except Interrupted:
+            self.hand_over()
+            raise
+        self.hand_over()
+        return metrics
+
+    def hand_over(self) -> None:
+        """Wait until the others have what was sent: with this process its messages would be gone."""
         self.link.wait_for_room()
         self.reports.finish()
-        return metrics
 
 
 def shares(ranks: list[dict], stages: int, batches: int) -> dict:
