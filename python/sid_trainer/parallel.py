@@ -27,7 +27,7 @@ from .processes import Place, Reports, refuse, watching
 from .sharded import load_network, load_optimizer, shard, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
-from .trainer import Trainer
+from .trainer import Interrupted, Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
 
@@ -330,10 +330,18 @@ class ParallelTrainer(Trainer):
         super().adopt(state)
 
     def fit(self) -> list[dict]:
-        metrics = super().fit()
+        try:
+            metrics = super().fit()
+        except Interrupted:
+            self.hand_over()
+            raise
+        self.hand_over()
+        return metrics
+
+    def hand_over(self) -> None:
+        """Wait until the others have what was sent: with this process its messages would be gone."""
         self.link.wait_for_room()
         self.reports.finish()
-        return metrics
 
 
 def shares(ranks: list[dict], stages: int, batches: int) -> dict:

@@ -96,9 +96,9 @@ class Link(InTurn):
             rows, source = self.rows.popleft(), self.place.rank - 1
             features = self.received.empty(rows)
             belief = torch.empty(rows * self.classes + 1, device=features.device)  # and whether it is the last batch
-            works = [
-                dist.irecv(self.received.dense(features), source, tag=FEATURES), dist.irecv(belief, source, tag=BELIEF),
-            ]  # fmt: skip
+            receives = ((self.received.dense(features), FEATURES), (belief, BELIEF))
+            with watching(self.place, f"rank {source}"):
+                works = [dist.irecv(tensor, source, tag=tag) for tensor, tag in receives]
             self.coming.append((features, belief, works))
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -109,8 +109,9 @@ class Link(InTurn):
             for work in works:
                 work.wait()
         self.receiving += time.perf_counter() - start
-        self.post()
         self.stop = bool(belief[-1])
+        if not self.stop:
+            self.post()
         return features, belief[:-1].view(-1, self.classes)
 
     def send(self, features: Tensor, belief: Tensor) -> None:

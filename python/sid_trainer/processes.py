@@ -178,7 +178,8 @@ class Reports:
         self.finish()
         content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
         for tensor, tag in ((torch.tensor([len(content)]), SIZE), (content, STATE)):
-            work = dist.isend(tensor, self.place.recorder, group=self.place.control, tag=tag)
+            with watching(self.place, f"rank {self.place.recorder}"):
+                work = dist.isend(tensor, self.place.recorder, group=self.place.control, tag=tag)
             self.telling.append((work, tensor))
 
     def finish(self) -> None:
