@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.batches import Batches, pixel_statistics
-from sid_trainer.cli import Parser
+from sid_trainer.options import Parser
 from sid_trainer.config import RunConfig, run_config
 from sid_trainer.data import Split
 from sid_trainer.evaluation import evaluate, means
