@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,10 @@ from .checkpoint import save_checkpoint
 from .evaluation import judged
 from .feedback import Feedback
 from .files import write_atomically
-from .methods import make_step
+from .methods import BACKPROPAGATED, make_step
 from .network import SIDNetwork, at_least_float32
 from .pipeline import Layout, Link, layouts
-from .processes import Place, Reports, refuse, watching
+from .processes import Place, Reports, refuse, said_once, watching
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
 from .trainer import Interrupted, TrainConfig, Trainer
@@ -43,6 +44,8 @@ class ParallelTrainer(Trainer):
     ):  # fmt: skip
         if stacked_stages(network) is not None:
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
+            if about and "run" in about:  # one process that goes on with the run must do the same
+                about = about | {"run": about["run"] | {"fused": False}}
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
         self.place, self.records, self.reports = place, place.records, Reports(place)
         self.parts = [self.own] if parts is None else list(parts)
@@ -72,9 +75,11 @@ class ParallelTrainer(Trainer):
         for name, whole in self.batches.items():
             split = {"train": self.data.train, "test": self.data.test, "val": self.data.validation}[name]
             self.rows[name] = [len(range(share[0], rows, share[1])) for rows in whole.sizes()]
-            if 0 in self.rows[name]:
-                refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of fewer images than"
-                       f" the {share[1]} processes that share it")  # fmt: skip
+            parts = BACKPROPAGATED.get(self.config.method, {}).get("parts", 0) if name == "train" else 0
+            least = max(1, 2 * parts) * share[1]  # so that all learn from equally many parts: each is a reduction
+            if min(whole.sizes()) < least:
+                refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of"
+                       f" {min(whole.sizes())} images: the {share[1]} processes that share it need {least}")  # fmt: skip
             if self.place.first:
                 whole.share = share
             else:
@@ -268,9 +273,11 @@ class ParallelTrainer(Trainer):
         self.settle()
         own = super().state()
         own["network"] = {name: t for name, t in own["network"].items() if not t.is_meta}
-        every = self.reports.gather({name: own[name] for name in ("network", "optimizers", "schedulers", "sums")})
+        parts = {name: own[name] for name in ("network", "optimizers", "schedulers", "sums")}
+        every = self.reports.gather(parts | {"activation_bytes": self.activation_bytes})
         if every is None:
             return
+        own["metrics"] = json.dumps([self.metrics, max(part["activation_bytes"] for part in every)])
         first = self.by_replica(every)[0]  # replicas are alike
         network = {name: tensor for part in first for name, tensor in part["network"].items()}
         own["network"] = {name: network[name] for name in self.network.state_dict()}
@@ -281,6 +288,10 @@ class ParallelTrainer(Trainer):
         own["schedulers"] = [state for part in first for state in part["schedulers"]]
         own["sums"] = self.sums_together([[part["sums"] for part in line] for line in self.by_replica(every)])
         save_checkpoint(self.folder, own)
+
+    def resume(self, place: Path | str | None = None) -> None:
+        with said_once(self.place):
+            super().resume(place)
 
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
