@@ -39,6 +39,12 @@ def own_lines(text):
     return [line for line in text.splitlines() if line.startswith("sid train")]
 
 
+def started_anew(run, gone):
+    """Both ranks, rank -> process id, once neither is one of those that are gone."""
+    found = workers(run.process.pid)
+    return found if len(found) == 2 and not gone & set(found.values()) else None
+
+
 @pytest.mark.parametrize("how", RUNS)
 def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     """SIGKILL to rank 0, 1, 0, ...: soon after its start, or some time after it has saved something."""
@@ -47,18 +53,13 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     folder, draw = tmp_path / "killed", random.Random(how)
     last = folder / "last.pt"
     with torchrun("train", *words, "--out", folder, count=2, out=folder, restarts=KILLS) as run:
-        before = set()
+        gone: set[int] = set()
         for kill in range(KILLS):
-            both = wait_until(
-                lambda: len(now := workers(run.process.pid)) == 2 and not before & set(now.values()) and now, "start"
-            )
-            before = set(both.values())
+            both = wait_until(lambda: started_anew(run, gone), "start")
+            gone |= set(both.values())
             if draw.random() < 0.75 or kill == 0:
-                saved = last.stat().st_mtime_ns if last.exists() else None
-                wait_until(
-                    lambda: (last.exists() and last.stat().st_mtime_ns != saved) or run.process.poll() is not None,
-                    "save",
-                )
+                seen = [last.stat().st_mtime_ns if last.exists() else None]
+                wait_until(lambda seen=seen: last.exists() and last.stat().st_mtime_ns not in seen, "save")
                 time.sleep(draw.uniform(0, 0.3))
             else:
                 time.sleep(draw.uniform(0, 4))

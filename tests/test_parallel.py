@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 SMALL = "--train-images 100 --batch-size 8 --epochs 2 --crop 1 --seed 3 --optimizer sgd --lr 0.02 --no-fused"
 RUNS = {
     "mlp": "--arch mlp --layout stagewise --val 0.1 --alpha 0.8:0.4",
-    "shared": "--arch simple_cnn --layout shared --depth 3 --save-every 4",
+    "shared": "--arch simple_cnn --layout shared --depth 3 --save-every 4 --batch-size 7",
     "two-phase": "--arch simple_cnn --layout shared --depth 2 --schedule two-phase",
     "bp": "--arch mlp --layout stagewise --method bp --batch-size 9",
     "bp-accumulate": "--arch mlp --layout stagewise --method bp-accumulate --batch-size 28",

@@ -78,8 +78,10 @@ class ParallelTrainer(Trainer):
             parts = BACKPROPAGATED.get(self.config.method, {}).get("parts", 0) if name == "train" else 0
             least = max(1, 2 * parts) * share[1]  # so that all learn from equally many parts: each is a reduction
             if min(whole.sizes()) < least:
-                refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of"
-                       f" {min(whole.sizes())} images: the {share[1]} processes that share it need {least}")  # fmt: skip
+                refuse(
+                    self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of {min(whole.sizes())}"
+                    f" images: the {share[1]} processes that share it need {least}"
+                )  # fmt: skip
             if self.place.first:
                 whole.share = share
             else:
