@@ -18,7 +18,14 @@ from sid_trainer.checkpoint import LAST, load_checkpoint
 TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what two runs of equal bits differ in
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["sid_trainer.runs", "sid_trainer.report", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot"]
+    [
+        "sid_trainer.runs",
+        "sid_trainer.parallel",
+        "sid_trainer.report",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "matplotlib.pyplot",
+    ]
     + ["torch.utils.tensorboard", "torch._dynamo", "tqdm"]  # _dynamo: the first optimizer imports it, in 2 seconds
 )
 

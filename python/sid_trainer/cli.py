@@ -72,10 +72,13 @@ def introduce(trainer) -> None:
 
 def begun(run: RunConfig, folder: Path, overwrite: bool):
     """The trainer of a new run; or, where torchrun starts a process anew, of what the lost one had saved."""
-    from .runs import make_trainer, resumed
+    from .runs import make_trainer, resumed, saved_run
 
     if restarted() and any((folder / name).exists() for name in (LAST, PREVIOUS)):
-        return resumed(folder, **{name: getattr(run, name) for name in MOVABLE})
+        moved = {name: getattr(run, name) for name in MOVABLE}
+        if dataclasses.replace(saved_run(folder)[0], **moved, fused=run.fused) != run:
+            raise ValueError(f"{folder}: holds another run; choose another --out, or --resume it")
+        return resumed(folder, **moved)
     if (folder / "config.json").exists() and not (overwrite or restarted()):
         raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
     trainer = make_trainer(run, folder)

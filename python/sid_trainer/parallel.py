@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from .config import TrainConfig
 from .evaluation import judged
 from .feedback import Feedback
 from .files import write_atomically
-from .methods import make_step
+from .methods import BACKPROPAGATED, make_step
 from .network import SIDNetwork, at_least_float32
 from .pipeline import Layout, Link, layouts
-from .processes import Place, Reports, refuse, watching
+from .processes import Place, Reports, refuse, said_once, watching
 from .sharded import load_network, load_optimizer, shard, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
@@ -46,6 +47,8 @@ class ParallelTrainer(Trainer):
     ):  # fmt: skip
         if stacked_stages(network) is not None:
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
+            if about and "run" in about:  # one process that goes on with the run must do the same
+                about = about | {"run": about["run"] | {"fused": False}}
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
         self.place, self.records, self.reports = place, place.records, Reports(place)
         self.parts = [self.own] if parts is None else list(parts)
@@ -78,9 +81,13 @@ class ParallelTrainer(Trainer):
         for name, batches in self.batches.items():
             split = {"train": self.data.train, "test": self.data.test, "val": self.data.validation}[name]
             self.rows[name] = [len(range(share[0], rows, share[1])) for rows in batches.sizes()]
-            if 0 in self.rows[name]:
-                refuse(self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of fewer images than"
-                       f" the {share[1]} processes that share it")  # fmt: skip
+            parts = BACKPROPAGATED.get(self.config.method, {}).get("parts", 0) if name == "train" else 0
+            least = max(1, 2 * parts) * share[1]  # so that all learn from equally many parts: each is a reduction
+            if min(batches.sizes()) < least:
+                refuse(
+                    self.place, f"batch_size {self.config.batch_size} leaves a {name} batch of {min(batches.sizes())}"
+                    f" images: the {share[1]} processes that share it need {least}"
+                )  # fmt: skip
             if self.place.first:
                 batches.share = share
             else:
@@ -283,9 +290,11 @@ class ParallelTrainer(Trainer):
         self.settle()
         own = super().state()
         own["network"] = {name: t for name, t in own["network"].items() if not t.is_meta}
-        every = self.reports.gather({name: own[name] for name in ("network", "optimizers", "schedulers", "sums")})
+        parts = {name: own[name] for name in ("network", "optimizers", "schedulers", "sums")}
+        every = self.reports.gather(parts | {"activation_bytes": self.activation_bytes})
         if every is None:
             return
+        own["metrics"] = json.dumps([self.metrics, max(part["activation_bytes"] for part in every)])
         first = self.by_replica(every)[0]  # replicas are alike
         network = {name: tensor for part in first for name, tensor in part["network"].items()}
         own["network"] = {name: network[name] for name in self.network.state_dict()}
@@ -307,6 +316,10 @@ class ParallelTrainer(Trainer):
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer:
                 load_optimizer(optimizer, saved)
+
+    def resume(self, place: Path | str | None = None) -> None:
+        with said_once(self.place):
+            super().resume(place)
 
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""

@@ -5,6 +5,7 @@ other besides batches. Nothing here knows how a network is trained.
 import io
 import os
 import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,10 +109,16 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
         torch.cuda.set_device(own_device(device))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        within = timedelta(seconds=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=within))
+        store = fresh(store, rank, world, timeout)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=within)
     except (dist.DistError, RuntimeError) as error:
-        why = "in use by another program" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
-        raise ValueError(f"{address}: cannot meet the other processes there ({why}); choose another port") from error
+        what = f"{address}: cannot meet the other processes there"
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"{what} (in use by another program); choose another port") from error
+        raise LostRank(f"rank {os.environ['RANK']}: {what} ({str(error).splitlines()[0]})") from error
     mesh = dist.init_device_mesh("cuda" if cuda else "cpu", (replicas, stages), mesh_dim_names=("data", "stage"))
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     place = Place(
@@ -120,6 +127,27 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
     )  # fmt: skip
     agree(place, {"torch": str(torch.__version__), **settings})
     return place
+
+
+def fresh(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """A part of the store that only the processes of this start know. torchrun keeps one store over its restarts, in
+    which a new process would find the addresses of those that are gone."""
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank > 0:
+        store.set(f"here/{rank}", own)
+        first = store.get(f"seen/{own}").decode()  # waits for rank 0's answer to this very process
+        store.set(f"met/{first}/{rank}", "")
+        return dist.PrefixStore(first, store)
+    missing = set(range(1, world))
+    while missing:
+        for other in missing:
+            if store.check([f"here/{other}"]):
+                store.set(f"seen/{store.get(f'here/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"met/{own}/{other}"])}
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {min(missing)} did not come within {timeout:g} seconds")
+        time.sleep(0.005)
+    return dist.PrefixStore(own, store)
 
 
 def agree(place: Place, settings: dict) -> None:
@@ -142,6 +170,21 @@ def refuse(place: Place, message: str) -> None:
     raise SystemExit(2)
 
 
+@contextmanager
+def said_once(place: Place):
+    """What is wrong within it, on all ranks or on one, is said by one and ends all."""
+    wrong = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        wrong = str(error)
+    every = [None] * place.size
+    dist.all_gather_object(every, wrong, group=place.control)
+    for what in every:
+        if what is not None:
+            refuse(place, what)
+
+
 def tell_all(place: Place, what: Any) -> Any:
     """What rank 0 says."""
     said = [what]
@@ -157,7 +200,8 @@ def watching(place: Place, whom: str):
         yield
     except RuntimeError as error:
         told = str(error).lower()
-        if isinstance(error, LostRank) or not any(word in told for word in LOST):
+        known = isinstance(error, LostRank | torch.OutOfMemoryError)
+        if known or not any(word in told for word in LOST):
             raise
         silent = time.monotonic() - start >= 0.9 * place.timeout
         how = f"said nothing for {place.timeout:g} seconds" if silent else "is gone"

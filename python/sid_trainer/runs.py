@@ -1,5 +1,6 @@
 """A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
 
+import contextlib
 import dataclasses
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
-from .processes import Place, join, own_device, refuse, tell_all, world_size
+from .processes import Place, join, own_device, refuse, said_once, tell_all, world_size
 from .splits import with_label_noise, with_subset, with_validation
 from .trainer import Trainer
 
@@ -51,9 +52,10 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     the same time."""
     alphas = stage_alphas(run)
     place = meet(run)
-    data = make_data(run)
-    torch.manual_seed(run.seed)
-    network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    with said_once(place) if place else contextlib.nullcontext():
+        data = make_data(run)
+        torch.manual_seed(run.seed)
+        network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
     own["alpha"] = alphas
     if run.method != "sid":  # what is said of their stages is said by their loss, too

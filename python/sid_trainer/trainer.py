@@ -307,8 +307,9 @@ class Trainer:
                 print(
                     f"{name}: {state['config'].get(name)} then, {self.about[name]} now: the bits will not be the same"
                 )
-        if self.folder and place != self.folder and (aside := set_aside_damaged(self.folder)) and not self.quiet:
-            print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
+        if self.records and self.folder and place != self.folder and (aside := set_aside_damaged(self.folder)):
+            if not self.quiet:
+                print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
         self.adopt(state)
 
     def whole(self, state: Any) -> Any:
