@@ -31,7 +31,7 @@ import record
 
 NETWORKS = {  # the settings of `sid train` that say what is trained
     "mlp": {"arch": "mlp", "depth": 16, "train_images": 12800, "batch_size": 128},
-    "vit_tiny": {"arch": "vit_tiny", "depth": 12, "train_images": 960, "batch_size": 32},
+    "vit_tiny": {"arch": "vit_tiny", "depth": 12, "train_images": 640, "batch_size": 16},
 }
 RANKS = 2
 LIMIT = 300  # seconds a launch may take

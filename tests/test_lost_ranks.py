@@ -55,7 +55,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     with torchrun("train", *words, "--out", folder, count=2, out=folder, restarts=KILLS) as run:
         gone: set[int] = set()
         for kill in range(KILLS):
-            both = wait_until(lambda: started_anew(run, gone), "start")
+            both = wait_until(partial(started_anew, run, gone), "start")
             gone |= set(both.values())
             if draw.random() < 0.75 or kill == 0:
                 seen = [last.stat().st_mtime_ns if last.exists() else None]
