@@ -4,9 +4,9 @@
 
 Contenders are launched in turn, one after the other and round by round: each rank is a process pinned to a core of its
 own, reads CIFAR-10 through the trainer's own batches, runs an epoch to warm up and one that counts. A figure is the
-median over rounds. GPipe and 1F1B are `torch.distributed.pipelining`'s, on the plain backbone with its classifier, cut
-where its measured costs balance, with the best of several numbers of microbatches. Every contender has the same images,
-batch size and optimizer. Evaluation is not timed.
+median over rounds. "Held" is what autograd keeps for backward, without messages on their way. GPipe and 1F1B are
+`torch.distributed.pipelining`'s, on the plain backbone with its classifier, cut where its measured costs balance, with
+several numbers of microbatches. Every contender has the same images, batch size and optimizer. Evaluation is not timed.
 
 The simulator (`sid simulate`) is held against the same epochs: its costs are measured by both ranks at once, so that
 each core is as slowed down by the other as in the pipeline.
@@ -75,9 +75,8 @@ def by_trainer(args, method: str) -> tuple[Callable[[], dict], dict]:
         found = {"begun": begun, "ended": time.time(), "held": trainer.activation_bytes}
         if ranks > 1:
             trainer.link.wait_for_room()
-            link = trainer.link
-            found |= {"busy": trainer.busy, "receiving": link.receiving, "sending": link.sending,
-                      "bytes_sent": link.bytes_sent, "stages": [i + 1 for i in trainer.own]}  # fmt: skip
+            del trainer.spent["batches"]
+            found |= trainer.spent | {"stages": [i + 1 for i in trainer.own]}
         return found
 
     return epoch, {}

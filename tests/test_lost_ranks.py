@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from functools import partial
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
         gone: set[int] = set()
         for kill in range(KILLS):
             both = wait_until(partial(started_anew, run, gone), "start")
-            gone |= set(both.values())
+            gone.update(both.values())
             if draw.random() < 0.75 or kill == 0:
                 seen = [last.stat().st_mtime_ns if last.exists() else None]
                 wait_until(lambda seen=seen: last.exists() and last.stat().st_mtime_ns not in seen, "save")

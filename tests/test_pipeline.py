@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from killed import assert_same, sid
+from killed import assert_same, sid, state_of
 from ranks import STEP, assert_same_run, finish, left, ranks, start, trained
 from sid_trainer import build_network
 from sid_trainer.pipeline import Layout, Link, layouts
@@ -102,6 +102,8 @@ def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
         stopped[count] = left(folder)
     assert stopped[1]["step"] == 9 and stopped[1]["sums"]["right"] > 0
     assert_same(stopped[1], stopped[2])
+    held = [state_of(tmp_path / str(count))["activation_bytes"] for count in (1, 2)]
+    assert held[0] == held[1]  # of the rank that holds most, not the recorder's
     assert sid("eval", tmp_path / "2", out=tmp_path / "eval")[0] == 0
 
 

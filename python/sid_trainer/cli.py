@@ -76,9 +76,10 @@ def begun(run: RunConfig, folder: Path, overwrite: bool):
 
     if restarted() and any((folder / name).exists() for name in (LAST, PREVIOUS)):
         moved = {name: getattr(run, name) for name in MOVABLE}
-        if dataclasses.replace(saved_run(folder)[0], **moved, fused=run.fused) != run:
+        if dataclasses.replace(saved_run(folder)[0], **moved, fused=run.fused) == run:
+            return resumed(folder, **moved)
+        if not overwrite:  # else the process was lost before it had begun
             raise ValueError(f"{folder}: holds another run; choose another --out, or --resume it")
-        return resumed(folder, **moved)
     if (folder / "config.json").exists() and not (overwrite or restarted()):
         raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
     trainer = make_trainer(run, folder)

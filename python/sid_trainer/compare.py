@@ -25,6 +25,8 @@ def compare(
     Runs that are there and finished are taken as they are, those begun are resumed: a comparison that was stopped goes
     on, and parts of it may run at the same time. Raises ValueError where a run there has other settings.
     """
+    if base.parallel != "none":
+        raise ValueError(f"parallel {base.parallel!r} is for one run; a comparison makes many, each in one process")
     cells = list(planned(base, out, methods, layouts, seeds, noises))
     for folder, run in cells:  # before the first is begun
         stage_alphas(run)

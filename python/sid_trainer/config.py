@@ -131,6 +131,10 @@ def check_parallel(run: RunConfig) -> None:
     for name, lowest in {"replicas": 1, "in_flight": 1, "stale": 0, "timeout": 1}.items():
         if getattr(run, name) < lowest:
             raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
+    if run.parallel != "none":
+        for name in ("download", "graph"):
+            if getattr(run, name):
+                raise ValueError(f"{name} is for one process, not for parallel {run.parallel!r}")
     if run.parallel != "stage":
         if run.replicas > 1 or run.stages_per_rank is not None:
             raise ValueError(f"replicas and stages_per_rank mean something for parallel 'stage', not {run.parallel!r}")

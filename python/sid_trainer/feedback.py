@@ -2,9 +2,11 @@
 
 The sum runs along the ranks in stage order, so it has the bits of one process, and the last rank sends it to the first.
 The extractor waits for it before its next batch; with `stale` it waits only for those older than the newest k, holds so
-many graphs more, and learns from gradients of the weights it had then.
+many graphs more, and learns from gradients of the weights it had then. Saving and evaluating wait for all of them, so
+with `stale` the numbers depend on how often a run is saved.
 """
 
+import time
 import warnings
 from collections import deque
 
@@ -15,18 +17,19 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from .network import at_least_float32
-from .pipeline import Layout
-from .processes import Place, watching
+from .pipeline import Layout, Link
+from .processes import watching
 from .step import autocast
 
 PARTIAL, TOTAL = 3, 4  # tags
 
 
 class Feedback:
-    """extractor, optimizer: of the first rank, elsewhere unused. layout: of the features all stages read."""
+    """extractor, optimizer: of the first rank, elsewhere unused. layout: of the features all stages read. link: counts
+    the waiting and the bytes."""
 
-    def __init__(self, place: Place, extractor: nn.Module, optimizer: Optimizer | None, layout: Layout, stale: int):
-        self.place, self.extractor, self.optimizer = place, extractor, optimizer
+    def __init__(self, link: Link, extractor: nn.Module, optimizer: Optimizer | None, layout: Layout, stale: int):
+        self.link, self.place, self.extractor, self.optimizer = link, link.place, extractor, optimizer
         self.layout, self.stale = layout, stale
         self.pending: deque[tuple[Tensor, dict[str, Tensor], Tensor, dist.Work]] = deque()
         self.going: deque[tuple[dist.Work, Tensor]] = deque()
@@ -47,16 +50,18 @@ class Feedback:
     def partial(self, features: Tensor) -> None:
         """On a later rank: the sum of the stages before becomes what its own stages add to."""
         features.requires_grad_().grad = self.layout.empty(len(features))
-        self.wait(self.receive(features.grad, self.place.rank - 1, PARTIAL), self.place.rank - 1)
+        work = self.receive(features.grad, self.place.rank - 1, PARTIAL)
+        self.link.receiving += self.wait(work, self.place.rank - 1)
 
     def send(self, features: Tensor) -> None:
         """The sum so far goes on, from the last rank to the first, which then learns as far as it must."""
         after, tag = (self.place.rank + 1, PARTIAL) if not self.place.last else (self.first, TOTAL)
         while len(self.going) > 1 + self.stale:
-            self.wait(self.going.popleft()[0], after)
+            self.link.sending += self.wait(self.going.popleft()[0], after)
         gradient = self.layout.dense(features.grad)
         with watching(self.place, f"rank {after}"):
             self.going.append((dist.isend(gradient, after, tag=tag), gradient))
+        self.link.bytes_sent += gradient.nbytes
         if self.place.first:
             total = self.layout.empty(len(features))
             work = self.receive(total, self.place.rank + self.place.stages - 1, TOTAL)
@@ -67,7 +72,7 @@ class Feedback:
         """Update the extractor for all batches but the newest."""
         while len(self.pending) > newest:
             extracted, then, total, work = self.pending.popleft()
-            self.wait(work, self.place.rank + self.place.stages - 1)
+            self.link.receiving += self.wait(work, self.place.rank + self.place.stages - 1)
             self.optimizer.zero_grad(set_to_none=True)
             extracted.backward(total.to(extracted.dtype))
             for name, parameter in self.extractor.named_parameters():
@@ -83,6 +88,9 @@ class Feedback:
         with watching(self.place, f"rank {source}"):
             return dist.irecv(self.layout.dense(batch), source, tag=tag)
 
-    def wait(self, work: dist.Work, whom: int) -> None:
+    def wait(self, work: dist.Work, whom: int) -> float:
+        """Seconds that it took."""
+        start = time.perf_counter()
         with watching(self.place, f"rank {whom}"):
             work.wait()
+        return time.perf_counter() - start

@@ -21,13 +21,15 @@ from .config import TrainConfig
 from .evaluation import judged
 from .feedback import Feedback
 from .files import write_atomically
-from .methods import BACKPROPAGATED, make_step
+from .methods import BACKPROPAGATED, LOCAL, make_step
 from .network import SIDNetwork, at_least_float32
+from .parts import by_replica, found_together, part_of, shares, states_together
 from .pipeline import Layout, Link, layouts
-from .processes import Place, Reports, refuse, said_once, watching
+from .processes import Place, Reports, agree, refuse, said_once, watching
 from .sharded import load_network, load_optimizer, shard, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
+from .streams import stage_streams
 from .trainer import Interrupted, Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
@@ -50,12 +52,13 @@ class ParallelTrainer(Trainer):
             if about and "run" in about:  # one process that goes on with the run must do the same
                 about = about | {"run": about["run"] | {"fused": False}}
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
-        self.place, self.records, self.reports = place, place.records, Reports(place)
+        self.place, self.records, self.hears, self.reports = place, place.records, place.first, Reports(place)
         self.parts = [self.own] if parts is None else list(parts)
         self.own = self.parts[place.stage]
         self.feedback: Feedback | None = None
         self.sharded = sharded
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
+        self.whole_rows = self.batches["train"].sizes()
         self.share_out()
         between = self.layouts()
         self.link = self.make_link(between, in_flight)
@@ -67,12 +70,13 @@ class ParallelTrainer(Trainer):
             self.run_step = make_step(
                 config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
                 divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
+                streams=stage_streams(self.device, len(self.own)) if config.streams else None,
             )  # fmt: skip
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
             if not isinstance(network.extractor, nn.Identity):
-                self.feedback = Feedback(place, self.wrapped.extractor, self.optimizers[0], between[0], stale)
+                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], between[0], stale)
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -130,17 +134,28 @@ class ParallelTrainer(Trainer):
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
 
-        def weigh(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def weigh(gradient: Tensor) -> Tensor:
             """The mean over replicas of the means over their images is that over all images, if each counts as many."""
-            features, logits = made
-            weight = self.share * self.place.replicas
-            return features, logits if weight == 1 else Weighted.apply(logits, weight)
+            return gradient if self.weight == 1 else gradient * self.weight
 
-        for stage in self.network.stages:
-            stage.register_forward_hook(weigh)
-        if self.sharded:
+        def weigh_logits(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            features, logits = made
+            if logits.requires_grad:
+                logits.register_hook(weigh)
+            return features, logits
+
+        if self.sharded:  # parameters come and go; logits do as well where no gradient passes from stage to stage
+            if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
+                refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
+                       f" {self.place.replicas} processes share evenly; batches here are of"
+                       f" {' and '.join(map(str, sorted(set(self.whole_rows))))} images")  # fmt: skip
+            for stage in self.network.stages:
+                stage.register_forward_hook(weigh_logits)
             shard(self.network, self.place, self.device)
             return self.network
+        for parameter in self.network.parameters():
+            if parameter.requires_grad and not parameter.is_meta:
+                parameter.register_hook(weigh)
         stages = [wrap(stage) for stage in self.network.stages]
         return SIDNetwork(wrap(self.network.extractor), stages, self.network.num_classes)
 
@@ -148,12 +163,18 @@ class ParallelTrainer(Trainer):
 
     def train_epoch(self) -> None:
         self.link.forget()
-        self.link.expect(self.rows["train"][self.step :])
+        rows = self.rows["train"][self.step :]
+        self.link.expect(rows)
         self.begun, self.times = time.time(), []
         super().train_epoch()
         self.settle()
-        self.ended = time.time()
-        self.busy = self.ended - self.begun - self.link.receiving - self.link.sending  # loading is work, too
+        ended, link = time.time(), self.link
+        # All that is not waiting for the pipeline is work, loading and saving too; so is what replicas wait for.
+        busy = ended - self.begun - link.receiving - link.sending
+        self.spent = {
+            "begun": self.begun, "ended": ended, "busy": busy, "receiving": link.receiving, "sending": link.sending,
+            "bytes_sent": link.bytes_sent, "trained": len(rows), "batches": self.times,
+        }  # fmt: skip
 
     def one_step(self, inputs: Tensor | None, targets: Tensor) -> StepResult:
         if self.place.first:
@@ -162,7 +183,7 @@ class ParallelTrainer(Trainer):
             features, self.prior = self.link.take()
             inputs = features
         start = time.time()
-        self.share = len(targets) / self.batches["train"].sizes()[self.step]
+        self.weight = len(targets) / self.whole_rows[self.step] * self.place.replicas
         with watching(self.place, "another rank"):
             result = super().one_step(inputs, targets)
         if len(self.times) < SHOWN:
@@ -196,7 +217,8 @@ class ParallelTrainer(Trainer):
         return StepResult(losses, logits)
 
     def asked_to_stop(self) -> bool:
-        """Whether a signal reached any replica: all end after the same step. Later ranks hear it with the batch."""
+        """Whether a signal reached the first rank of any replica: all end after the same step. Later ranks, whose own
+        signals are not heard, learn of it with the batch."""
         asked = torch.tensor([float(bool(self.stop))])
         if self.place.replicas > 1:
             with watching(self.place, "another rank"):
@@ -209,6 +231,7 @@ class ParallelTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[Tensor, int]]:
         """The same for the stages and images of this process; ranks of the pipeline go on as batches arrive."""
+        self.alike()
         if self.place.stages == 1:
             return super().evaluate()
         self.network.eval()
@@ -236,22 +259,25 @@ class ParallelTrainer(Trainer):
             found[name] = (sums.cpu(), count)
         return found
 
+    def alike(self) -> None:
+        """Buffers (batch-norm's statistics, each replica's of its own images) become the first replica's everywhere."""
+        if self.place.replicas > 1:
+            for buffer in self.network.buffers():
+                if not buffer.is_meta:
+                    dist.broadcast(buffer, self.place.stage, group=self.place.data)
+
     # ---------------------------------------------------------------- what all processes found, put together
 
     def row(self, found: dict) -> dict | None:
-        link = self.link
-        about = {
-            "rank": self.place.rank, "stages": [i + 1 for i in self.own], "begun": self.begun, "ended": self.ended,
-            "busy": self.busy, "receiving": link.receiving, "sending": link.sending, "bytes_sent": link.bytes_sent,
-            "peak_memory_bytes": found["peak"], "batches": self.times,
-        }  # fmt: skip
+        about = {"rank": self.place.rank, "stages": [i + 1 for i in self.own], **self.spent}
+        about["peak_memory_bytes"] = found["peak"]
         every = self.reports.gather(found | {"about": about, "activation_bytes": self.activation_bytes})
         if every is None:
             return None
         self.activation_bytes = max(found["activation_bytes"] for found in every)
-        row = super().row(self.together(every))
+        row = super().row(found_together(by_replica(every, self.place.stages)))
         ranks = [found["about"] for found in every]
-        pipeline = shares(ranks, self.place.stages, len(self.batches["train"]))
+        pipeline = shares(ranks, self.place.stages)
         if self.folder:
             text = json.dumps(pipeline)
             write_atomically(self.folder / "pipeline.json", lambda file: file.write(text.encode()))
@@ -259,52 +285,23 @@ class ParallelTrainer(Trainer):
             del rank["batches"]  # the picture's; a row of numbers is enough
         return row | {"pipeline": pipeline}
 
-    def together(self, every: list[dict]) -> dict:
-        """One `found` of those of all ranks: stages side by side, images of all replicas."""
-        pipelines = self.by_replica(every)
-        tallies = {}
-        for name in every[0]["tallies"]:
-            sums = sum(torch.cat([found["tallies"][name][0] for found in line], dim=1) for line in pipelines)
-            tallies[name] = sums, sum(line[0]["tallies"][name][1] for line in pipelines)
-        sums = self.sums_together([[found["sums"] for found in line] for line in pipelines])
-        return {"sums": sums, "tallies": tallies, "peak": max(found["peak"] for found in every)}
-
-    def by_replica(self, every: list) -> list[list]:
-        """What all ranks told, a list of the stages' for each replica."""
-        stages = self.place.stages
-        return [every[i : i + stages] for i in range(0, len(every), stages)]
-
-    def sums_together(self, pipelines: list[list[dict]]) -> dict:
-        if not pipelines[0][0]:  # nothing was added up yet
-            return {}
-        losses = [[loss for sums in line for loss in sums["loss"]] for line in pipelines]
-        return pipelines[0][-1] | {
-            "loss": [sum(column[1:], column[0]) for column in zip(*losses, strict=True)],
-            "right": sum(line[-1]["right"] for line in pipelines),
-        }
-
     def save(self) -> None:
         """The recorder writes what all ranks know; the others go on as soon as they have told it."""
         if not self.folder:
             return
         self.settle()
+        self.alike()
         own = super().state()
+        own["names"] = list(own["network"])
         own["network"] = {name: t for name, t in own["network"].items() if not t.is_meta}
-        parts = {name: own[name] for name in ("network", "optimizers", "schedulers", "sums")}
+        told = (
+            ("network", "optimizers", "schedulers", "sums") if self.place.replica == 0 else ("sums",)
+        )  # all are alike
+        parts = {name: own[name] for name in told}
         every = self.reports.gather(parts | {"activation_bytes": self.activation_bytes})
         if every is None:
             return
-        own["metrics"] = json.dumps([self.metrics, max(part["activation_bytes"] for part in every)])
-        first = self.by_replica(every)[0]  # replicas are alike
-        network = {name: tensor for part in first for name, tensor in part["network"].items()}
-        own["network"] = {name: network[name] for name in self.network.state_dict()}
-        own["optimizers"] = [
-            next((o for o in one if o is not None), None)
-            for one in zip(*(part["optimizers"] for part in first), strict=True)
-        ]
-        own["schedulers"] = [state for part in first for state in part["schedulers"]]
-        own["sums"] = self.sums_together([[part["sums"] for part in line] for line in self.by_replica(every)])
-        save_checkpoint(self.folder, own)
+        save_checkpoint(self.folder, states_together(own, by_replica(every, self.place.stages)))
 
     def whole(self, state: Any) -> Any:
         return whole(state) if self.sharded else state
@@ -324,67 +321,27 @@ class ParallelTrainer(Trainer):
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
         if self.place.stages > 1:
-            kept = {name for name, tensor in self.network.state_dict().items() if not tensor.is_meta}
-            state = state | {
-                "network": {
-                    name: state["network"][name] if name in kept else tensor
-                    for name, tensor in self.network.state_dict().items()
-                },
-                "optimizers": [
-                    saved if own else None for own, saved in zip(self.optimizers, state["optimizers"], strict=True)
-                ],
-                "schedulers": [state["schedulers"][i] for i in self.scheduled],
-            }
-            if state["sums"]:
-                state["sums"] = state["sums"] | {"loss": [state["sums"]["loss"][i] for i in self.own]}
+            state = part_of(state, self.network.state_dict(), self.optimizers, self.scheduled, self.own)
         if self.place.replica > 0 and state["sums"]:
             none = [0.0] * len(state["sums"]["loss"])
             state = state | {"sums": state["sums"] | {"loss": none, "right": 0}}
         super().adopt(state)
 
     def fit(self) -> list[dict]:
-        try:
-            metrics = super().fit()
-        except Interrupted:
+        begin = {name: self.about[name] for name in ("train_images", "pixel_mean", "classes")}
+        agree(self.place, {"epoch": self.epoch, "step": self.step, **begin})  # one may have found another checkpoint
+        with watching(self.place, "another rank"):
+            try:
+                metrics = super().fit()
+            except Interrupted:
+                self.hand_over()
+                if not self.records:
+                    raise SystemExit(130) from None  # the recorder says it
+                raise
             self.hand_over()
-            raise
-        self.hand_over()
         return metrics
 
     def hand_over(self) -> None:
         """Wait until the others have what was sent: with this process its messages would be gone."""
         self.link.wait_for_room()
         self.reports.finish()
-
-
-def shares(ranks: list[dict], stages: int, batches: int) -> dict:
-    """How the ranks spent the time from the first one's first batch to the last one's last: `bubble` is the share in
-    which they were idle. `predicted_bubble` is that of a pipeline of equal stages, (S - 1) / (N + S - 1) over N
-    batches, and `imbalance` what unequal loads add, 1 - mean / largest. Times become seconds from the first begin."""
-    start = min(rank["begun"] for rank in ranks)
-    for rank in ranks:
-        rank["begun"], rank["ended"] = rank["begun"] - start, rank["ended"] - start
-        rank["batches"] = [(a - start, b - start) for a, b in rank["batches"]]
-    span = max(rank["ended"] for rank in ranks)
-    busy = [rank["busy"] for rank in ranks]
-    mean = sum(busy) / len(busy)
-    return {
-        "span": span,
-        "bubble": 1 - mean / span,
-        "predicted_bubble": (stages - 1) / (batches + stages - 1),
-        "imbalance": 1 - mean / max(busy),
-        "ranks": ranks,
-    }
-
-
-class Weighted(torch.autograd.Function):
-    """The logits; on the way back their gradient times a weight."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.weight, None

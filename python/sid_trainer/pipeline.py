@@ -108,8 +108,8 @@ class Link(InTurn):
         with watching(self.place, f"rank {self.place.rank - 1}"):
             for work in works:
                 work.wait()
+        self.stop = bool(belief[-1])  # on a GPU it is this that waits
         self.receiving += time.perf_counter() - start
-        self.stop = bool(belief[-1])
         if not self.stop:
             self.post()
         return features, belief[:-1].view(-1, self.classes)

@@ -6,6 +6,7 @@ import io
 import os
 import time
 import uuid
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,14 @@ import torch
 import torch.distributed as dist
 
 PARALLEL = ("none", "data", "shard", "stage")
-LOST = ("connection", "broken pipe", "timed out", "timeout", "gloo", "nccl")  # what backends say of a peer that is gone
+LOST = (
+    "connection",
+    "by peer",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "nccl",
+)  # said of a peer that is gone
 SIZE, STATE = 1001, 1002  # tags of what is told
 
 
@@ -82,9 +90,12 @@ def speaks() -> bool:
 
 def own_device(name: str) -> str:
     """`auto` and `cuda` are the GPU that has this process's local rank, where there are GPUs."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return name
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(f"device {name!r} is a GPU for each process: there are {count} for {rank + 1} or more")
+    return f"cuda:{rank}"
 
 
 def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 600.0, device: str = "auto") -> Place:
@@ -119,11 +130,15 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
         if "EADDRINUSE" in str(error):
             raise ValueError(f"{what} (in use by another program); choose another port") from error
         raise LostRank(f"rank {os.environ['RANK']}: {what} ({str(error).splitlines()[0]})") from error
-    mesh = dist.init_device_mesh("cuda" if cuda else "cpu", (replicas, stages), mesh_dim_names=("data", "stage"))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    with watching(Place(replica=rank, timeout=timeout), "another rank"):
+        control = dist.new_group(backend="gloo", timeout=within)
+        columns = [  # of the mesh: `init_device_mesh` would make the same groups, but with a timeout of 30 minutes
+            dist.new_group([replica * stages + stage for replica in range(replicas)], timeout=within)
+            for stage in range(stages)
+        ]
     place = Place(
-        stage=mesh.get_local_rank("stage"), stages=stages, replica=mesh.get_local_rank("data"), replicas=replicas,
-        timeout=timeout, control=control, data=mesh.get_group("data"),
+        stage=rank % stages, stages=stages, replica=rank // stages, replicas=replicas, timeout=timeout, control=control,
+        data=columns[rank % stages],
     )  # fmt: skip
     agree(place, {"torch": str(torch.__version__), **settings})
     return place
@@ -195,7 +210,6 @@ def tell_all(place: Place, what: Any) -> Any:
 @contextmanager
 def watching(place: Place, whom: str):
     """Turn what a backend raises when a peer is gone, of many kinds, into one line."""
-    start = time.monotonic()
     try:
         yield
     except RuntimeError as error:
@@ -203,34 +217,37 @@ def watching(place: Place, whom: str):
         known = isinstance(error, LostRank | torch.OutOfMemoryError)
         if known or not any(word in told for word in LOST):
             raise
-        silent = time.monotonic() - start >= 0.9 * place.timeout
+        silent = "timed out" in told or "timeout" in told
         how = f"said nothing for {place.timeout:g} seconds" if silent else "is gone"
         raise LostRank(f"rank {place.rank}: {whom} {how}; the last checkpoint is kept") from error
 
 
 class Reports:
-    """What ranks tell the recorder, heard in the order in which it was told; telling waits for nothing but the telling
-    before."""
+    """What ranks tell the recorder, heard in the order in which it was told. Telling waits for nothing until two things
+    told are not heard yet, an epoch's row and its checkpoint: the pipeline does not run empty."""
 
     def __init__(self, place: Place):
         self.place = place
-        self.telling: list[tuple[dist.Work, torch.Tensor]] = []
+        self.telling: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
 
     def tell(self, what: Any) -> None:
         buffer = io.BytesIO()
         torch.save(what, buffer)
-        self.finish()
-        content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        self.finish(left=1)
+        content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        told = []
         for tensor, tag in ((torch.tensor([len(content)]), SIZE), (content, STATE)):
             with watching(self.place, f"rank {self.place.recorder}"):
                 work = dist.isend(tensor, self.place.recorder, group=self.place.control, tag=tag)
-            self.telling.append((work, tensor))
+            told.append((work, tensor))
+        self.telling.append(told)
 
-    def finish(self) -> None:
-        with watching(self.place, f"rank {self.place.recorder}"):
-            for work, _ in self.telling:
-                work.wait()
-        self.telling = []
+    def finish(self, left: int = 0) -> None:
+        """Wait until all but the last `left` things that were told have been heard."""
+        while len(self.telling) > left:
+            with watching(self.place, f"rank {self.place.recorder}"):
+                for work, _ in self.telling.popleft():
+                    work.wait()
 
     def hear(self, rank: int) -> Any:
         size = torch.zeros(1, dtype=torch.int64)
@@ -238,7 +255,7 @@ class Reports:
             dist.recv(size, rank, group=self.place.control, tag=SIZE)
             content = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(content, rank, group=self.place.control, tag=STATE)
-        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
 
     def gather(self, own: Any) -> list[Any] | None:
         """On the recorder what every rank told, in their order; elsewhere None."""

@@ -1,6 +1,7 @@
 """A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
 
 import contextlib
+import copy
 import dataclasses
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,9 +16,9 @@ from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
-from .processes import Place, join, own_device, refuse, said_once, tell_all, world_size
+from .processes import Place, join, own_device, refuse, said_once, tell_all, watching, world_size
 from .splits import with_label_noise, with_subset, with_validation
-from .trainer import Trainer
+from .trainer import Trainer, pick_device
 
 
 def make_data(run: RunConfig) -> ImageData:
@@ -68,11 +69,14 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
     from .parallel import ParallelTrainer
 
     own["device"] = own_device(run.device)
-    parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
-    return ParallelTrainer(
-        network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight, stale=run.stale,
-        sharded=run.parallel == "shard", about=about, quiet=quiet,
-    )  # fmt: skip
+    if run.parallel == "stage" and run.layout == "shared" and own["device"].startswith("cuda"):
+        refuse(place, "parallel 'stage' and layout 'shared' need a CPU: NCCL cannot tell gradients from features")
+    with watching(place, "another rank"):
+        parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
+        return ParallelTrainer(
+            network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight,
+            stale=run.stale, sharded=run.parallel == "shard", about=about, quiet=quiet,
+        )  # fmt: skip
 
 
 def meet(run: RunConfig) -> Place | None:
@@ -99,8 +103,10 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
             seconds = [float(depth), *[1.0] * (depth - 1)]
         elif place.rank == 0 and place.stages > 1:
             shape = run.batch_size // place.replicas, *data.image_size, data.in_channels
-            inputs = torch.zeros(shape).permute(0, 3, 1, 2)
-            labels = torch.zeros(len(inputs), dtype=torch.int64)
+            device = pick_device(own_device(run.device))
+            inputs = torch.zeros(shape, device=device).permute(0, 3, 1, 2)
+            labels = torch.zeros(len(inputs), dtype=torch.int64, device=device)
+            network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
             costs = measure_stages(network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3)
             seconds = [cost.seconds for cost in costs]
         counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]

@@ -25,7 +25,7 @@ def shard(network: SIDNetwork, place: Place, device: torch.device) -> None:
 def whole(value: Any) -> Any:
     """The same with every tensor in shards made whole; all replicas must ask for it together."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().cpu()
     if isinstance(value, dict):
         return type(value)((key, whole(one)) for key, one in value.items())
     return [whole(one) for one in value] if isinstance(value, list) else value

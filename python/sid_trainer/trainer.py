@@ -102,6 +102,7 @@ class Trainer:
         self.activation_bytes: int | None = None
         self.stop: list[int] = []  # the signals that asked for an end
         self.records = True  # whether this process keeps the run's folder
+        self.hears = True  # whether signals end the run here; else another process tells
         self.own = range(depth)  # the stages that learn in this process
 
     def make_optimizers(self) -> None:
@@ -123,7 +124,7 @@ class Trainer:
         end."""
         forget_peak(self.device)
         folder = self.folder if self.records else None
-        with stop_requests() as self.stop, Log(folder, self.about, self.metrics, self.quiet) as log:
+        with stop_requests(self.hears) as self.stop, Log(folder, self.about, self.metrics, self.quiet) as log:
             while self.epoch <= self.config.epochs:
                 self.train_epoch()
                 row = self.row({"sums": self.sums, "tallies": self.evaluate(), "peak": peak_memory(self.device)})
@@ -355,7 +356,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
+def stop_requests(heard: bool = True) -> Iterator[list[int]]:
     """Within it, SIGINT and SIGTERM only add to the yielded list, so that a run ends between two steps.
 
     A second SIGINT is an ordinary KeyboardInterrupt. Outside the main thread signals stay as they are.
@@ -366,7 +367,8 @@ def stop_requests() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        print("stopping after this step, the run is saved ...", file=sys.stderr)
+        if heard:
+            print("stopping after this step, the run is saved ...", file=sys.stderr)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
