@@ -86,7 +86,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
         run.process.wait(60)
         text = run.text()
     stopped = re.findall(r"^sid train: (stopped in epoch (\d+) after step (\d+)); sid train --resume", text, re.M)
-    assert len(stopped) == 2 and stopped[0] == stopped[1], text
+    assert len(stopped) == 1, text  # the rank that saved it says so
     state = state_of(folder)
     assert (state["epoch"], state["step"]) == tuple(map(int, stopped[0][1:]))
     assert sid("train", "--resume", folder, out=folder, kill=(STEP, 5), number=signal.SIGINT)[0] == 130

@@ -134,7 +134,7 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
             "batch_size 27 leaves a train batch of 13 images: the 2 processes that share it need 16",
         ),
         ("--parallel data --train-images 9999", 2, "training images must be 1 to 1437, not 9999"),
-        ("", 2, "parallel must say how 2 processes share the work: data or stage, not none"),
+        ("", 2, "parallel must say how 2 processes share the work: data, shard or stage, not none"),
         ("--parallel stage --method bp", 2, "parallel 'stage' needs method sid or greedy"),
         ("--parallel data --alpha 0.1,0.2", 2, "alpha must be one number or one for each of the 4 stages, not 2"),
     ],
@@ -185,7 +185,7 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"parallel": "both"}, "parallel must be one of none, data, stage, not 'both'"),
+        ({"parallel": "both"}, "parallel must be one of none, data, shard, stage, not 'both'"),
         ({"replicas": 0}, "replicas must be at least 1, not 0"),
         ({"parallel": "stage", "layout": "stagewise", "in_flight": 0}, "in_flight must be at least 1, not 0"),
         ({"parallel": "data", "timeout": 0.5}, "timeout must be at least 1, not 0.5"),
@@ -196,7 +196,7 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
         ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank mean something for parallel 'stage', not 'none'"),
         ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
         ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
-        ({"parallel": "data", "method": "bp-checkpoint"}, "parallel 'data' cannot recompute in the backward pass"),
+        ({"parallel": "data", "method": "bp-checkpoint"}, "method 'bp-checkpoint' cannot recompute with parallel 'data'"),
     ],
 )
 def test_settings_that_mean_nothing_together(given, message):
@@ -232,10 +232,10 @@ def test_the_shares_of_every_batch_make_the_whole_one(every, crop):
 
 def test_how_ranks_spent_their_time():
     ranks = [
-        {"begun": 10.0, "ended": 18.0, "busy": 8.0, "batches": [(10.0, 12.0)]},
-        {"begun": 10.5, "ended": 20.0, "busy": 4.0, "batches": [(12.0, 13.0)]},
+        {"begun": 10.0, "ended": 18.0, "busy": 8.0, "trained": 9, "batches": [(10.0, 12.0)]},
+        {"begun": 10.5, "ended": 20.0, "busy": 4.0, "trained": 9, "batches": [(12.0, 13.0)]},
     ]
-    found = shares(ranks, 2, 9)
+    found = shares(ranks, 2)
     assert found["bubble"] == pytest.approx(0.4) and found["predicted_bubble"] == pytest.approx(0.1)
     assert found["imbalance"] == pytest.approx(0.25) and found["span"] == 10.0
     assert found["ranks"][1]["ended"] == 10.0 and found["ranks"][1]["batches"] == [(2.0, 3.0)]

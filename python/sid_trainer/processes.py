@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -131,17 +131,16 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
             raise ValueError(f"{what} (in use by another program); choose another port") from error
         raise LostRank(f"rank {os.environ['RANK']}: {what} ({str(error).splitlines()[0]})") from error
     with watching(Place(replica=rank, timeout=timeout), "another rank"):
-        control = dist.new_group(backend="gloo", timeout=within)
+        place = Place(
+            stage=rank % stages, stages=stages, replica=rank // stages, replicas=replicas, timeout=timeout,
+            control=dist.new_group(backend="gloo", timeout=within),
+        )  # fmt: skip
+        agree(place, {"torch": str(torch.__version__), **settings})
         columns = [  # of the mesh: `init_device_mesh` would make the same groups, but with a timeout of 30 minutes
             dist.new_group([replica * stages + stage for replica in range(replicas)], timeout=within)
             for stage in range(stages)
         ]
-    place = Place(
-        stage=rank % stages, stages=stages, replica=rank // stages, replicas=replicas, timeout=timeout, control=control,
-        data=columns[rank % stages],
-    )  # fmt: skip
-    agree(place, {"torch": str(torch.__version__), **settings})
-    return place
+    return replace(place, data=columns[place.stage])
 
 
 def fresh(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
