@@ -196,7 +196,10 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
         ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank mean something for parallel 'stage', not 'none'"),
         ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
         ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
-        ({"parallel": "data", "method": "bp-checkpoint"}, "method 'bp-checkpoint' cannot recompute with parallel 'data'"),
+        (
+            {"parallel": "data", "method": "bp-checkpoint"},
+            "method 'bp-checkpoint' cannot recompute with parallel 'data'",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_together(given, message):
