@@ -178,8 +178,10 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     step = trainer.run_step
 
     def measured() -> dict:
-        loading = measure_loading(trainer.batches["train"].shuffled(0, 0, trainer.data.crop, trainer.data.flip))
-        costs = measure_stages(trainer.network, inputs, targets, rounds=20)
+        loading = measure_loading(trainer.batches["train"].shuffled(0, 0, trainer.data.crop, trainer.data.flip), 30)
+        feed = trainer.batches["train"].shuffled(0, 1, trainer.data.crop, trainer.data.flip)
+        rounds = len(trainer.batches["train"]) - 2  # that do not count
+        costs = measure_stages(trainer.network, inputs, targets, rounds=rounds, feed=feed)
         result, begun = step(inputs, targets), time.perf_counter()
         trainer.run_step = lambda inputs, targets: result  # what is left is the loop around the stages, and loading
         trainer.train_epoch()

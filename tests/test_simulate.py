@@ -209,7 +209,7 @@ def test_what_cannot_be_measured_says_so():
         measure_stages(build_network("mlp", "stagewise", image_size=(8, 8)), x, y, rounds=0)
 
 
-def test_loading_is_the_median_wait():
+def test_loading_is_the_mean_wait():
     def batches():
         for _ in range(8):
             time.sleep(0.02)

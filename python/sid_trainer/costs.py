@@ -8,7 +8,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,8 +81,10 @@ def balanced(seconds: Sequence[float], ranks: int) -> list[range]:
 def measure_stages(
     network: SIDNetwork, inputs: Tensor, targets: Tensor, *, alpha: float = 0.5, optimizer: str = "adam",
     lr: float = 1e-3, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32, rounds: int = 10,
+    feed: Iterator[tuple[Tensor, Tensor]] | None = None,
 ) -> list[StageCost]:  # fmt: skip
-    """The cost of every stage of a stagewise network in SID's step on inputs (B, ...), targets (B,): medians of rounds.
+    """The cost of every stage of a stagewise network in SID's step on inputs (B, ...), targets (B,): means of rounds.
+    `feed` gives each round a batch of its own, as training does; without it all take the same.
 
     What other ranks do to this one's speed (caches, memory, clock) is not in it, unless they work meanwhile. Raises
     ValueError for a network whose stages share an extractor: no rank could own it.
@@ -99,13 +101,15 @@ def measure_stages(
             clock.begin_round()
             for i, one in enumerate(timed[1:]):
                 clock.time("update", i, clear_gradients, [one])
+            if feed is not None:
+                inputs, targets = next(feed)
             stage_by_stage(network, inputs, targets, alphas, timed, None, loss, dtype, clock)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
         for i, stage in enumerate(network.stages):
             with SavedBytes(stage.parameters()) as saved, autocast(inputs, dtype):
                 seen, logits = stage(features, prior)
             features, prior = seen.detach(), at_least_float32(logits.detach()).softmax(dim=1)
-            costs.append(StageCost(**clock.medians(i), sent=features.nbytes + prior.nbytes, held=saved.peak))
+            costs.append(StageCost(**clock.means(i), sent=features.nbytes + prior.nbytes, held=saved.peak))
     return costs
 
 
@@ -153,7 +157,7 @@ def measure_blocks(
             with SavedBytes(block.parameters()) as saved:
                 forward(block, read[i])
             sent = 0 if i == len(blocks) - 1 else made[i].nbytes
-            costs.append(StageCost(**{"backward_input": 0.0} | clock.medians(i), sent=sent, held=saved.peak))
+            costs.append(StageCost(**{"backward_input": 0.0} | clock.means(i), sent=sent, held=saved.peak))
     return costs
 
 
@@ -201,13 +205,17 @@ class Clock(InTurn):
         self.add(part, i, self.now() - start)
         return result
 
-    def medians(self, i: int) -> dict[str, float]:
+    def means(self, i: int) -> dict[str, float]:
+        """Not medians: what now and then takes longer is part of what an epoch takes."""
         counted = [stages[i] for stages in self.rounds[WARM:]]
-        return {part: statistics.median(parts[part] for parts in counted) for part in counted[0]}
+        return {part: statistics.fmean(parts[part] for parts in counted) for part in counted[0]}
+
+    def begin(self) -> None:
+        self.last = self.now()
 
     @contextmanager
     def stage(self, i: int):
-        self.at, self.last = i, self.now()
+        self.at = i  # its forward begins where the stage before it ended
         yield
 
     def hand_on(self, features: Tensor, belief: Tensor) -> None:
@@ -228,14 +236,15 @@ class TimedOptimizer:
     def step(self) -> None:
         self.clock.add("backward", self.i, self.clock.now() - self.clock.last)
         self.clock.time("update", self.i, self.optimizer.step)
+        self.clock.last = self.clock.now()
 
 
 def measure_loading(batches: Iterable, rounds: int = 10) -> float:
-    """Median seconds until the next of `batches` is there."""
+    """Mean seconds until the next of `batches` is there."""
     found, batches = [], iter(batches)
     for _ in range(WARM + rounds):
         start = time.perf_counter()
         if next(batches, None) is None:
             break
         found.append(time.perf_counter() - start)
-    return statistics.median(found[min(WARM, len(found) - 1) :])
+    return statistics.fmean(found[min(WARM, len(found) - 1) :])

@@ -187,7 +187,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     add("--latency", type=float, default=0.0, metavar="MICROSECONDS", help="of a message (default: 0)")
     add("--in-flight", type=int, default=2, metavar="N", help="batches on their way between two ranks (default: 2)")
     add("--costs", metavar="FILE", type=Path, default=None, help="read the stages' costs there, or write them there")
-    add("--rounds", type=int, default=10, help="steps of which the median is a cost (default: 10)")
+    add("--rounds", type=int, default=10, help="steps of which the mean is a cost (default: 10)")
     add("--out", metavar="DIR", type=Path, default=Path("simulate"), help="(default: simulate)")
     add_network_options(parser)
     add = parser.add_argument_group("what is measured, on synthetic images").add_argument
