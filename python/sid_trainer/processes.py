@@ -1,5 +1,7 @@
 """This process among its peers under `torchrun`: its place in a mesh of data and stage ranks, and what peers tell each
 other besides batches. Nothing here knows how a network is trained.
+
+Peers trust one another: settings pass between them as pickles, states as plain tensors and numbers.
 """
 
 import io
