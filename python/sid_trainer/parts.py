@@ -78,7 +78,9 @@ def shares(ranks: list[dict], stages: int) -> dict:
     return {
         "span": span,
         "bubble": 1 - mean / span,
-        "predicted_bubble": (stages - 1) / (batches + stages - 1),
+        "predicted_bubble": (stages - 1) / (batches + stages - 1)
+        if batches
+        else 0.0,  # none were left of a resumed epoch
         "imbalance": 1 - mean / max(busy),
         "ranks": ranks,
     }

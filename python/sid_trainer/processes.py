@@ -95,8 +95,9 @@ def own_device(name: str) -> str:
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if rank >= count:
-        raise ValueError(f"device {name!r} is a GPU for each process: there are {count} for {rank + 1} or more")
+    wanted = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), rank + 1)
+    if wanted > count:
+        raise ValueError(f"device {name!r} is a GPU for each process: there are {count} for {wanted}")
     return f"cuda:{rank}"
 
 
@@ -168,7 +169,8 @@ def fresh(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Stor
 
 def agree(place: Place, settings: dict) -> None:
     every: list[dict] = [{}] * place.size
-    dist.all_gather_object(every, settings, group=place.control)
+    with watching(place, "another rank"):
+        dist.all_gather_object(every, settings, group=place.control)
     for rank, there in enumerate(every):
         for name in settings.keys() | every[0].keys():
             if there.get(name) != every[0].get(name):
@@ -195,7 +197,8 @@ def said_once(place: Place):
     except (ValueError, OSError) as error:
         wrong = str(error)
     every = [None] * place.size
-    dist.all_gather_object(every, wrong, group=place.control)
+    with watching(place, "another rank"):
+        dist.all_gather_object(every, wrong, group=place.control)
     for what in every:
         if what is not None:
             refuse(place, what)

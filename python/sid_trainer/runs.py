@@ -131,6 +131,8 @@ def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
     run, _ = saved_run(place)
     alone = {name: getattr(RunConfig, name) for name in PROCESSES}
     moved = alone | {name: value for name, value in moved.items() if value is not None}
+    if moved["parallel"] != "none":
+        moved = {"download": False} | moved  # it was fetched when the run began
     trainer = make_trainer(dataclasses.replace(run, **moved), place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)
     return trainer
