@@ -66,19 +66,17 @@ class Batches:
         The order depends on (seed, epoch) alone, and the crops and flips of batch t on (seed, epoch, t) alone.
         """
         order = torch.randperm(len(self.labels), generator=seeded(seed, ORDER, epoch))
+        sizes = self.sizes()
         for t, (images, labels) in enumerate(self.pixels(order, start), start):
             if crop or flip:
-                images = cropped_and_flipped(
-                    images, crop, flip, seeded(seed, CROPS, epoch, t), self.sizes()[t], self.share
-                )
+                images = cropped_and_flipped(images, crop, flip, seeded(seed, CROPS, epoch, t), sizes[t], self.share)
             yield self.normalised(images), labels
 
     def pixels(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, H, W, C) uint8, labels (B,)) in that order, without the first `start` batches."""
-        here = self.indices(order, start)
         there = self.indices(order.to(self.device), start)
-        wanted = here if isinstance(self.images, ImageFiles) else there
-        for images, index in zip(chosen(self.images, wanted, self.workers, self.device), there, strict=True):
+        here = self.indices(order, start) if isinstance(self.images, ImageFiles) else there
+        for images, index in zip(chosen(self.images, here, self.workers, self.device), there, strict=True):
             yield images, self.labels[index]
 
     def normalised(self, images: Tensor) -> Tensor:

@@ -165,14 +165,14 @@ class ParallelTrainer(Trainer):
         self.link.forget()
         rows = self.rows["train"][self.step :]
         self.link.expect(rows)
-        self.begun, self.times = time.time(), []
+        begun, self.times = time.time(), []
         super().train_epoch()
         self.settle()
         ended, link = time.time(), self.link
         # All that is not waiting for the pipeline is work, loading and saving too; so is what replicas wait for.
-        busy = ended - self.begun - link.receiving - link.sending
+        busy = ended - begun - link.receiving - link.sending
         self.spent = {
-            "begun": self.begun, "ended": ended, "busy": busy, "receiving": link.receiving, "sending": link.sending,
+            "begun": begun, "ended": ended, "busy": busy, "receiving": link.receiving, "sending": link.sending,
             "bytes_sent": link.bytes_sent, "trained": len(rows), "batches": self.times,
         }  # fmt: skip
 
