@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.batches import Batches, pixel_statistics
 from sid_trainer.config import RunConfig, run_config
+from sid_trainer.cpu import keep_freed_memory
 from sid_trainer.data import Split
 from sid_trainer.evaluation import evaluate, means
-from sid_trainer.memory import keep_freed_memory
 from sid_trainer.options import Parser
 from sid_trainer.runs import make_data, make_network, make_trainer
 

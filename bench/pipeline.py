@@ -199,7 +199,8 @@ def work(args) -> None:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.memory import keep_freed_memory, peak_memory
+    from sid_trainer.cpu import keep_freed_memory
+    from sid_trainer.memory import peak_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -1,5 +1,6 @@
 """Data parallel equals one process on the whole batch within rounding; what cannot work together is refused in one line."""
 
+import copy
 import json
 import socket
 from pathlib import Path
@@ -12,7 +13,8 @@ from ranks import finish, printed, ranks, start_ranks, trained
 from sid_trainer.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data import Split
 from sid_trainer.parallel import shares
-from sid_trainer.runs import RunConfig
+from sid_trainer.processes import Place
+from sid_trainer.runs import RunConfig, make_data, make_network, stages_of_ranks
 
 CPU = torch.device("cpu")
 # 13 steps an epoch, the last on 4 images; SGD, because Adam makes of a rounded zero a whole step.
@@ -242,3 +244,18 @@ def test_how_ranks_spent_their_time():
     assert found["bubble"] == pytest.approx(0.4) and found["predicted_bubble"] == pytest.approx(0.1)
     assert found["imbalance"] == pytest.approx(0.25) and found["span"] == 10.0
     assert found["ranks"][1]["ended"] == 10.0 and found["ranks"][1]["batches"] == [(2.0, 3.0)]
+
+
+def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):
+    """Loading that costs more than all stages leaves the first rank one of them."""
+    monkeypatch.setattr("sid_trainer.runs.tell_all", lambda place, what: what)
+    run = RunConfig(arch="mlp", layout="stagewise", depth=8, train_images=100, batch_size=50)
+    data, place = make_data(run), Place(stages=2)
+    network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    before = copy.deepcopy(network.state_dict())
+    for seconds, few in ((0.0, False), (100.0, True)):
+        monkeypatch.setattr("sid_trainer.runs.measure_loading", lambda batches, rounds, s=seconds: s)
+        first, second = stages_of_ranks(run, network, place, data)
+        assert [*first, *second] == list(range(8))
+        assert (len(first) == 1) is few
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

@@ -39,7 +39,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 def run_train(args: argparse.Namespace) -> None:
     from .config import run_config
-    from .memory import keep_freed_memory
+    from .cpu import keep_freed_memory
     from .runs import resumed
 
     keep_freed_memory()
@@ -109,7 +109,7 @@ def table(accuracy: list[float], kl: list[float], certificate: list[float], when
 def run_compare(args: argparse.Namespace) -> None:
     from .compare import compare
     from .config import run_config
-    from .memory import keep_freed_memory
+    from .cpu import keep_freed_memory
 
     keep_freed_memory()
     given = settings(args)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu import denormals_as_zero
 from .memory import SavedBytes
 from .methods import make_optimizers
 from .network import SIDNetwork, at_least_float32
@@ -177,7 +178,7 @@ def measured_copy(network: SIDNetwork, device: torch.device, rounds: int):
     """A copy that may learn, and the random numbers as they were."""
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with denormals_as_zero(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield copy.deepcopy(network).train()
 
 

@@ -1,7 +1,5 @@
-"""What a step and a process hold, and what a process that only trains may ask of the C library's allocator."""
+"""What a step and a process hold."""
 
-import ctypes
-import platform
 import sys
 import weakref
 from collections import Counter
@@ -11,21 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def keep_freed_memory() -> bool:
-    """Keep freed blocks for the next step. glibc hands every block of more than 32 MiB back to the system at once.
-
-    A CIFAR-10 step at batch 128 allocates several such activations, and faulting their pages in again was 14% of its
-    float32 time on 2 CPU cores (337 against 291 ms; in bfloat16 they are smaller and nothing changes). The process
-    keeps the memory of its largest step. False, and nothing is changed, where the C library is not glibc.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 class SavedBytes:

@@ -3,16 +3,17 @@
 import contextlib
 import copy
 import dataclasses
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 
 from .architectures import build_network
-from .batches import Batches
+from .batches import Batches, pixel_statistics
 from .checkpoint import check_same, load_checkpoint
 from .config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
-from .costs import balanced, measure_stages
+from .costs import balanced, measure_loading, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
@@ -92,7 +93,8 @@ def meet(run: RunConfig) -> Place | None:
 
 
 def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
-    """Consecutive stages for each rank of the pipeline, balanced by what they cost on the first one's machine."""
+    """Consecutive stages for each rank of the pipeline, balanced by what they cost on rank 0's machine; the first rank
+    has the loading, too."""
     depth = len(network.stages)
     if depth < place.stages:
         refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
@@ -102,13 +104,15 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
         if run.layout == "shared":  # the extractor is most of the first rank's work
             seconds = [float(depth), *[1.0] * (depth - 1)]
         elif place.rank == 0 and place.stages > 1:
-            shape = run.batch_size // place.replicas, *data.image_size, data.in_channels
             device = pick_device(own_device(run.device))
-            inputs = torch.zeros(shape, device=device).permute(0, 3, 1, 2)
-            labels = torch.zeros(len(inputs), dtype=torch.int64, device=device)
+            batches = Batches(data.train, run.batch_size, device, *pixel_statistics(data.train.images),
+                              workers=run.workers, share=(0, place.replicas))  # fmt: skip
+            epoch = partial(batches.shuffled, run.seed, 1, data.crop, data.flip)
+            inputs, labels = next(epoch())
             network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
             costs = measure_stages(network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3)
             seconds = [cost.seconds for cost in costs]
+            seconds[0] += measure_loading(epoch(), rounds=3)
         counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
     if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
         refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")

@@ -18,6 +18,7 @@ from .batches import Batches, pixel_statistics
 from .capture import capture
 from .checkpoint import check_same, load_checkpoint, save_checkpoint, set_aside_damaged
 from .config import DTYPES, TrainConfig
+from .cpu import denormals_as_zero
 from .data import ImageData
 from .evaluation import means, tally
 from .logs import Log
@@ -151,7 +152,7 @@ class Trainer:
         )  # fmt: skip
         pending, right = [], torch.zeros((), dtype=torch.int64, device=self.device)
         start = time.perf_counter()
-        with bar, contextlib.closing(batches):
+        with bar, contextlib.closing(batches), denormals_as_zero():
             for inputs, targets in batches:
                 result = self.one_step(inputs, targets)
                 self.step += 1
