@@ -8,8 +8,8 @@ median over rounds. "Held" is what autograd keeps for backward, without messages
 `torch.distributed.pipelining`'s, on the plain backbone with its classifier, cut where its measured costs balance, with
 several numbers of microbatches. Every contender has the same images, batch size and optimizer. Evaluation is not timed.
 
-The simulator (`sid simulate`) is held against the same epochs: its costs are measured by both ranks at once, so that
-each core is as slowed down by the other as in the pipeline.
+The simulator (`sid simulate`) is held against the same epochs: its costs are measured by as many ranks at once as it
+tells of, so that each core is as slowed down by the other as in the pipeline.
 
 What we expected before the first run, for 16 equal MLP stages: 1.85 to 1.95 times one rank (messages of 131 KB against
 some 14 ms of work), bubble 2 to 4%; GPipe and 1F1B at 4 microbatches 1.5 to 1.7 times their own one rank.
@@ -31,6 +31,7 @@ import record
 
 NETWORKS = {  # the settings of `sid train` that say what is trained
     "mlp": {"arch": "mlp", "depth": 16, "train_images": 12800, "batch_size": 128},
+    "mlp_linear_heads": {"arch": "mlp", "depth": 16, "head_depth": 0, "train_images": 12800, "batch_size": 128},
     "vit_tiny": {"arch": "vit_tiny", "depth": 12, "train_images": 640, "batch_size": 16},
 }
 RANKS = 2
@@ -248,7 +249,7 @@ def launch(args, network: str, ranks: int, words: list[str]) -> list[dict]:
 def measure(args, network: str) -> dict:
     images = NETWORKS[network]["train_images"]
     found: dict[str, dict] = {name: {"rounds": []} for name in contenders(args.microbatches)}
-    measured = []
+    measured: dict[int, list[dict]] = {1: [], RANKS: []}
     for round_ in range(args.rounds):
         for name, (ranks, words) in contenders(args.microbatches).items():
             if "failed" in found[name]:
@@ -262,7 +263,8 @@ def measure(args, network: str) -> dict:
             seconds = max(one["ended"] for one in every) - min(one["begun"] for one in every)
             found[name]["rounds"].append({"images_per_second": images / seconds, "seconds": seconds, "ranks": every})
             print(f"{network}, round {round_ + 1}: {name:34s} {images / seconds:9.1f} images/s", flush=True)
-        measured.append(launch(args, network, RANKS, ["costs"]))
+        for ranks in measured:
+            measured[ranks] += launch(args, network, ranks, ["costs"])
     base = [one["images_per_second"] for one in found["sid, 1 rank"]["rounds"]]
     for row in found.values():
         speeds = [one["images_per_second"] for one in row["rounds"]]
@@ -291,29 +293,34 @@ def bubble(middle: dict, batches: int) -> dict:
             "bubble_against_prediction": (1 - mean / middle["seconds"]) / (least + imbalance)}  # fmt: skip
 
 
-def simulated(network: str, found: dict[str, dict], measured: list[list[dict]]) -> dict:
+def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]]) -> dict:
     """The simulator's images/s at 1 and 2 ranks beside the measured ones."""
     from sid_trainer.costs import StageCost
     from sid_trainer.simulate import simulate
 
-    size, images = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"]
-    every = [one for launched in measured for one in launched]
-    loading, overhead = (statistics.median(one[what] for one in every) for what in ("loading", "overhead"))
-    costs = [
-        StageCost(**{key: statistics.median(row[key] for row in rows) for key in rows[0] if rows[0][key] is not None})
-        for rows in zip(*(one["costs"] for one in every), strict=True)
-    ]
-    told = {"loading_seconds": loading, "overhead_seconds": overhead, "stage_seconds": [cost.seconds for cost in costs]}
-    for name in ("sid, 1 rank", "sid, 2 ranks"):
+    size, images, told = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"], {}
+    for name, every in zip(("sid, 1 rank", "sid, 2 ranks"), measured.values(), strict=True):
         ranks = found[name].get("ranks")
         if ranks is None:
             continue
-        parts = [range(len(costs))]
-        if len(ranks) > 1:
-            parts = [range(one["stages"][0] - 1, one["stages"][-1]) for one in ranks]
-        speed = simulate(costs, parts, batches=images // size, loading=loading, overhead=overhead)
-        speed = speed.images_per_second(size)
-        told[name] = {"images_per_second": speed, "times_measured": speed / found[name]["images_per_second"]}
+        loading, overhead = (statistics.median(one[what] for one in every) for what in ("loading", "overhead"))
+        costs = [
+            StageCost(
+                **{key: statistics.median(row[key] for row in rows) for key in rows[0] if rows[0][key] is not None}
+            )
+            for rows in zip(*(one["costs"] for one in every), strict=True)
+        ]
+        parts = (
+            [range(one["stages"][0] - 1, one["stages"][-1]) for one in ranks] if len(ranks) > 1 else [range(len(costs))]
+        )
+        speed = simulate(costs, parts, batches=images // size, loading=loading, overhead=overhead).images_per_second(
+            size
+        )
+        told[name] = {
+            "images_per_second": speed, "times_measured": speed / found[name]["images_per_second"],
+            "loading_seconds": loading, "overhead_seconds": overhead,
+            "stage_seconds": [cost.seconds for cost in costs],
+        }  # fmt: skip
     return told
 
 

@@ -218,8 +218,8 @@ def check_optimizers(optimizers: Optimizers, network: SIDNetwork, stacked: Stack
     owned = {id(p) for optimizer in optimizers[1:] for group in optimizer.param_groups for p in group["params"]}
     if stacked is not None and len(optimizers) == 2 and owned == {id(p) for p in stacked.weights}:
         return True
-    own = {id(p) for p in network.stages.parameters()}
-    if len(optimizers) != expected or (own and not owned & own):
+    own = network.stages.parameters  # looked through until the first that is owned: this runs at every step
+    if len(optimizers) != expected or (all(id(p) not in owned for p in own()) and any(True for _ in own())):
         raise ValueError(
             f"optimizers must be one for the extractor and one a stage, {expected}, each over its own parameters (or,"
             " for sid_step one-pass and equal stages, one for the extractor and one over"
