@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .batches import Labels
 from .checkpoint import save_checkpoint
@@ -26,10 +25,10 @@ from .network import SIDNetwork, at_least_float32
 from .parts import by_replica, found_together, part_of, shares, states_together
 from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, agree, refuse, said_once, watching
-from .sharded import load_network, load_optimizer, shard, whole
+from .replicas import Replicas, load_network, load_optimizer, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
-from .streams import stage_streams
+from .streams import InTurn, stage_streams
 from .trainer import Interrupted, Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
@@ -63,6 +62,7 @@ class ParallelTrainer(Trainer):
         between = self.layouts()
         self.link = self.make_link(between, in_flight)
         self.keep_own_stages()
+        self.replicas = Replicas(place, self.device)
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
         if sharded:  # the parameters are other ones now
             self.make_optimizers()
@@ -70,7 +70,8 @@ class ParallelTrainer(Trainer):
             self.run_step = make_step(
                 config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
                 divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
-                streams=stage_streams(self.device, len(self.own)) if config.streams else None,
+                streams=stage_streams(self.device, len(self.own)) if config.streams and self.device.type == "cuda"
+                else InTurn(late=place.replicas > 1),
             )  # fmt: skip
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
@@ -126,54 +127,33 @@ class ParallelTrainer(Trainer):
             self.optimizers[0] = None
 
     def in_replicas(self) -> SIDNetwork:
-        """The network with gradients that are means over the whole batch, reduced over the replicas stage by stage."""
-
-        def wrap(module: nn.Module) -> nn.Module:
-            if not any(p.requires_grad and not p.is_meta for p in module.parameters()):
-                return module
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
-
-        def weigh(gradient: Tensor) -> Tensor:
-            """The mean over replicas of the means over their images is that over all images, if each counts as many."""
-            return gradient if self.weight == 1 else gradient * self.weight
-
-        def weigh_logits(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            features, logits = made
-            if logits.requires_grad:
-                logits.register_hook(weigh)
-            return features, logits
-
-        if self.sharded:  # parameters come and go; logits do as well where no gradient passes from stage to stage
-            if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
-                refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
-                       f" {self.place.replicas} processes share evenly; batches here are of"
-                       f" {' and '.join(map(str, sorted(set(self.whole_rows))))} images")  # fmt: skip
-            for stage in self.network.stages:
-                stage.register_forward_hook(weigh_logits)
-            shard(self.network, self.place, self.device)
-            return self.network
-        for parameter in self.network.parameters():
-            if parameter.requires_grad and not parameter.is_meta:
-                parameter.register_hook(weigh)
-        stages = [wrap(stage) for stage in self.network.stages]
-        return SIDNetwork(wrap(self.network.extractor), stages, self.network.num_classes)
+        if not self.sharded:
+            return self.replicas.wrap(self.network, self.optimizers)
+        # parameters come and go; logits do as well where no gradient passes from stage to stage
+        if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
+            refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
+                   f" {self.place.replicas} processes share evenly; batches here are of"
+                   f" {' and '.join(map(str, sorted(set(self.whole_rows))))} images")  # fmt: skip
+        self.replicas.shard(self.network)
+        return self.network
 
     # ---------------------------------------------------------------- steps
 
     def train_epoch(self) -> None:
         self.link.forget()
+        self.replicas.waited = 0.0
         rows = self.rows["train"][self.step :]
         self.link.expect(rows)
         begun, self.times = time.time(), []
         super().train_epoch()
         self.settle()
         ended, link = time.time(), self.link
-        # All that is not waiting for the pipeline is work, loading and saving too; so is what replicas wait for.
-        busy = ended - begun - link.receiving - link.sending
+        # All that is not waiting is work, loading and saving too; so is what a backward waits for in other replicas.
+        busy = ended - begun - link.receiving - link.sending - self.replicas.waited
         self.spent = {
             "begun": begun, "ended": ended, "busy": busy, "receiving": link.receiving, "sending": link.sending,
-            "bytes_sent": link.bytes_sent, "trained": len(rows), "batches": self.times,
+            "reducing": self.replicas.waited, "bytes_sent": link.bytes_sent, "trained": len(rows),
+            "batches": self.times,
         }  # fmt: skip
 
     def one_step(self, inputs: Tensor | None, targets: Tensor) -> StepResult:
@@ -183,7 +163,7 @@ class ParallelTrainer(Trainer):
             features, self.prior = self.link.take()
             inputs = features
         start = time.time()
-        self.weight = len(targets) / self.whole_rows[self.step] * self.place.replicas
+        self.replicas.share = len(targets) / self.whole_rows[self.step]
         with watching(self.place, "another rank"):
             result = super().one_step(inputs, targets)
         if len(self.times) < SHOWN:

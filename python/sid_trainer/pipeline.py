@@ -73,6 +73,7 @@ class Link(InTurn):
     def __init__(
         self, place: Place, stages: int, classes: int, received: Layout | None, sent: Layout | None, in_flight: int = 2
     ):
+        super().__init__(late=place.replicas > 1)
         self.place, self.stages, self.classes = place, stages, classes
         self.received, self.sent, self.in_flight = received, sent, in_flight
         self.rows: deque[int] = deque()
