@@ -50,7 +50,9 @@ def check_close(one: Path, other: Path) -> None:
             assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie
 
 
-@pytest.mark.parametrize(("how", "name"), [*(("data", name) for name in RUNS)])
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("data", name) for name in RUNS), ("shard", "mlp"), ("shard", "shared"), ("shard", "two-phase")]
+)
 def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, how, name):
     words = [*SMALL.split(), *RUNS[name].split()]
     serial = trained(*words, count=1, out=tmp_path / "serial")

@@ -161,8 +161,10 @@ def make_optimizers(
     """
 
     def make(parameters: Sequence[Tensor]) -> Optimizer | None:
-        kind = OPTIMIZERS[optimizer]
-        return kind(parameters, lr=lr, weight_decay=weight_decay, fused=True) if parameters else None
+        if not parameters:
+            return None
+        fused = optimizer != "sgd" or not hasattr(parameters[0], "to_local")  # PyTorch has no fused SGD for shards
+        return OPTIMIZERS[optimizer](parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
     if method not in LOCAL or schedule == "reference":
         return [make(list(network.parameters()))]

@@ -81,7 +81,10 @@ class Replicas:
         for stage in network.stages:
             stage.register_forward_hook(weigh)
         extractor = network.extractor
-        for module in (*(extractor if isinstance(extractor, nn.Sequential) else [extractor]), *network.stages):
+        blocks = extractor if isinstance(extractor, nn.Sequential) else [extractor]
+        # What fully_shard wraps hands on copies; by features that are the very same the step knows the shared layout.
+        stages = [s.head if isinstance(getattr(s, "body", None), nn.Identity) else s for s in network.stages]
+        for module in (*blocks, *stages):
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)
 
