@@ -106,7 +106,7 @@ def train_by_turns(words: dict, folder: Path) -> None:
         (2, {"arch": "resnet18", "layout": "stagewise", "parallel": "data"}),  # with batch-norm's buffers
         (2, {"arch": "simple_cnn", "layout": "shared", "depth": 3, "parallel": "data"}),
         (2, {"arch": "mlp", "layout": "stagewise", "parallel": "data", "schedule": "two-phase"}),
-        (4, {"arch": "mlp", "layout": "stagewise", "parallel": "stage", "replicas": 2}),
+        (4, {"arch": "mlp", "layout": "stagewise", "parallel": "stage", "replicas": 2, "stages_per_rank": (2, 2)}),
     ],
 )
 def test_a_stage_runs_while_the_gradients_of_the_one_before_are_on_their_way(tmp_path, count, words):

@@ -50,21 +50,22 @@ class ParallelTrainer(Trainer):
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
             if about and "run" in about:  # one process that goes on with the run must do the same
                 about = about | {"run": about["run"] | {"fused": False}}
+        self.place, self.sharded = place, sharded and place.replicas > 1
+        self.parts = [range(len(network.stages))] if parts is None else list(parts)
+        self.between: list[Layout] = []  # of what each stage hands on to another rank
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
-        self.place, self.records, self.hears, self.reports = place, place.records, place.first, Reports(place)
-        self.parts = [self.own] if parts is None else list(parts)
         self.own = self.parts[place.stage]
+        self.records, self.hears, self.reports = place.records, place.first, Reports(place)
         self.feedback: Feedback | None = None
-        self.sharded = sharded
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
         self.whole_rows = self.batches["train"].sizes()
         self.share_out()
-        between = self.layouts()
-        self.link = self.make_link(between, in_flight)
-        self.keep_own_stages()
+        self.link = self.make_link(in_flight)
+        extracts = any(True for _ in network.extractor.parameters())  # what the checkpoint's schedulers begin with
+        self.scheduled = [*([0] if extracts and place.first else []), *(extracts + i for i in self.own)]
         self.replicas = Replicas(place, self.device)
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
-        if sharded:  # the parameters are other ones now
+        if self.sharded:  # the parameters are other ones now
             self.make_optimizers()
         if place.stages == 1:
             self.run_step = make_step(
@@ -77,7 +78,7 @@ class ParallelTrainer(Trainer):
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
             if not isinstance(network.extractor, nn.Identity):
-                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], between[0], stale)
+                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], self.between[0], stale)
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -98,33 +99,25 @@ class ParallelTrainer(Trainer):
             else:
                 self.batches[name] = Labels(split, self.config.batch_size, self.device, share)
 
-    def layouts(self) -> list[Layout]:
-        """Of what each stage hands on."""
+    def placed(self, network: SIDNetwork) -> SIDNetwork:
+        """Only what is this process's goes to its device; other ranks' stages keep names and shapes, and no memory."""
+        if self.sharded:
+            return network  # `Replicas.shard` takes it there, in shards
         if self.place.stages == 1:
-            return []
+            return super().placed(network)
+        network.to(memory_format=self.memory_format)
         height, width = self.data.image_size
         example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
-        return layouts(self.network, example if self.config.channels_last else example.contiguous(), self.dtype)
+        self.between = layouts(network, example.contiguous(memory_format=self.memory_format), self.dtype)
+        for i, stage in enumerate(network.stages):
+            stage.to(self.device if i in self.parts[self.place.stage] else "meta")
+        network.extractor.to(self.device if self.place.first else "meta")
+        return network
 
-    def make_link(self, between: list[Layout], in_flight: int) -> Link:
-        received = None if self.place.first else between[self.own.start - 1]
-        sent = None if self.place.last else between[self.own.stop - 1]
+    def make_link(self, in_flight: int) -> Link:
+        received = None if self.place.first else self.between[self.own.start - 1]
+        sent = None if self.place.last else self.between[self.own.stop - 1]
         return Link(self.place, len(self.own), self.network.num_classes, received, sent, in_flight)
-
-    def keep_own_stages(self) -> None:
-        """Other ranks' stages keep their names and shapes, and no memory."""
-        if self.place.stages == 1:
-            return
-        for i, stage in enumerate(self.network.stages):
-            if i not in self.own:
-                stage.to("meta")
-                self.optimizers[1 + i] = None
-        extracts = self.optimizers[0] is not None  # what the checkpoint's schedulers begin with
-        self.scheduled = [*([0] if extracts and self.place.first else []), *(extracts + i for i in self.own)]
-        self.schedulers = [self.schedulers[i] for i in self.scheduled]
-        if not self.place.first:
-            self.network.extractor.to("meta")
-            self.optimizers[0] = None
 
     def in_replicas(self) -> SIDNetwork:
         if not self.sharded:

@@ -69,8 +69,9 @@ class Replicas:
         self.waited += time.perf_counter() - start
 
     def shard(self, network: SIDNetwork) -> None:
-        """Each stage, and each block of the extractor, keeps a share of its parameters on each rank, gathered to run.
-        The mean over replicas that `fully_shard` takes is that over all images, if each weighs what it has of them."""
+        """Each stage, and each block of the extractor, keeps a share of its parameters on each rank, gathered to run;
+        one after the other goes to the device. The mean over replicas that `fully_shard` takes is that over all images,
+        if each weighs what it has of them."""
 
         def weigh(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> None:
             if made[1].requires_grad:
@@ -86,7 +87,9 @@ class Replicas:
         stages = [s.head if isinstance(getattr(s, "body", None), nn.Identity) else s for s in network.stages]
         for module in (*blocks, *stages):
             if any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh)  # takes them to the mesh's device
+            else:
+                module.to(self.device)
 
 
 def whole(value: Any) -> Any:
