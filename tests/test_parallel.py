@@ -64,7 +64,7 @@ def test_a_pipeline_in_two_replicas(tmp_path):
     """4 processes: 2 ranks of stages, 2 shares of every batch; stopped on the way and gone on with by 2."""
     words = [*SMALL.split(), *RUNS["mlp"].split()]
     serial = trained(*words, count=1, out=tmp_path / "serial")
-    grid = ["--parallel", "stage", "--replicas", "2"]
+    grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
     whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
     check_close(serial, whole)
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
