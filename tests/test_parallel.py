@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from killed import rows_of, sid, state_of
-from ranks import finish, printed, ranks, start_ranks, trained
+from ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
 from sid_trainer.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data import Split
 from sid_trainer.parallel import shares
-from sid_trainer.processes import Place
-from sid_trainer.runs import RunConfig, make_data, make_network, stages_of_ranks
+from sid_trainer.processes import Place, leave
+from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
 
 CPU = torch.device("cpu")
 # 13 steps an epoch, the last on 4 images; SGD, because Adam makes of a rounded zero a whole step.
@@ -51,11 +51,13 @@ def check_close(one: Path, other: Path) -> None:
             assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, name):
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("data", name) for name in RUNS), ("shard", "mlp"), ("shard", "shared"), ("shard", "two-phase")]
+)
+def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, how, name):
     words = [*SMALL.split(), *RUNS[name].split()]
     serial = trained(*words, count=1, out=tmp_path / "serial")
-    check_close(serial, trained(*words, "--parallel", "data", count=2, out=tmp_path / "data"))
+    check_close(serial, trained(*words, "--parallel", how, count=2, out=tmp_path / how))
     assert rows_of(serial)[0]["stage_loss"] != rows_of(serial)[1]["stage_loss"]
 
 
@@ -63,11 +65,53 @@ def test_a_pipeline_in_two_replicas(tmp_path):
     """4 processes: 2 ranks of stages, 2 shares of every batch; stopped on the way and gone on with by 2."""
     words = [*SMALL.split(), *RUNS["mlp"].split()]
     serial = trained(*words, count=1, out=tmp_path / "serial")
-    grid = ["--parallel", "stage", "--replicas", "2"]
+    grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
     whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
     check_close(serial, whole)
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     assert [rank["stages"] for rank in row["pipeline"]["ranks"]] == [[1, 2], [3, 4]] * 2
+
+
+def train_by_turns(words: dict, folder: Path) -> None:
+    """One of two replicas holds up its first stage's backward until the other's second stage has begun, in the first and
+    in the third step: in the second DDP agrees on its buckets anew."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(RunConfig(train_images=24, batch_size=8, epochs=1, timeout=30, **words), quiet=True)
+    first, second, replica = *trainer.own[:2], trainer.place.replica
+    held_up = {0: 1, 2: 0}
+
+    def file(of: int) -> Path:
+        return folder / f"rank {trainer.place.stage} of replica {of} in step {trainer.step}"
+
+    def hold_up(stage, inputs, made):
+        if made[1].requires_grad and held_up.get(trainer.step) == replica:
+            begun = file(1 - replica).exists
+            made[1].register_hook(lambda _: wait_until(begun, "the other's second stage", 20) and None)
+
+    def tell(stage, inputs):
+        if torch.is_grad_enabled():
+            file(replica).touch()
+
+    trainer.network.stages[first].register_forward_hook(hold_up)
+    trainer.network.stages[second].register_forward_pre_hook(tell)
+    for row in trainer.fit():
+        for rank in row["pipeline"]["ranks"]:
+            assert rank["reducing"] > 0 and rank["busy"] + rank["reducing"] <= rank["ended"] - rank["begun"]
+    leave()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (2, {"arch": "mlp", "layout": "stagewise", "parallel": "data"}),
+        (2, {"arch": "resnet18", "layout": "stagewise", "parallel": "data"}),  # with batch-norm's buffers
+        (2, {"arch": "simple_cnn", "layout": "shared", "depth": 3, "parallel": "data"}),
+        (2, {"arch": "mlp", "layout": "stagewise", "parallel": "data", "schedule": "two-phase"}),
+        (4, {"arch": "mlp", "layout": "stagewise", "parallel": "stage", "replicas": 2, "stages_per_rank": (2, 2)}),
+    ],
+)
+def test_a_stage_runs_while_the_gradients_of_the_one_before_are_on_their_way(tmp_path, count, words):
+    assert finish(start([(train_by_turns, (words, tmp_path))] * count)) == [0] * count
 
 
 # ---------------------------------------------------------------- refused
@@ -219,16 +263,16 @@ def test_the_shares_of_every_batch_make_the_whole_one(every, crop):
     split = Split(images, torch.arange(23))
     statistics = pixel_statistics(images)
 
-    def both(batches, start):
-        return [*batches.shuffled(5, 2, crop, True, start), *batches.in_order()]
+    def both(batches, done):
+        return [*batches.shuffled(5, 2, crop, True, done), *batches.in_order()]
 
-    for start in (0, 2):
-        whole = both(Batches(split, 6, CPU, *statistics), start)
+    for done in (0, 2):
+        whole = both(Batches(split, 6, CPU, *statistics), done)
         for first in range(every):
             share = (first, every)
-            of_images = both(Batches(split, 6, CPU, *statistics, share=share), start)
-            of_labels = both(Labels(split, 6, CPU, share), start)
-            assert len(whole) == len(of_images) == len(of_labels) == 8 - start
+            of_images = both(Batches(split, 6, CPU, *statistics, share=share), done)
+            of_labels = both(Labels(split, 6, CPU, share), done)
+            assert len(whole) == len(of_images) == len(of_labels) == 8 - done
             for (inputs, labels), (some, mine), (nothing, same) in zip(whole, of_images, of_labels, strict=True):
                 assert torch.equal(some, inputs[first::every]) and torch.equal(mine, labels[first::every])
                 assert nothing is None and torch.equal(same, mine)

@@ -9,12 +9,17 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from killed import assert_same, sid, state_of
 from ranks import STEP, assert_same_run, finish, left, ranks, start, trained
 from sid_trainer import build_network
+from sid_trainer.config import RunConfig, TrainConfig
+from sid_trainer.parallel import ParallelTrainer
 from sid_trainer.pipeline import Layout, Link, layouts
 from sid_trainer.processes import Place, Reports
+from sid_trainer.replicas import Replicas
+from sid_trainer.runs import make_data
 
 # 52 steps or more in all, the last batch of an epoch smaller than the others.
 SMALL = "--layout stagewise --train-images 100 --batch-size 8 --epochs 4 --crop 1 --seed 3"
@@ -162,6 +167,64 @@ def test_layouts_are_those_of_the_features_in_training_and_nothing_changes(arch,
         prior = logits.detach().float().softmax(1)
         assert (layout.shape, layout.dtype) == (features.shape[1:], features.dtype)
         assert layout.empty(3).stride() == features.stride()
+
+
+# ---------------------------------------------------------------- what goes to a rank's device
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """All modules that are taken to a device with memory, each with what it holds."""
+    found, to = [], nn.Module.to
+
+    def noted(module, *where, **options):
+        device = torch._C._nn._parse_to(*where, **options)[0]
+        if device is not None and device.type != "meta":
+            found.append(module)
+        return to(module, *where, **options)
+
+    monkeypatch.setattr(nn.Module, "to", noted)
+    return found
+
+
+def parallel_trainer(arch, layout, place, **options):
+    run = RunConfig(train_images=16)
+    network = build_network(arch, layout, image_size=(8, 8), in_channels=1, depth=None if layout == "stagewise" else 4)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    return ParallelTrainer(
+        network, make_data(run), TrainConfig(device="cpu", fused=False), place=place, **options
+    ), weights
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("arch", "layout"), [("resnet18", "stagewise"), ("simple_cnn", "shared")])
+def test_only_a_rank_s_own_stages_go_to_its_device(moved, arch, layout, rank):
+    """And copies of the others, one at a time, to see what they hand on."""
+    torch.manual_seed(1)
+    parts = [range(0, 1), range(1, 3), range(3, 4)]
+    trainer, weights = parallel_trainer(arch, layout, Place(stage=rank, stages=3), parts=parts)
+    network = trainer.network
+    own = [network.stages[i] for i in parts[rank]] + [network.extractor] * (rank == 0)
+    modules = [network.extractor, *network.stages]
+    largest = max(sum(p.numel() for p in module.parameters()) for module in modules)
+    assert all(sum(p.numel() for p in module.parameters()) <= largest for module in moved)
+    assert {id(module) for module in moved if module in modules} == {id(module) for module in own}
+    held = {name for name, value in network.state_dict().items() if not value.is_meta}
+    assert held == {name for module in own for name in names_in(network, module)}
+    assert all(torch.equal(network.state_dict()[name], weights[name]) for name in held)
+    assert trainer.about["num_parameters"] == sum(value.numel() for value in network.parameters())
+
+
+def names_in(network, module):
+    (prefix,) = [name for name, one in network.named_modules() if one is module]
+    return [f"{prefix}.{name}" for name in module.state_dict()]
+
+
+def test_parameters_in_shards_go_to_the_device_as_they_are_cut(moved, monkeypatch):
+    """A whole network need not fit: nothing is there before `fully_shard` takes it, module by module."""
+    monkeypatch.setattr(Replicas, "shard", lambda *_: None)
+    parallel_trainer("simple_cnn", "shared", Place(replicas=2), sharded=True)
+    assert not moved
 
 
 # ---------------------------------------------------------------- messages

@@ -293,7 +293,7 @@ def pipeline(ranks=2):
         "ranks": [
             {
                 "rank": rank, "stages": [2 * rank + 1, 2 * rank + 2], "busy": 1.5, "receiving": 0.25 * rank, "sending": 0.0,
-                "bytes_sent": 2**20, "peak_memory_bytes": 2**28, "batches": [[0.1 * i + 0.05 * rank, 0.1 * i + 0.14] for i in range(9)],
+                "reducing": 0.125, "bytes_sent": 2**20, "peak_memory_bytes": 2**28, "batches": [[0.1 * i + 0.05 * rank, 0.1 * i + 0.14] for i in range(9)],
             }
             for rank in range(ranks)
         ],
@@ -317,7 +317,7 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
     ]
     assert rows[1] == {
         "run": "two $", "rank": "1", "stages": "3, 4", "busy, seconds": "1.50", "waited for batches": "0.25",
-        "waited for room": "0.00", "sent on": "1 MiB", "peak memory": "256 MiB",
+        "waited for room": "0.00", "waited for replicas": "0.12", "sent on": "1 MiB", "peak memory": "256 MiB",
     }  # fmt: skip
     assert heights[0] < heights[1]
     assert sum(tag == "img" for tag, _ in parsed.tags) == 2

@@ -186,6 +186,7 @@ class Clock(InTurn):
     """Seconds of each part of each stage's work in each round; as streams of the step it times the step itself."""
 
     def __init__(self, device: torch.device, stages: int):
+        super().__init__()
         self.device, self.stages, self.rounds = device, stages, []
 
     def now(self) -> float:

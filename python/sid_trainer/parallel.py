@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .batches import Labels
 from .checkpoint import save_checkpoint
@@ -26,10 +25,10 @@ from .network import SIDNetwork, at_least_float32
 from .parts import by_replica, found_together, part_of, shares, states_together
 from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, agree, refuse, said_once, watching
-from .sharded import load_network, load_optimizer, shard, whole
+from .replicas import Replicas, load_network, load_optimizer, whole
 from .stacked import stacked_stages
 from .step import StepResult, autocast, clear_gradients, stage_by_stage
-from .streams import stage_streams
+from .streams import InTurn, stage_streams
 from .trainer import Interrupted, Trainer
 
 SHOWN = 40  # batches of an epoch whose times are kept for the picture
@@ -51,32 +50,35 @@ class ParallelTrainer(Trainer):
             config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
             if about and "run" in about:  # one process that goes on with the run must do the same
                 about = about | {"run": about["run"] | {"fused": False}}
+        self.place, self.sharded = place, sharded and place.replicas > 1
+        self.parts = [range(len(network.stages))] if parts is None else list(parts)
+        self.between: list[Layout] = []  # of what each stage hands on to another rank
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
-        self.place, self.records, self.hears, self.reports = place, place.records, place.first, Reports(place)
-        self.parts = [self.own] if parts is None else list(parts)
         self.own = self.parts[place.stage]
+        self.records, self.hears, self.reports = place.records, place.first, Reports(place)
         self.feedback: Feedback | None = None
-        self.sharded = sharded
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
         self.whole_rows = self.batches["train"].sizes()
         self.share_out()
-        between = self.layouts()
-        self.link = self.make_link(between, in_flight)
-        self.keep_own_stages()
+        self.link = self.make_link(in_flight)
+        extracts = any(True for _ in network.extractor.parameters())  # what the checkpoint's schedulers begin with
+        self.scheduled = [*([0] if extracts and place.first else []), *(extracts + i for i in self.own)]
+        self.replicas = Replicas(place, self.device)
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
-        if sharded:  # the parameters are other ones now
+        if self.sharded:  # the parameters are other ones now
             self.make_optimizers()
         if place.stages == 1:
             self.run_step = make_step(
                 config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
                 divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
-                streams=stage_streams(self.device, len(self.own)) if config.streams else None,
+                streams=stage_streams(self.device, len(self.own)) if config.streams and self.device.type == "cuda"
+                else InTurn(late=place.replicas > 1),
             )  # fmt: skip
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
             if not isinstance(network.extractor, nn.Identity):
-                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], between[0], stale)
+                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], self.between[0], stale)
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -97,83 +99,54 @@ class ParallelTrainer(Trainer):
             else:
                 self.batches[name] = Labels(split, self.config.batch_size, self.device, share)
 
-    def layouts(self) -> list[Layout]:
-        """Of what each stage hands on."""
+    def placed(self, network: SIDNetwork) -> SIDNetwork:
+        """Only what is this process's goes to its device; other ranks' stages keep names and shapes, and no memory."""
+        if self.sharded:
+            return network  # `Replicas.shard` takes it there, in shards
         if self.place.stages == 1:
-            return []
+            return super().placed(network)
+        network.to(memory_format=self.memory_format)
         height, width = self.data.image_size
         example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
-        return layouts(self.network, example if self.config.channels_last else example.contiguous(), self.dtype)
+        self.between = layouts(network, example.contiguous(memory_format=self.memory_format), self.dtype)
+        for i, stage in enumerate(network.stages):
+            stage.to(self.device if i in self.parts[self.place.stage] else "meta")
+        network.extractor.to(self.device if self.place.first else "meta")
+        return network
 
-    def make_link(self, between: list[Layout], in_flight: int) -> Link:
-        received = None if self.place.first else between[self.own.start - 1]
-        sent = None if self.place.last else between[self.own.stop - 1]
+    def make_link(self, in_flight: int) -> Link:
+        received = None if self.place.first else self.between[self.own.start - 1]
+        sent = None if self.place.last else self.between[self.own.stop - 1]
         return Link(self.place, len(self.own), self.network.num_classes, received, sent, in_flight)
 
-    def keep_own_stages(self) -> None:
-        """Other ranks' stages keep their names and shapes, and no memory."""
-        if self.place.stages == 1:
-            return
-        for i, stage in enumerate(self.network.stages):
-            if i not in self.own:
-                stage.to("meta")
-                self.optimizers[1 + i] = None
-        extracts = self.optimizers[0] is not None  # what the checkpoint's schedulers begin with
-        self.scheduled = [*([0] if extracts and self.place.first else []), *(extracts + i for i in self.own)]
-        self.schedulers = [self.schedulers[i] for i in self.scheduled]
-        if not self.place.first:
-            self.network.extractor.to("meta")
-            self.optimizers[0] = None
-
     def in_replicas(self) -> SIDNetwork:
-        """The network with gradients that are means over the whole batch, reduced over the replicas stage by stage."""
-
-        def wrap(module: nn.Module) -> nn.Module:
-            if not any(p.requires_grad and not p.is_meta for p in module.parameters()):
-                return module
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            return DistributedDataParallel(module, ids, process_group=self.place.data, gradient_as_bucket_view=True)
-
-        def weigh(gradient: Tensor) -> Tensor:
-            """The mean over replicas of the means over their images is that over all images, if each counts as many."""
-            return gradient if self.weight == 1 else gradient * self.weight
-
-        def weigh_logits(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            features, logits = made
-            if logits.requires_grad:
-                logits.register_hook(weigh)
-            return features, logits
-
-        if self.sharded:  # parameters come and go; logits do as well where no gradient passes from stage to stage
-            if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
-                refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
-                       f" {self.place.replicas} processes share evenly; batches here are of"
-                       f" {' and '.join(map(str, sorted(set(self.whole_rows))))} images")  # fmt: skip
-            for stage in self.network.stages:
-                stage.register_forward_hook(weigh_logits)
-            shard(self.network, self.place, self.device)
-            return self.network
-        for parameter in self.network.parameters():
-            if parameter.requires_grad and not parameter.is_meta:
-                parameter.register_hook(weigh)
-        stages = [wrap(stage) for stage in self.network.stages]
-        return SIDNetwork(wrap(self.network.extractor), stages, self.network.num_classes)
+        if not self.sharded:
+            return self.replicas.wrap(self.network, self.optimizers)
+        # parameters come and go; logits do as well where no gradient passes from stage to stage
+        if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
+            refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
+                   f" {self.place.replicas} processes share evenly; batches here are of"
+                   f" {' and '.join(map(str, sorted(set(self.whole_rows))))} images")  # fmt: skip
+        self.replicas.shard(self.network)
+        return self.network
 
     # ---------------------------------------------------------------- steps
 
     def train_epoch(self) -> None:
         self.link.forget()
+        self.replicas.waited = 0.0
         rows = self.rows["train"][self.step :]
         self.link.expect(rows)
         begun, self.times = time.time(), []
         super().train_epoch()
         self.settle()
         ended, link = time.time(), self.link
-        # All that is not waiting for the pipeline is work, loading and saving too; so is what replicas wait for.
-        busy = ended - begun - link.receiving - link.sending
+        # All that is not waiting is work, loading and saving too; so is what a backward waits for in other replicas.
+        busy = ended - begun - link.receiving - link.sending - self.replicas.waited
         self.spent = {
             "begun": begun, "ended": ended, "busy": busy, "receiving": link.receiving, "sending": link.sending,
-            "bytes_sent": link.bytes_sent, "trained": len(rows), "batches": self.times,
+            "reducing": self.replicas.waited, "bytes_sent": link.bytes_sent, "trained": len(rows),
+            "batches": self.times,
         }  # fmt: skip
 
     def one_step(self, inputs: Tensor | None, targets: Tensor) -> StepResult:
@@ -183,7 +156,7 @@ class ParallelTrainer(Trainer):
             features, self.prior = self.link.take()
             inputs = features
         start = time.time()
-        self.weight = len(targets) / self.whole_rows[self.step] * self.place.replicas
+        self.replicas.share = len(targets) / self.whole_rows[self.step]
         with watching(self.place, "another rank"):
             result = super().one_step(inputs, targets)
         if len(self.times) < SHOWN:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .network import SIDNetwork, at_least_float32
 from .processes import Place, watching
@@ -48,13 +48,18 @@ class Layout:
 
 @torch.no_grad()
 def layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Layout]:
-    """Of the features that each stage hands on, from a few inputs (2 or more, ...); nothing of the network changes."""
-    found, network = [], copy.deepcopy(network).eval()
+    """Of the features that each stage hands on, from a few inputs (2 or more, ...), on whose device is a copy of one
+    stage at a time; nothing of the network changes."""
+
+    def there(module: nn.Module) -> nn.Module:
+        return copy.deepcopy(module).to(inputs.device).eval()
+
+    found = []
     with autocast(inputs, dtype):
-        features = at_least_float32(network.extractor(inputs))
+        features = at_least_float32(there(network.extractor)(inputs))
         prior = network.uniform(features)
         for stage in network.stages:
-            features, _ = stage(features, prior)
+            features, _ = there(stage)(features, prior)
             found.append(Layout.of(features))
     return found
 
@@ -73,6 +78,7 @@ class Link(InTurn):
     def __init__(
         self, place: Place, stages: int, classes: int, received: Layout | None, sent: Layout | None, in_flight: int = 2
     ):
+        super().__init__(late=place.replicas > 1)
         self.place, self.stages, self.classes = place, stages, classes
         self.received, self.sent, self.in_flight = received, sent, in_flight
         self.rows: deque[int] = deque()

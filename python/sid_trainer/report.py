@@ -187,6 +187,7 @@ PIPELINE: dict[str, Callable[[dict], str]] = {
     "busy, seconds": lambda one: number(one["busy"], 2),
     "waited for batches": lambda one: number(one["receiving"], 2),
     "waited for room": lambda one: number(one["sending"], 2),
+    "waited for replicas": lambda one: number(one["reducing"], 2),
     "sent on": lambda one: size(one["bytes_sent"]),
     "peak memory": lambda one: size(one["peak_memory_bytes"]),
 }

@@ -152,7 +152,8 @@ def read_run(folder: Path) -> tuple[list[dict], dict]:
 
 def read_pipeline(folder: Path) -> dict | None:
     """A run's pipeline.json, where it has one: for each of `ranks` its number, stages (from 1), seconds busy, waiting
-    to receive and waiting to send, bytes, and `batches`, [start, end] in seconds of the first of the last epoch.
+    to receive, to send and for replicas' gradients, bytes, and `batches`, [start, end] in seconds of the first of the
+    last epoch.
 
     Raises ValueError, in one line, where it is something else.
     """
@@ -161,7 +162,7 @@ def read_pipeline(folder: Path) -> dict | None:
         return None
     found = read_json(file)
     ranks = found.get("ranks") if isinstance(found, dict) else None
-    numbers = ("rank", "busy", "receiving", "sending", "bytes_sent", "peak_memory_bytes")
+    numbers = ("rank", "busy", "receiving", "sending", "reducing", "bytes_sent", "peak_memory_bytes")
 
     def are_numbers(values) -> bool:
         return isinstance(values, list) and len(values) > 0 and all(map(is_finite, values))

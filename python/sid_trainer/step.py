@@ -15,6 +15,7 @@ The step
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def stage_by_stage(
             result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **loss)
             streams.hand_on(seen, result.belief)
             logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
-            update(optimizers[1 + i : 2 + i])
+            streams.learn(partial(update, optimizers[1 + i : 2 + i]))
         losses.append(result.loss)
         prior = teachers[i] if teachers else result.belief
         features = seen if seen is features else seen.detach()  # shared by all stages, or cut from the stage before

@@ -2,6 +2,7 @@
 the next stage's forward. Elsewhere stages run in turn, through the same calls.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 
 
 class InTurn:
-    """The stages one after the other, where there is nothing to overlap."""
+    """The stages one after the other. `late`: each is updated behind the next one's work, which overlaps what its
+    update waits for, its gradients' way through other processes; no stage reads another's weights."""
+
+    def __init__(self, late: bool = False):
+        self.late, self.kept = late, None
 
     def begin(self) -> None:
         """The first stage may start when what was asked for so far is done."""
@@ -21,8 +26,18 @@ class InTurn:
     def hand_on(self, features: Tensor, belief: Tensor) -> None:
         """Called within a stage, before its backward and update: what it made for the next one is complete."""
 
+    def learn(self, update: Callable[[], None]) -> None:
+        """Called within a stage, at its end, with what is left to do."""
+        if self.late:
+            self.kept, update = update, self.kept
+        if update:
+            update()
+
     def join(self) -> None:
         """What is asked for from here on comes after all stages."""
+        if self.kept:
+            self.kept()
+            self.kept = None
 
 
 class StageStreams(InTurn):
@@ -38,6 +53,7 @@ class StageStreams(InTurn):
     """
 
     def __init__(self, device: torch.device | str, stages: int, backend=torch.cuda):
+        super().__init__()
         self.device, self.backend = device, backend
         self.streams = [backend.Stream(device) for _ in range(stages)]
 

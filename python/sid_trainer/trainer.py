@@ -64,8 +64,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.device = pick_device(config.device)
         self.dtype = DTYPES[config.dtype]
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.network = network.to(self.device, memory_format=layout)
+        self.network = self.placed(network)
         depth = len(network.stages)
         self.alphas = list(config.alpha) if isinstance(config.alpha, Sequence) else [config.alpha] * depth
         if len(self.alphas) != depth:
@@ -95,7 +94,9 @@ class Trainer:
             "divergence": config.divergence, "label_smoothing": config.label_smoothing, "dtype": self.dtype,
         }  # fmt: skip
         # A mask may be infinite from the start; the rest must stay finite.
-        self.begun_finite = {name for name, value in network.state_dict().items() if value.isfinite().all()}
+        self.begun_finite = {
+            name for name, value in network.state_dict().items() if value.is_meta or value.isfinite().all()
+        }
         self.epoch, self.step = 1, 0  # the epoch that is in work, and how many of its steps are done
         self.sums: dict[str, float | list[float]] = {}  # of the epoch in work, over its images so far
         self.lr: float | Tensor = config.lr  # of the last step
@@ -105,6 +106,13 @@ class Trainer:
         self.records = True  # whether this process keeps the run's folder
         self.hears = True  # whether signals end the run here; else another process tells
         self.own = range(depth)  # the stages that learn in this process
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.config.channels_last else torch.contiguous_format
+
+    def placed(self, network: SIDNetwork) -> SIDNetwork:
+        return network.to(self.device, memory_format=self.memory_format)
 
     def make_optimizers(self) -> None:
         config = self.config
