@@ -13,9 +13,10 @@ from ranks import finish, printed, ranks, start, start_ranks, trained, wait_unti
 from sid_trainer.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data import Split
 from sid_trainer.parallel import shares
-from sid_trainer.processes import Place, leave
+from sid_trainer.processes import Place, leave, speaks
 from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
 CPU = torch.device("cpu")
 # 13 steps an epoch, the last on 4 images; SGD, because Adam makes of a rounded zero a whole step.
 SMALL = "--train-images 100 --batch-size 8 --epochs 2 --crop 1 --seed 3 --optimizer sgd --lr 0.02 --no-fused"
@@ -183,12 +184,24 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
         ("", 2, "parallel must say how 2 processes share the work: data, shard or stage, not none"),
         ("--parallel stage --method bp", 2, "parallel 'stage' needs method sid or greedy"),
         ("--parallel data --alpha 0.1,0.2", 2, "alpha must be one number or one for each of the 4 stages, not 2"),
+        ("--parallel data --device cuda:99", 2, "device 'cuda:99' cannot be used ("),
+        pytest.param("--parallel stage --device cuda", 2, "device 'cuda' cannot be used (", marks=NO_GPU),
     ],
 )
 def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path, words, count, message):
     folder = tmp_path / "run"
     status, said = ranks(*TINY, *words.split(), "--out", folder, count=count, out=folder)
     refused(folder, status, said, message)
+
+
+def test_one_process_on_each_machine_says_what_all_find_wrong(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    said = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        said.append(speaks())
+    assert said == [True, False, True, False]
 
 
 def test_without_torchrun_and_with_a_port_in_use(tmp_path):
@@ -242,6 +255,10 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
         ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank mean something for parallel 'stage', not 'none'"),
         ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
         ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
+        (
+            {"stale": 1},
+            "a run with stale 1 needs parallel 'stage', layout 'shared' and one replica, not 'none', 'shared'",
+        ),
         (
             {"parallel": "data", "method": "bp-checkpoint"},
             "method 'bp-checkpoint' cannot recompute with parallel 'data'",

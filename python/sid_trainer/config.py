@@ -144,7 +144,10 @@ def check_parallel(run: RunConfig) -> None:
             f" {run.schedule!r}"
         )
     if run.stale and (run.parallel != "stage" or run.layout != "shared" or run.replicas > 1):
-        raise ValueError("stale means something for parallel 'stage', layout 'shared' and one replica only")
+        raise ValueError(
+            f"a run with stale {run.stale} needs parallel 'stage', layout 'shared' and one replica, not"
+            f" {run.parallel!r}, {run.layout!r} and {run.replicas}"
+        )
     if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
         raise ValueError(f"method 'bp-checkpoint' cannot recompute with parallel {run.parallel!r}")
 

@@ -83,8 +83,8 @@ def restarted() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process tells what is wrong: before they have met, all find the same wrong in the same command."""
-    if dist.is_initialized() or int(os.environ.get("RANK", 0)) == 0:
+    """Whether this process tells what is wrong: before they have met, all on a machine find the same wrong."""
+    if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return True
     time.sleep(1)  # the first process that ends makes torchrun end the others: let it not be before the one that speaks
     return False

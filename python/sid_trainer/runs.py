@@ -87,6 +87,7 @@ def meet(run: RunConfig) -> Place | None:
                 f"parallel must say how {world_size()} processes share the work: data, shard or stage, not none"
             )
         return None
+    pick_device(own_device(run.device))  # raises where there is none; the backends do so less clearly
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}
     return join(run.parallel, settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
