@@ -18,6 +18,7 @@ from sid_trainer.runs import PROCESSES
 
 STEP = "sid_trainer.trainer.Trainer.one_step"
 MEMORY = {"activation_bytes", "pipeline"}  # of rows; in what else than times runs by more or fewer processes differ
+STARTS = {*PROCESSES, "run", "fused", "torchrun"}  # of config.json
 
 
 def free_port() -> int:
@@ -26,9 +27,9 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def environments(count: int, port: int) -> list[dict[str, str]]:
-    """What torchrun gives to each of `count` processes."""
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def environments(count: int, port: int, start: dict[str, str]) -> list[dict[str, str]]:
+    """What torchrun gives to each of `count` processes; `start`: of what it says of a start."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | start
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
@@ -37,16 +38,18 @@ def _forked(environment: dict, call: Callable, arguments: tuple) -> None:
     call(*arguments)
 
 
-def start(calls: Sequence[tuple[Callable, tuple]], port: int | None = None) -> list:
+def start(calls: Sequence[tuple[Callable, tuple]], port: int | None = None, of_start: dict | None = None) -> list:
     """Processes that make these calls, one each, as ranks 0, 1, ..."""
-    places = environments(len(calls), port or free_port())
+    places = environments(len(calls), port or free_port(), of_start or {})
     processes = [_context.Process(target=_forked, args=(p, *call)) for p, call in zip(places, calls, strict=True)]
     for process in processes:
         process.start()
     return processes
 
 
-def start_ranks(each: Sequence[Sequence], out: Path, port: int | None = None, ends: dict | None = None) -> list:
+def start_ranks(
+    each: Sequence[Sequence], out: Path, port: int | None = None, ends: dict | None = None, of_start: dict | None = None
+) -> list:
     """Processes of `sid WORDS`, each with its own words; what they print lies in `printed(out, rank)`.
 
     ends: by rank, (the name of a function, n, a signal) as in `killed.sid`.
@@ -55,7 +58,12 @@ def start_ranks(each: Sequence[Sequence], out: Path, port: int | None = None, en
     for rank, words in enumerate(each):
         *kill, number = (ends or {}).get(rank, (signal.SIGKILL,))
         calls.append((_run, (list(map(str, words)), printed(out, rank), tuple(kill) or None, number, False)))
-    return start(calls, port)
+    return start(calls, port, of_start)
+
+
+def restart(of: str, count: int = 1) -> dict[str, str]:
+    """What torchrun's start `of` says of itself when it has started its processes anew so many times."""
+    return {"TORCHELASTIC_RUN_ID": of, "TORCHELASTIC_RESTART_COUNT": str(count)}
 
 
 def printed(out: Path, rank: int) -> Path:
@@ -97,10 +105,11 @@ def trained(*words, count: int, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def torchrun(*words, count: int, out: Path, restarts: int = 0):
+def torchrun(*words, count: int, out: Path, restarts: int = 0, standalone: bool = True):
     """A running torchrun of `sid WORDS`; `.text()` is what all have printed. Whatever is left at the end is killed."""
+    meeting = "--standalone" if standalone else f"--master-port={free_port()}"  # which has no id of its own
     file = out.with_name(out.name + ".printed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, "-m", "torch.distributed.run", meeting, f"--nproc-per-node={count}"]
     command += [f"--max-restarts={restarts}", "-m", "sid_trainer", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(file, "w") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=environment) as process:
@@ -143,7 +152,7 @@ def left(folder: Path) -> dict:
     """All numbers of a run's checkpoint and metrics.jsonl but times and memory."""
     state = state_of(folder)
     state.pop("activation_bytes")
-    about = {name: value for name, value in state.pop("config").items() if name not in (*PROCESSES, "run", "fused")}
+    about = {name: value for name, value in state.pop("config").items() if name not in STARTS}
     rows = [
         [{k: v for k, v in row.items() if k not in MEMORY} for row in some]
         for some in (state.pop("metrics"), rows_of(folder))

@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from killed import assert_same, sid, state_of
 from ranks import (
@@ -21,12 +22,14 @@ from ranks import (
     left,
     printed,
     ranks,
+    restart,
     start_ranks,
     torchrun,
     trained,
     wait_until,
     workers,
 )  # fmt: skip
+from sid_trainer.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("SID_KILLS", 2))
 SMALL = f"--arch mlp --train-images 130 --batch-size 16 --crop 1 --epochs {20 * KILLS} --save-every 3 --seed 5".split()
@@ -53,7 +56,9 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     alone = trained(*words, count=2, out=tmp_path / "alone")
     folder, draw = tmp_path / "killed", random.Random(how)
     last = folder / "last.pt"
-    with torchrun("train", *words, "--out", folder, count=2, out=folder, restarts=KILLS) as run:
+    with torchrun(
+        "train", *words, "--out", folder, count=2, out=folder, restarts=KILLS, standalone=how == "stage"
+    ) as run:
         gone: set[int] = set()
         for kill in range(KILLS):
             both = wait_until(partial(started_anew, run, gone), "start")
@@ -142,18 +147,74 @@ def test_an_infinite_loss_names_the_stage_by_its_number_in_the_whole_network(tmp
     ), said
 
 
-def test_a_restart_goes_on_with_this_run_only(tmp_path):
+@pytest.mark.parametrize("standalone", [True, False])
+def test_a_restart_goes_on_with_this_run_only(tmp_path, standalone):
     """torchrun starts again what was refused because the folder holds a run: that must not become going on with it."""
-    folder = trained(*SMALL, "--epochs", 1, *RUNS["stage"], count=2, out=tmp_path / "run")
-    before = left(folder)
-    words = ["train", *SMALL, "--epochs", "1", "--lr", "0.5", *RUNS["stage"], "--out", str(folder)]
-    with torchrun(*words, count=2, out=tmp_path / "again", restarts=1) as run:
+    words = ["train", *SMALL, "--epochs", "1", *RUNS["stage"], "--out", tmp_path / "run"]
+    with torchrun(*words, count=2, out=tmp_path / "first", standalone=standalone) as run:
+        assert run.process.wait(90) == 0, run.text()
+    before = left(tmp_path / "run")
+    with torchrun(*words, count=2, out=tmp_path / "again", restarts=1, standalone=standalone) as run:
         assert run.process.wait(90) == 1
         text = run.text()
-    assert [line.partition(";")[0] for line in own_lines(text)] == [
-        f"sid train: error: {folder}: holds a run already", f"sid train: error: {folder}: holds another run",
-    ], text  # fmt: skip
-    assert_same(left(folder), before)
+    expected = f"sid train: error: {tmp_path / 'run'}: holds a run already"
+    assert [line.partition(";")[0] for line in own_lines(text)] == [expected] * 2, text
+    assert_same(left(tmp_path / "run"), before)
+
+
+def test_a_restart_before_anything_was_saved_replaces_the_old_run(tmp_path):
+    """With --overwrite, and the very settings of the run that is there; what this start has saved is gone on with."""
+    folder = tmp_path / "run"
+    words = ["train", *SMALL, "--epochs", 1, *RUNS["stage"], "--overwrite", "--out", folder]
+    learned = {}
+    for of, count in (("first", 0), ("first", 1), ("second", 1), ("second", 0)):
+        status, said = ranks(*words, count=2, out=folder, of_start=restart(of, count))
+        assert status == [0, 0], said
+        learned[of, count] = "train loss" in said[1]
+    assert learned == {("first", 0): True, ("first", 1): False, ("second", 1): True, ("second", 0): True}
+
+
+def test_a_restart_needs_the_run_s_folder_everywhere(tmp_path):
+    words = ["train", *SMALL, "--epochs", 1, *RUNS["stage"], "--out"]
+    status, said = ranks(*words, tmp_path / "0", count=2, out=tmp_path / "0", of_start=restart("here", 0))
+    assert status == [0, 0], said
+    before = left(tmp_path / "0")
+    each = [[*words, tmp_path / str(rank)] for rank in range(2)]
+    status = finish(start_ranks(each, tmp_path / "0", of_start=restart("here")))
+    said = [printed(tmp_path / "0", rank).read_text() for rank in range(2)]
+    assert status == [2, 2] and "".join(said) == (
+        f"sid train: error: rank 1: {tmp_path / '1'}: no run to go on with, but rank 0 has it: all processes need"
+        " the same folder\n"
+    ), said
+    assert_same(left(tmp_path / "0"), before)
+
+
+def without(name, state):
+    return state | {"config": state["config"] | {name: None}}
+
+
+@pytest.mark.parametrize("how", ["stage", "shard"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "rank 1: {folder}: holds no checkpoint (last.pt)"),
+        (partial(without, "pixel_mean"), "rank 1: {folder}: is of a run with pixel_mean None, not "),
+        (
+            lambda state: state | {"epoch": 1, "step": 3},
+            "epoch is 1 on rank 1 and 2 on rank 0: all processes need the same settings, data and run",
+        ),
+    ],
+)
+def test_a_rank_that_finds_another_run_than_the_others_ends_all_in_one_line(tmp_path, how, change, message):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    trained(*SMALL, "--epochs", 1, "--layout", "stagewise", "--no-fused", count=1, out=folder)
+    other.mkdir()
+    if change:
+        torch.save(change(load_checkpoint(folder)), other / "last.pt")
+    each = [["train", "--resume", place, "--parallel", how, "--timeout", 30] for place in (folder, other)]
+    status = finish(start_ranks(each, folder), 20)
+    (line,) = "".join(printed(folder, rank).read_text() for rank in range(2)).splitlines()
+    assert status == [2, 2] and line.startswith("sid train: error: " + message.format(folder=other)), line
 
 
 def test_a_damaged_checkpoint_is_set_aside_by_one_rank(tmp_path):

@@ -8,14 +8,10 @@ from pathlib import Path
 
 from torch import OutOfMemoryError
 
-from .checkpoint import LAST, PREVIOUS
 from .config import MOVABLE, RunConfig
 from .options import parser
-from .processes import LostRank, leave, restarted, speaks
+from .processes import LostRank, leave, speaks
 from .trainer import Interrupted, NonFiniteLoss
-
-PICTURE = "stages.png"
-
 
 HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
     "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
@@ -40,7 +36,7 @@ def settings(args: argparse.Namespace) -> dict:
 def run_train(args: argparse.Namespace) -> None:
     from .config import run_config
     from .cpu import keep_freed_memory
-    from .runs import resumed
+    from .runs import begun, resumed
 
     keep_freed_memory()
     if hasattr(args, "resume"):
@@ -53,7 +49,7 @@ def run_train(args: argparse.Namespace) -> None:
     else:
         run = run_config(**{name: value for name, value in settings(args).items()})
         folder = getattr(args, "out", Path(f"runs/{run.dataset}-{run.method}"))
-        trainer = begun(run, folder, hasattr(args, "overwrite"))
+        trainer = begun(run, folder, overwrite=hasattr(args, "overwrite"))
     if trainer.records:
         introduce(trainer)
     trainer.fit()
@@ -70,28 +66,10 @@ def introduce(trainer) -> None:
     )
 
 
-def begun(run: RunConfig, folder: Path, overwrite: bool):
-    """The trainer of a new run; or, where torchrun starts a process anew, of what the lost one had saved."""
-    from .runs import make_trainer, resumed, saved_run
-
-    if restarted() and any((folder / name).exists() for name in (LAST, PREVIOUS)):
-        moved = {name: getattr(run, name) for name in MOVABLE}
-        if dataclasses.replace(saved_run(folder)[0], **moved, fused=run.fused) == run:
-            return resumed(folder, **moved)
-        if not overwrite:  # else the process was lost before it had begun
-            raise ValueError(f"{folder}: holds another run; choose another --out, or --resume it")
-    if (folder / "config.json").exists() and not (overwrite or restarted()):
-        raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
-    trainer = make_trainer(run, folder)
-    if trainer.records:
-        for stale in (LAST, PREVIOUS, PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
-            (folder / stale).unlink(missing_ok=True)
-    return trainer
-
-
 def show(folder: Path) -> None:
     """From what the run left in its folder: the table of the last epoch by stage, and the picture."""
     from .report import draw_run, load_runs
+    from .runs import PICTURE
 
     (run,) = load_runs([folder])
     last = run.last

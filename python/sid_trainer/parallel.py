@@ -287,9 +287,11 @@ class ParallelTrainer(Trainer):
             if optimizer:
                 load_optimizer(optimizer, saved)
 
-    def resume(self, place: Path | str | None = None) -> None:
+    def found(self, place: Path | str | None = None) -> dict:
         with said_once(self.place):
-            super().resume(place)
+            state = super().found(place)
+        agree(self.place, {name: state[name] for name in ("epoch", "step")})  # one may have an older copy of the folder
+        return state
 
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
@@ -301,8 +303,7 @@ class ParallelTrainer(Trainer):
         super().adopt(state)
 
     def fit(self) -> list[dict]:
-        begin = {name: self.about[name] for name in ("train_images", "pixel_mean", "classes")}
-        agree(self.place, {"epoch": self.epoch, "step": self.step, **begin})  # one may have found another checkpoint
+        agree(self.place, {name: self.about[name] for name in ("train_images", "pixel_mean", "classes")})
         with watching(self.place, "another rank"):
             try:
                 metrics = super().fit()

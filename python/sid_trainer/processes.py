@@ -45,6 +45,7 @@ class Place:
     replica: int = 0
     replicas: int = 1
     timeout: float = 600.0  # seconds
+    start: str | None = None  # of `torchrun`, the same on all ranks and after every restart
     control: Any = None  # the group (gloo) in which everyone talks of other things than batches
     data: Any = None  # the group of the replicas of this rank's stages
 
@@ -82,6 +83,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def this_start(store: dist.Store | None = None) -> str | None:
+    """What tells one start of `torchrun` from another, through all its restarts; `store`: that of all processes."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if store is None or name not in (None, "none"):  # "none": neither --standalone nor --rdzv-id was given
+        return name
+    return store.compare_set("start", "", uuid.uuid4().hex).decode()
+
+
 def speaks() -> bool:
     """Whether this process tells what is wrong: before they have met, all on a machine find the same wrong."""
     if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -101,11 +110,14 @@ def own_device(name: str) -> str:
     return f"cuda:{rank}"
 
 
-def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 600.0, device: str = "auto") -> Place:
+def join(
+    parallel: str, settings: dict | str, *, replicas: int = 1, timeout: float = 600.0, device: str = "auto"
+) -> Place:  # fmt: skip
     """Meet the other processes that `torchrun` started; the place of this one among them.
 
     parallel: "data" or "shard", a replica each, or "stage", consecutive stages each, in `replicas` replicas.
-    settings: must be the same everywhere. timeout: seconds after which a silent peer counts as lost.
+    settings: must be the same everywhere; or, where there are none, what is wrong here. timeout: seconds after which a
+    silent peer counts as lost.
 
     Raises ValueError, on one rank (the others leave with status 2), where the processes cannot work together.
     """
@@ -125,7 +137,7 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
     try:
         within = timedelta(seconds=timeout)
         store, rank, _ = next(dist.rendezvous("env://", timeout=within))
-        store = fresh(store, rank, world, timeout)
+        start, store = this_start(store), fresh(store, rank, world, timeout)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=within)
     except (dist.DistError, RuntimeError) as error:
@@ -135,10 +147,10 @@ def join(parallel: str, settings: dict, *, replicas: int = 1, timeout: float = 6
         raise LostRank(f"rank {os.environ['RANK']}: {what} ({str(error).splitlines()[0]})") from error
     with watching(Place(replica=rank, timeout=timeout), "another rank"):
         place = Place(
-            stage=rank % stages, stages=stages, replica=rank // stages, replicas=replicas, timeout=timeout,
+            stage=rank % stages, stages=stages, replica=rank // stages, replicas=replicas, timeout=timeout, start=start,
             control=dist.new_group(backend="gloo", timeout=within),
         )  # fmt: skip
-        agree(place, {"torch": str(torch.__version__), **settings})
+        agree(place, settings if isinstance(settings, str) else {"torch": str(torch.__version__), **settings})
         columns = [  # of the mesh: `init_device_mesh` would make the same groups, but with a timeout of 30 minutes
             dist.new_group([replica * stages + stage for replica in range(replicas)], timeout=within)
             for stage in range(stages)
@@ -167,16 +179,27 @@ def fresh(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Stor
     return dist.PrefixStore(own, store)
 
 
-def agree(place: Place, settings: dict) -> None:
-    every: list[dict] = [{}] * place.size
-    with watching(place, "another rank"):
-        dist.all_gather_object(every, settings, group=place.control)
+def gathered(place: Place | None, what: Any) -> list:
+    """What every rank says; alone, what this process does."""
+    every = [what] * (place.size if place else 1)
+    if place:
+        with watching(place, "another rank"):
+            dist.all_gather_object(every, what, group=place.control)
+    return every
+
+
+def agree(place: Place, settings: dict | str) -> None:
+    """What differs between ranks, or a text in its place, what is wrong there, is said by one and ends all."""
+    every = gathered(place, settings)
     for rank, there in enumerate(every):
-        for name in settings.keys() | every[0].keys():
+        if isinstance(there, str):
+            refuse(place, there if every.count(there) == place.size else f"rank {rank}: {there}")
+    for rank, there in enumerate(every):
+        for name in every[0] | there:
             if there.get(name) != every[0].get(name):
                 refuse(
                     place, f"{name} is {there.get(name)!r} on rank {rank} and {every[0].get(name)!r} on rank 0: all"
-                    " processes need the same settings"
+                    " processes need the same settings, data and run"
                 )  # fmt: skip
 
 
@@ -189,19 +212,17 @@ def refuse(place: Place, message: str) -> None:
 
 
 @contextmanager
-def said_once(place: Place):
+def said_once(place: Place | None):
     """What is wrong within it, on all ranks or on one, is said by one and ends all."""
-    wrong = None
+    if place is None:
+        yield
+        return
+    wrong: dict | str = {}
     try:
         yield
     except (ValueError, OSError) as error:
         wrong = str(error)
-    every = [None] * place.size
-    with watching(place, "another rank"):
-        dist.all_gather_object(every, wrong, group=place.control)
-    for what in every:
-        if what is not None:
-            refuse(place, what)
+    agree(place, wrong)
 
 
 def tell_all(place: Place, what: Any) -> Any:

@@ -1,8 +1,8 @@
 """A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
 
-import contextlib
 import copy
 import dataclasses
+import json
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -11,15 +11,29 @@ import torch
 
 from .architectures import build_network
 from .batches import Batches, pixel_statistics
-from .checkpoint import check_same, load_checkpoint
+from .checkpoint import LAST, PREVIOUS, check_same, load_checkpoint
 from .config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
 from .costs import balanced, measure_loading, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
-from .processes import Place, join, own_device, refuse, said_once, tell_all, watching, world_size
+from .processes import (
+    Place,
+    gathered,
+    join,
+    own_device,
+    refuse,
+    restarted,
+    said_once,
+    tell_all,
+    this_start,
+    watching,
+    world_size,
+)
 from .splits import with_label_noise, with_subset, with_validation
 from .trainer import Trainer, pick_device
+
+PICTURE = "stages.png"
 
 
 def make_data(run: RunConfig) -> ImageData:
@@ -49,12 +63,14 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     )  # fmt: skip
 
 
-def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False) -> Trainer:
+def make_trainer(
+    run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False, place: Place | None = None
+) -> Trainer:
     """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
-    the same time."""
-    alphas = stage_alphas(run)
-    place = meet(run)
-    with said_once(place) if place else contextlib.nullcontext():
+    the same time; `place` is this one's, where they have met."""
+    place = place or meet(run)
+    with said_once(place):
+        alphas = stage_alphas(run)
         data = make_data(run)
         torch.manual_seed(run.seed)
         network = make_network(run, len(data.classes), data.in_channels, data.image_size)
@@ -64,6 +80,7 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
         own["divergence"] = "forward"
     about = dataclasses.asdict(run) | {
         "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
+        "torchrun": place.start if place else this_start(),
     }  # fmt: skip
     if place is None:
         return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
@@ -80,7 +97,8 @@ def make_trainer(run: RunConfig, folder: Path | str | None = None, *, quiet: boo
         )  # fmt: skip
 
 
-def meet(run: RunConfig) -> Place | None:
+def meet(run: RunConfig, wrong: str | None = None) -> Place | None:
+    """This process among those that share the run; None where it is alone. wrong: what is, where it has no run."""
     if run.parallel == "none":
         if world_size() > 1:
             raise ValueError(
@@ -90,7 +108,7 @@ def meet(run: RunConfig) -> Place | None:
     pick_device(own_device(run.device))  # raises where there is none; the backends do so less clearly
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}
-    return join(run.parallel, settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
+    return join(run.parallel, wrong or settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
 
 
 def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
@@ -121,6 +139,38 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
     return [range(a, b) for a, b in pairwise(edges)]
 
 
+def begun(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
+    """The trainer of a new run; or, where torchrun starts processes anew, of what the lost ones had saved."""
+    place = meet(run)
+    again = any(gathered(place, restarted()))  # on a machine that joined later it is the first start
+    own = again and recorded_start(folder) == (place.start if place else this_start())
+    saved = own and any((folder / name).exists() for name in (LAST, PREVIOUS))
+    everywhere = gathered(place, saved)
+    with said_once(place):
+        if any(everywhere) and not saved:
+            raise ValueError(
+                f"{folder}: no run to go on with, but rank {everywhere.index(True)} has it: all processes need the same"
+                " folder"
+            )
+        if (folder / "config.json").exists() and not (overwrite or own):
+            raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
+    trainer = make_trainer(run, folder, place=place)
+    if saved:
+        trainer.resume()
+    elif trainer.records:
+        for stale in (LAST, PREVIOUS, PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
+            (folder / stale).unlink(missing_ok=True)
+    return trainer
+
+
+def recorded_start(folder: Path) -> str | None:
+    """Of torchrun, by which the run in a folder was trained last."""
+    try:
+        return json.loads((folder / "config.json").read_text())["torchrun"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def saved_run(place: Path) -> tuple[RunConfig, dict]:
     """The settings of a run that was saved, and its checkpoint's state. Raises ValueError in one line."""
     state = load_checkpoint(place)
@@ -133,12 +183,16 @@ def saved_run(place: Path) -> tuple[RunConfig, dict]:
 def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
     """The trainer of a run as its checkpoint has it; `moved`: settings that say where things are now, and how many
     processes go on with it (one, unless said)."""
-    run, _ = saved_run(place)
     alone = {name: getattr(RunConfig, name) for name in PROCESSES}
     moved = alone | {name: value for name, value in moved.items() if value is not None}
     if moved["parallel"] != "none":
         moved = {"download": False} | moved  # it was fetched when the run began
-    trainer = make_trainer(dataclasses.replace(run, **moved), place if place.is_dir() else place.parent, quiet=quiet)
+    try:
+        run = dataclasses.replace(saved_run(place)[0], **moved)
+    except ValueError as error:  # the others, who may have found it, must not wait
+        meet(RunConfig(**{name: moved[name] for name in PROCESSES}, device="cpu"), wrong=str(error))
+        raise
+    trainer = make_trainer(run, place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)
     return trainer
 

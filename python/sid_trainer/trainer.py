@@ -302,10 +302,12 @@ class Trainer:
         }
 
     def resume(self, place: Path | str | None = None) -> None:
-        """Go on from a checkpoint of this very run: its folder's, or the file `place`.
+        """Go on from a checkpoint of this very run: its folder's, or the file `place`. Raises as `found` does."""
+        self.adopt(self.found(place))
 
-        Raises ValueError where there is none that is whole, or it belongs to another network or other settings.
-        """
+    def found(self, place: Path | str | None = None) -> dict:
+        """The state to go on from. Raises ValueError where there is none that is whole, or it belongs to another
+        network or other settings."""
         place = self.folder if place is None else Path(place)
         state = load_checkpoint(place)
         settings = [name for name in asdict(self.config) if name not in ("device", "workers", "save_every")]
@@ -320,7 +322,7 @@ class Trainer:
         if self.records and self.folder and place != self.folder and (aside := set_aside_damaged(self.folder)):
             if not self.quiet:
                 print(f"{self.folder / 'last.pt'} is damaged and is now {aside.name}")
-        self.adopt(state)
+        return state
 
     def whole(self, state: Any) -> Any:
         """What is in pieces in other processes, whole."""
