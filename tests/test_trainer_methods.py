@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sid_trainer import bp_step, build_network, deep_supervision_step, load_data, sid_step
 from sid_trainer.architectures import LAYOUTS, TRUNKS
 from sid_trainer.batches import Batches, pixel_statistics
+from sid_trainer.config import TrainConfig
 from sid_trainer.methods import BACKPROPAGATED, METHODS, make_optimizers, make_scheduler, make_step
 from sid_trainer.splits import with_subset
 from sid_trainer.step import SCHEDULES
@@ -24,6 +25,12 @@ def make(arch, layout, method="sid", **options):
 def digits():
     data = with_subset(load_data("digits"), 160)
     return Batches(data.train, 40, torch.device("cpu"), *pixel_statistics(data.train.images))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_but_sid_learn_and_are_judged_by_a_cross_entropy(method):
+    config = TrainConfig(method=method, alpha=(0.3, 0.4), divergence="reverse", label_smoothing=0.1)
+    assert (config.alpha, config.divergence) == (((0.3, 0.4), "reverse") if method == "sid" else (1.0, "forward"))
 
 
 @pytest.mark.parametrize(("arch", "layout", "method"), CELLS)

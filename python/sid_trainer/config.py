@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .architectures import stage_count
-from .methods import BACKPROPAGATED, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
+from .methods import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
 from .processes import PARALLEL
 from .step import SCHEDULES
 
@@ -64,6 +64,8 @@ class TrainConfig:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.divergence == "reverse" and not self.label_smoothing:
             raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
+        for name, value in CROSS_ENTROPY.items() if self.method != "sid" else ():
+            object.__setattr__(self, name, value)
 
 
 # A strong recipe for backpropagation on the network, and the same for every method it is compared with.
@@ -198,6 +200,4 @@ def is_plain(run: RunConfig) -> bool:
 def stage_alphas(run: RunConfig) -> list[float]:
     """One for each stage of a run's network. Raises ValueError for a depth, or a number of alphas, it cannot have."""
     depth = stage_count(run.arch, run.layout, run.depth)
-    if run.method == "sid":
-        return alpha_by_depth(run.alpha, depth)
-    return [1.0] * (1 if is_plain(run) else depth)  # a cross-entropy alone
+    return alpha_by_depth(run.alpha, 1 if is_plain(run) else depth)

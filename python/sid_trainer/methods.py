@@ -104,6 +104,7 @@ BACKPROPAGATED = {  # one cross-entropy, the last; on a stagewise backbone they 
     "bp": {}, "bp-checkpoint": {"checkpointed": True}, "bp-accumulate": {"parts": 4},
 }  # fmt: skip
 METHODS = (*LOCAL, "deep-supervision", *BACKPROPAGATED)
+CROSS_ENTROPY = {"alpha": 1.0, "divergence": "forward"}  # what the stages of all but sid learn
 
 
 def make_step(
@@ -122,10 +123,10 @@ def make_step(
     """The training step `step(inputs, targets)` of a method; each takes of the settings what has a meaning for it."""
     common = {"label_smoothing": label_smoothing, "dtype": dtype}
     if method in LOCAL:
+        common |= {"alpha": alpha, "divergence": divergence} if method == "sid" else CROSS_ENTROPY
         return partial(
-            sid_step, network, alpha=1.0 if method == "greedy" else alpha, optimizers=optimizers, schedule=schedule,
-            fused=fused, divergence="forward" if method == "greedy" else divergence, streams=streams, **common,
-        )  # fmt: skip
+            sid_step, network, optimizers=optimizers, schedule=schedule, fused=fused, streams=streams, **common
+        )
     if method == "deep-supervision":
         return partial(deep_supervision_step, network, optimizers=optimizers, **common)
     return partial(bp_step, network, optimizers=optimizers, **BACKPROPAGATED[method], **common)

@@ -171,11 +171,8 @@ class ParallelTrainer(Trainer):
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         config, optimizers = self.config, [None, *(self.optimizers[1 + i] for i in self.own)]
         prior = self.part.uniform(inputs) if self.place.first else self.prior
-        loss = {
-            "divergence": "forward" if config.method == "greedy" else config.divergence,
-            "label_smoothing": config.label_smoothing,
-        }
-        alphas = [1.0 if config.method == "greedy" else self.alphas[i] for i in self.own]
+        loss = {"divergence": config.divergence, "label_smoothing": config.label_smoothing}
+        alphas = [self.alphas[i] for i in self.own]
         clear_gradients(optimizers)
         features = inputs
         if self.feedback and self.place.first:

@@ -76,8 +76,6 @@ def make_trainer(
         network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
     own["alpha"] = alphas
-    if run.method != "sid":  # what is said of their stages is said by their loss, too
-        own["divergence"] = "forward"
     about = dataclasses.asdict(run) | {
         "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
         "torchrun": place.start if place else this_start(),
