@@ -170,25 +170,27 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     """What the simulator takes, measured by both ranks at once."""
     from dataclasses import asdict
 
-    from sid_trainer.costs import measure_loading, measure_stages
+    from sid_trainer.costs import measure_stages
     from sid_trainer.runs import make_trainer
 
     os.environ.pop("WORLD_SIZE")
     trainer = make_trainer(settings(args.network, args.data, args.cache), quiet=True)
     inputs, targets = next(trainer.batches["train"].shuffled(0, 0, 4, True))
-    step = trainer.run_step
+    step, batches = trainer.run_step, trainer.batches["train"]
+    shuffled, number = batches.shuffled, len(batches)
 
     def measured() -> dict:
-        loading = measure_loading(trainer.batches["train"].shuffled(0, 0, trainer.data.crop, trainer.data.flip), 30)
-        feed = trainer.batches["train"].shuffled(0, 1, trainer.data.crop, trainer.data.flip)
-        rounds = len(trainer.batches["train"]) - 2  # that do not count
+        feed = shuffled(0, 1, trainer.data.crop, trainer.data.flip)
+        rounds = number - 2  # that do not count
         costs = measure_stages(trainer.network, inputs, targets, rounds=rounds, feed=feed)
-        result, begun = step(inputs, targets), time.perf_counter()
-        trainer.run_step = lambda inputs, targets: result  # what is left is the loop around the stages, and loading
+        result = step(inputs, targets)
+        batches.shuffled = lambda *_: ((inputs, targets) for _ in range(number))
+        trainer.run_step = lambda inputs, targets: result  # what is left is the loop around loading and stages
+        begun = time.perf_counter()
         trainer.train_epoch()
         trainer.step, trainer.sums = 0, {}
-        rest = (time.perf_counter() - begun) / len(trainer.batches["train"])
-        return {"loading": loading, "overhead": max(0.0, rest - loading), "costs": [asdict(cost) for cost in costs]}
+        overhead = (time.perf_counter() - begun) / number
+        return {"overhead": overhead, "costs": [asdict(cost) for cost in costs]}
 
     return measured, {}
 
@@ -303,7 +305,7 @@ def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dic
         ranks = found[name].get("ranks")
         if ranks is None:
             continue
-        loading, overhead = (statistics.median(one[what] for one in every) for what in ("loading", "overhead"))
+        overhead = statistics.median(one["overhead"] for one in every)
         costs = [
             StageCost(
                 **{key: statistics.median(row[key] for row in rows) for key in rows[0] if rows[0][key] is not None}
@@ -313,13 +315,11 @@ def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dic
         parts = (
             [range(one["stages"][0] - 1, one["stages"][-1]) for one in ranks] if len(ranks) > 1 else [range(len(costs))]
         )
-        speed = simulate(costs, parts, batches=images // size, loading=loading, overhead=overhead).images_per_second(
-            size
-        )
+        speed = simulate(costs, parts, batches=images // size, overhead=overhead).images_per_second(size)
         told[name] = {
             "images_per_second": speed, "times_measured": speed / found[name]["images_per_second"],
-            "loading_seconds": loading, "overhead_seconds": overhead,
-            "stage_seconds": [cost.seconds for cost in costs],
+            "loading_seconds": costs[0].load, "overhead_seconds": overhead,
+            "stage_seconds": [cost.seconds - cost.load for cost in costs],
         }  # fmt: skip
     return told
 

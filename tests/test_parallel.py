@@ -3,6 +3,7 @@
 import copy
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -314,8 +315,15 @@ def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch)
     data, place = make_data(run), Place(stages=2)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     before = copy.deepcopy(network.state_dict())
-    for seconds, few in ((0.0, False), (100.0, True)):
-        monkeypatch.setattr("sid_trainer.runs.measure_loading", lambda batches, rounds, s=seconds: s)
+    shuffled = Batches.shuffled
+
+    def slowly(self, *arguments):
+        for batch in shuffled(self, *arguments):
+            time.sleep(0.2)
+            yield batch
+
+    for loading, few in ((shuffled, False), (slowly, True)):
+        monkeypatch.setattr(Batches, "shuffled", loading)
         first, second = stages_of_ranks(run, network, place, data)
         assert [*first, *second] == list(range(8))
         assert (len(first) == 1) is few

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sid_trainer import build_network
 from sid_trainer.cli import main
 from sid_trainer.cluster import Measured, outlook, run_of
-from sid_trainer.costs import StageCost, balanced, measure_blocks, measure_loading, measure_stages
+from sid_trainer.costs import StageCost, balanced, measure_blocks, measure_stages
 from sid_trainer.simulate import SCHEDULES, Link, simulate
 
 FLUSHED = SCHEDULES[1:]
@@ -103,7 +103,8 @@ def test_a_rank_runs_ahead_only_as_far_as_there_is_room(in_flight):
 
 
 def test_loading_and_what_a_rank_does_beside_its_stages():
-    found = even(2, StageCost(1.0, 1.0), batches=4, loading=0.5, overhead=0.25)
+    costs = [StageCost(1.0, 1.0, load=0.5), StageCost(1.0, 1.0)]
+    found = simulate(costs, [range(1), range(1, 2)], batches=4, overhead=0.25)
     assert found.busy == pytest.approx([4 * 2.75, 4 * 2.25]) and found.seconds == pytest.approx(
         4 * 2.75 - 1 - 0.25 + 2.25
     )
@@ -166,7 +167,7 @@ def test_balanced_is_the_best_of_all_cuts(values, data):
 def test_few_flushed_batches_tell_of_many(schedule, costs, m):
     options = {"link": Link(0.1, 500.0)}
     run, told = run_of(costs, 3, schedule, 30, m, options)
-    parts = balanced([m * (cost.forward + cost.backward) + cost.update for cost in costs], 3)
+    parts = balanced([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], 3)
     assert told == pytest.approx(simulate(costs, parts, schedule, 30, microbatches=m, **options).seconds, rel=1e-6)
     assert run.batches == 5
 
@@ -209,14 +210,20 @@ def test_what_cannot_be_measured_says_so():
         measure_stages(build_network("mlp", "stagewise", image_size=(8, 8)), x, y, rounds=0)
 
 
-def test_loading_is_the_mean_wait():
-    def batches():
-        for _ in range(8):
-            time.sleep(0.02)
-            yield 0
+def test_loading_is_the_first_stage_s_and_every_round_has_a_batch_of_its_own():
+    taken = []
 
-    assert 0.02 <= measure_loading(batches(), rounds=5) < 0.1
-    assert measure_loading(batches(), rounds=100) >= 0.02
+    def batches():
+        while True:
+            time.sleep(0.02)
+            taken.append(2 + len(taken))
+            yield torch.randn(taken[-1], 3, 8, 8), torch.zeros(taken[-1], dtype=torch.int64)
+
+    network = build_network("mlp", "stagewise", image_size=(8, 8))
+    costs = measure_stages(network, *next(batches()), rounds=5, feed=batches())
+    assert len(taken) == 1 + 2 + 5 and 0.02 <= costs[0].load < 1
+    assert [cost.load for cost in costs[1:]] == [0.0] * 3
+    assert costs[0].seconds == costs[0].load + costs[0].forward + costs[0].backward + costs[0].update
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def run_of(
 ) -> tuple[Simulated, float]:
     """A run, and the seconds of `batches` batches. A pipeline that runs empty after each takes the same time for every
     one after the first few, so no more of those are run."""
-    parts = balanced([m * (cost.forward + cost.backward) + cost.update for cost in costs], ranks)
+    parts = balanced([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], ranks)
     few = batches if schedule == "sid" else min(batches, 5)
     run = simulate(costs, parts, schedule, few, microbatches=m, **options)
     if few == batches:

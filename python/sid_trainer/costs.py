@@ -8,7 +8,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,7 +32,8 @@ class StageCost:
 
     forward: its local loss included. backward: of which `backward_input` is for the input's gradient, the rest for the
     weights' (zero-bubble schedules part them); None: half. update: of the optimizer, once a batch. sent: bytes to the
-    next stage. held: bytes that autograd keeps from the forward to the backward.
+    next stage. held: bytes that autograd keeps from the forward to the backward. load: until the batch is there, once a
+    batch, where this is the first stage.
     """
 
     forward: float
@@ -41,10 +42,11 @@ class StageCost:
     sent: int = 0
     held: int = 0
     backward_input: float | None = None
+    load: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.forward + self.backward + self.update
+        return self.load + self.forward + self.backward + self.update
 
     @property
     def of_input(self) -> float:
@@ -85,7 +87,8 @@ def measure_stages(
     feed: Iterator[tuple[Tensor, Tensor]] | None = None,
 ) -> list[StageCost]:  # fmt: skip
     """The cost of every stage of a stagewise network in SID's step on inputs (B, ...), targets (B,): means of rounds.
-    `feed` gives each round a batch of its own, as training does; without it all take the same.
+    `feed` gives each round a batch of its own, as training does, and what it takes is the first stage's `load`: between
+    two steps it finds no more in the caches than it does there. Without it all take the same.
 
     What other ranks do to this one's speed (caches, memory, clock) is not in it, unless they work meanwhile. Raises
     ValueError for a network whose stages share an extractor: no rank could own it.
@@ -103,7 +106,7 @@ def measure_stages(
             for i, one in enumerate(timed[1:]):
                 clock.time("update", i, clear_gradients, [one])
             if feed is not None:
-                inputs, targets = next(feed)
+                inputs, targets = clock.time("load", 0, next, feed)
             stage_by_stage(network, inputs, targets, alphas, timed, None, loss, dtype, clock)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
         for i, stage in enumerate(network.stages):
@@ -239,14 +242,3 @@ class TimedOptimizer:
         self.clock.add("backward", self.i, self.clock.now() - self.clock.last)
         self.clock.time("update", self.i, self.optimizer.step)
         self.clock.last = self.clock.now()
-
-
-def measure_loading(batches: Iterable, rounds: int = 10) -> float:
-    """Mean seconds until the next of `batches` is there."""
-    found, batches = [], iter(batches)
-    for _ in range(WARM + rounds):
-        start = time.perf_counter()
-        if next(batches, None) is None:
-            break
-        found.append(time.perf_counter() - start)
-    return statistics.fmean(found[min(WARM, len(found) - 1) :])

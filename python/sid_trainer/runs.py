@@ -3,8 +3,7 @@
 import copy
 import dataclasses
 import json
-from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from .architectures import build_network
 from .batches import Batches, pixel_statistics
 from .checkpoint import LAST, PREVIOUS, check_same, load_checkpoint
 from .config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
-from .costs import balanced, measure_loading, measure_stages
+from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
@@ -124,12 +123,14 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
             device = pick_device(own_device(run.device))
             batches = Batches(data.train, run.batch_size, device, *pixel_statistics(data.train.images),
                               workers=run.workers, share=(0, place.replicas))  # fmt: skip
-            epoch = partial(batches.shuffled, run.seed, 1, data.crop, data.flip)
-            inputs, labels = next(epoch())
+            epochs = (batches.shuffled(run.seed, number, data.crop, data.flip) for number in count())
+            feed = chain.from_iterable(epochs)
+            inputs, labels = next(feed)
             network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
-            costs = measure_stages(network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3)
+            costs = measure_stages(
+                network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3, feed=feed
+            )
             seconds = [cost.seconds for cost in costs]
-            seconds[0] += measure_loading(epoch(), rounds=3)
         counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
     if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
         refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")

@@ -92,7 +92,7 @@ class Simulated:
 
 def simulate(
     costs: Sequence[StageCost], parts: Sequence[range], schedule: str = "sid", batches: int = 100, *,
-    microbatches: int = 1, link: Link | None = None, in_flight: int = 2, loading: float = 0.0, overhead: float = 0.0,
+    microbatches: int = 1, link: Link | None = None, in_flight: int = 2, overhead: float = 0.0,
 ) -> Simulated:  # fmt: skip
     """Run `batches` batches through ranks that own the stages `parts[rank]` of `costs`.
 
@@ -100,8 +100,7 @@ def simulate(
     sender. The others: costs are of one of the `microbatches` of a batch, and a rank may send as far ahead as its
     schedule goes. `zb` is ZB-H1 of Qi et al. 2023 (arXiv 2401.10241).
 
-    loading: seconds that the first rank spends on a batch before its forward. overhead: that every rank spends on a
-    batch beside its stages.
+    overhead: seconds that every rank spends on a batch beside its stages.
 
     Raises ValueError, in one line, for what is no pipeline.
     """
@@ -123,7 +122,7 @@ def simulate(
             work = local_work(own, came, goes)
         else:
             work = flushed_work(schedule, rank, len(parts), own, came, goes, microbatches)
-        before = [("load", loading)] * (rank == 0)
+        before = [("load", costs[0].load)] * (rank == 0)
         orders.append([
             Operation(batch, *rest)
             for batch in range(batches)
