@@ -139,21 +139,19 @@ def cropped_and_flipped(
     """Zero-pad uint8 images (B, H, W, C) by `crop`, cut an H x W window at random from each, mirror half of them.
     Where they are a share of a batch of `whole` images, they get the windows that they have in it.
 
-    Window and mirror are one gather of whole pixels: index_select copies each at once, 3 times as fast on a CPU as
-    indexing with rows and columns.
+    A window is gathered by whole lines, each at the pixel where it begins: 1.4 times as fast on a CPU as pixel by
+    pixel, and 4 times as fast as indexing with rows and columns.
     """
     count, height, width, channels = images.shape
     whole = count if whole is None else whole
-    draws = torch.cat(
-        [
-            torch.randint(0, 2 * crop + 1, (2, whole, 1), generator=generator),  # top and left, in padded pixels
-            (torch.rand(1, whole, 1, generator=generator) < (0.5 if flip else 0)).long(),
-        ]
-    )[:, share[0] :: share[1]]
-    top, left, mirror = draws.to(images.device, non_blocking=True)  # one copy that the device is not waited for
-    image, rows, columns = (torch.arange(n, device=images.device) for n in (count, height, width))
-    columns = torch.where(mirror.bool(), columns.flip(0), columns) + left  # (B, W)
-    padded = torch.nn.functional.pad(images, (0, 0, crop, crop, crop, crop))
-    lines = image[:, None] * padded.shape[1] + rows + top  # (B, H)
-    which = lines[:, :, None] * padded.shape[2] + columns[:, None, :]  # (B, H, W)
-    return padded.view(-1, channels).index_select(0, which.flatten()).view(images.shape)
+    corners = torch.randint(0, 2 * crop + 1, (2, whole, 1), generator=generator)  # top and left, in padded pixels
+    mirror = torch.rand(whole, generator=generator) < (0.5 if flip else 0)
+    top, left = corners[:, share[0] :: share[1]].to(images.device, non_blocking=True)
+    mirrored = mirror[share[0] :: share[1]].nonzero()[:, 0].to(images.device, non_blocking=True)
+    padded = torch.nn.functional.pad(images, (0, 0, crop, crop, crop, crop)).contiguous()
+    image, rows = (torch.arange(n, device=images.device) for n in (count, height))
+    begins = (image[:, None] * padded.shape[1] + rows + top) * padded.shape[2] + left  # (B, H), in pixels
+    pixels = padded.numel() // channels
+    lines = padded.as_strided((pixels - width + 1, width * channels), (channels, 1))  # the line that begins at each
+    cut = lines.index_select(0, begins.flatten()).view(images.shape)
+    return cut.index_copy_(0, mirrored, cut.index_select(0, mirrored).flip(2))
