@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.batches import Batches, pixel_statistics
 from sid_trainer.config import RunConfig, run_config
-from sid_trainer.cpu import keep_freed_memory
+from sid_trainer.cpu import only_training
 from sid_trainer.data import Split
 from sid_trainer.evaluation import evaluate, means
 from sid_trainer.options import Parser
@@ -52,7 +52,7 @@ def settings(args: argparse.Namespace, dtype: str = "float32") -> RunConfig:
 
 
 def command(args: argparse.Namespace, dtype: str) -> tuple[Epoch, Accuracy]:
-    keep_freed_memory()
+    only_training()
     trainer = make_trainer(settings(args, dtype), quiet=True)
 
     def epoch() -> None:

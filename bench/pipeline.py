@@ -167,7 +167,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
 
 
 def costs_of(args) -> tuple[Callable[[], dict], dict]:
-    """What the simulator takes, measured by both ranks at once."""
+    """What the simulator takes, measured by as many ranks at once."""
     from dataclasses import asdict
 
     from sid_trainer.costs import measure_stages
@@ -202,11 +202,11 @@ def work(args) -> None:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.cpu import keep_freed_memory
+    from sid_trainer.cpu import only_training
     from sid_trainer.memory import peak_memory
 
     torch.set_num_threads(1)
-    keep_freed_memory()
+    only_training()
     what, *rest = args.work
     if what in ("sid", "bp"):
         epoch, about = by_trainer(args, what)

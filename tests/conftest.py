@@ -61,8 +61,11 @@ def kernel(request) -> str:
 
 
 @pytest.fixture(autouse=True)
-def seeds():
+def as_at_the_start():
+    """The `sid` command, which tests call in this process, has denormals flushed."""
     torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

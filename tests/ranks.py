@@ -105,11 +105,13 @@ def trained(*words, count: int, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def torchrun(*words, count: int, out: Path, restarts: int = 0, standalone: bool = True):
+def torchrun(*words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",)):
     """A running torchrun of `sid WORDS`; `.text()` is what all have printed. Whatever is left at the end is killed."""
-    meeting = "--standalone" if standalone else f"--master-port={free_port()}"  # which has no id of its own
+    if "--standalone" not in meeting:
+        port = free_port()
+        meeting = [*meeting, f"--rdzv-endpoint=localhost:{port}" if meeting else f"--master-port={port}"]
     file = out.with_name(out.name + ".printed")
-    command = [sys.executable, "-m", "torch.distributed.run", meeting, f"--nproc-per-node={count}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={count}"]
     command += [f"--max-restarts={restarts}", "-m", "sid_trainer", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(file, "w") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=environment) as process:

@@ -57,7 +57,14 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     folder, draw = tmp_path / "killed", random.Random(how)
     last = folder / "last.pt"
     with torchrun(
-        "train", *words, "--out", folder, count=2, out=folder, restarts=KILLS, standalone=how == "stage"
+        "train",
+        *words,
+        "--out",
+        folder,
+        count=2,
+        out=folder,
+        restarts=KILLS,
+        meeting=["--standalone"] if how == "stage" else [],
     ) as run:
         gone: set[int] = set()
         for kill in range(KILLS):
@@ -147,14 +154,17 @@ def test_an_infinite_loss_names_the_stage_by_its_number_in_the_whole_network(tmp
     ), said
 
 
-@pytest.mark.parametrize("standalone", [True, False])
-def test_a_restart_goes_on_with_this_run_only(tmp_path, standalone):
+@pytest.mark.parametrize(
+    ("count", "meeting"),
+    [(2, ["--standalone"]), (2, []), (2, ["--rdzv-id=job", "--rdzv-backend=c10d"]), (1, []), (1, ["--standalone"])],
+)
+def test_a_restart_goes_on_with_this_run_only(tmp_path, count, meeting):
     """torchrun starts again what was refused because the folder holds a run: that must not become going on with it."""
-    words = ["train", *SMALL, "--epochs", "1", *RUNS["stage"], "--out", tmp_path / "run"]
-    with torchrun(*words, count=2, out=tmp_path / "first", standalone=standalone) as run:
+    words = ["train", *SMALL, "--epochs", "1", *(RUNS["stage"] if count > 1 else []), "--out", tmp_path / "run"]
+    with torchrun(*words, count=count, out=tmp_path / "first", meeting=meeting) as run:
         assert run.process.wait(90) == 0, run.text()
     before = left(tmp_path / "run")
-    with torchrun(*words, count=2, out=tmp_path / "again", restarts=1, standalone=standalone) as run:
+    with torchrun(*words, count=count, out=tmp_path / "again", restarts=1, meeting=meeting) as run:
         assert run.process.wait(90) == 1
         text = run.text()
     expected = f"sid train: error: {tmp_path / 'run'}: holds a run already"

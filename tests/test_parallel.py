@@ -12,10 +12,11 @@ import torch
 from killed import rows_of, sid, state_of
 from ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
 from sid_trainer.batches import Batches, Labels, pixel_statistics
+from sid_trainer.costs import balanced
 from sid_trainer.data import Split
 from sid_trainer.parallel import shares
 from sid_trainer.processes import Place, leave, speaks
-from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
+from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, measured_seconds
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
 CPU = torch.device("cpu")
@@ -195,6 +196,14 @@ def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path, words, count
     refused(folder, status, said, message)
 
 
+def test_a_device_that_one_rank_lacks_is_told_by_its_rank(tmp_path):
+    folder = tmp_path / "run"
+    each = [[*TINY, "--parallel", "stage", "--device", device, "--out", folder] for device in ("cpu", "cuda:99")]
+    status = finish(start_ranks(each, folder))
+    said = [printed(folder, rank).read_text() for rank in range(2)]
+    refused(folder, status, said, "rank 1: device 'cuda:99' cannot be used (")
+
+
 def test_one_process_on_each_machine_says_what_all_find_wrong(monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     said = []
@@ -310,7 +319,6 @@ def test_how_ranks_spent_their_time():
 
 def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):
     """Loading that costs more than all stages leaves the first rank one of them."""
-    monkeypatch.setattr("sid_trainer.runs.tell_all", lambda place, what: what)
     run = RunConfig(arch="mlp", layout="stagewise", depth=8, train_images=100, batch_size=50)
     data, place = make_data(run), Place(stages=2)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
@@ -324,7 +332,7 @@ def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch)
 
     for loading, few in ((shuffled, False), (slowly, True)):
         monkeypatch.setattr(Batches, "shuffled", loading)
-        first, second = stages_of_ranks(run, network, place, data)
+        first, second = balanced(measured_seconds(run, network, place, data), 2)
         assert [*first, *second] == list(range(8))
         assert (len(first) == 1) is few
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

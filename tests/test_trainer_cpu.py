@@ -1,5 +1,8 @@
 """Numbers too small to be worth their time are zero while a trainer trains, and only then."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,13 +22,26 @@ def flushed() -> bool:
 def test_denormals_are_zero_within_and_as_before_after():
     for before in (False, True):
         torch.set_flush_denormal(before)
-        try:
-            with pytest.raises(KeyError), denormals_as_zero():
-                assert flushed()
-                raise KeyError
-            assert flushed() is before
-        finally:
-            torch.set_flush_denormal(False)
+        with pytest.raises(KeyError), denormals_as_zero():
+            assert flushed()
+            raise KeyError
+        assert flushed() is before
+
+
+THREADS = """
+import torch
+from sid_trainer.cpu import only_training
+torch.set_num_threads(3)
+{call}
+small = torch.full((3_000_000,), torch.finfo(torch.float32).tiny)  # the first operation of three threads
+print((small / 2).count_nonzero().item())
+"""
+
+
+@pytest.mark.parametrize(("call", "left"), [("only_training()", 0), ("", 3_000_000)])
+def test_a_process_that_only_trains_flushes_in_all_threads(call, left):
+    fresh = [sys.executable, "-c", THREADS.format(call=call)]
+    assert int(subprocess.run(fresh, capture_output=True, text=True, check=True).stdout) == left
 
 
 @pytest.mark.parametrize("method", ["sid", "bp"])

@@ -110,6 +110,13 @@ def test_a_bar_in_a_name_does_not_break_the_markdown_table():
     assert line == "| a\\|b | sid | 0% | 50.00% | 1 | 0 | 1 |"
 
 
+def test_runs_that_differ_in_who_started_them_are_one_group(tmp_path):
+    starts = ({}, {"torchrun": None}, {"torchrun": "here"}, {"torchrun": "there"})
+    folders = [write_run(tmp_path / f"r{seed}", (0.6,), seed=seed, **start) for seed, start in enumerate(starts)]
+    page = write_report(folders, tmp_path / "out")
+    assert [one["seeds"] for one in Tables(page.read_text()).rows("test accuracy, last epoch")] == ["0, 1, 2, 3"]
+
+
 def test_the_page_holds_the_numbers_and_needs_no_other_file(tmp_path):
     folders = [write_run(tmp_path / f"r{seed}", (0.4, 0.6 + seed / 10), seed=seed) for seed in (0, 1)]
     folders.append(write_run(tmp_path / "short", (0.25,), method="greedy", epochs=2, lr=0.125))

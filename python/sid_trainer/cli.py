@@ -35,10 +35,10 @@ def settings(args: argparse.Namespace) -> dict:
 
 def run_train(args: argparse.Namespace) -> None:
     from .config import run_config
-    from .cpu import keep_freed_memory
+    from .cpu import only_training
     from .runs import begun, resumed
 
-    keep_freed_memory()
+    only_training()
     if hasattr(args, "resume"):
         given = vars(args).keys() - {"command", "run", "resume"}
         if fixed := sorted(given - set(MOVABLE)):
@@ -87,9 +87,9 @@ def table(accuracy: list[float], kl: list[float], certificate: list[float], when
 def run_compare(args: argparse.Namespace) -> None:
     from .compare import compare
     from .config import run_config
-    from .cpu import keep_freed_memory
+    from .cpu import only_training
 
-    keep_freed_memory()
+    only_training()
     given = settings(args)
     given.pop("label_noise")
     text = compare(

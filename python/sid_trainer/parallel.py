@@ -22,7 +22,7 @@ from .feedback import Feedback
 from .files import write_atomically
 from .methods import BACKPROPAGATED, LOCAL, make_step
 from .network import SIDNetwork, at_least_float32
-from .parts import by_replica, found_together, part_of, shares, states_together
+from .parts import PIPELINE, by_replica, found_together, part_of, shares, states_together
 from .pipeline import Layout, Link, layouts
 from .processes import Place, Reports, agree, refuse, said_once, watching
 from .replicas import Replicas, load_network, load_optimizer, whole
@@ -250,7 +250,7 @@ class ParallelTrainer(Trainer):
         pipeline = shares(ranks, self.place.stages)
         if self.folder:
             text = json.dumps(pipeline)
-            write_atomically(self.folder / "pipeline.json", lambda file: file.write(text.encode()))
+            write_atomically(self.folder / PIPELINE, lambda file: file.write(text.encode()))
         for rank in pipeline["ranks"]:
             del rank["batches"]  # the picture's; a row of numbers is enough
         return row | {"pipeline": pipeline}

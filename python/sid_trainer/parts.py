@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+PIPELINE = "pipeline.json"  # how the ranks of a run spent its last epoch, `shares`
+
 
 def by_replica(every: list[dict], stages: int) -> list[list[dict]]:
     """What all ranks told, a list of the stages' for each replica."""

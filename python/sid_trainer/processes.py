@@ -84,11 +84,12 @@ def restarted() -> bool:
 
 
 def this_start(store: dist.Store | None = None) -> str | None:
-    """What tells one start of `torchrun` from another, through all its restarts; `store`: that of all processes."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if store is None or name not in (None, "none"):  # "none": neither --standalone nor --rdzv-id was given
-        return name
-    return store.compare_set("start", "", uuid.uuid4().hex).decode()
+    """What tells one start of `torchrun` from another, through all its restarts; None without it. `store`: that of all
+    processes, where this one knows it already."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no store that outlives a restart
+        return os.environ.get("TORCHELASTIC_RUN_ID")
+    store = store or next(dist.rendezvous("env://"))[0]
+    return store.compare_set("start", "", uuid.uuid4().hex).decode()  # --rdzv-id may be that of an earlier start
 
 
 def speaks() -> bool:

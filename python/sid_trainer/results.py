@@ -12,14 +12,15 @@ from pathlib import Path
 
 from .config import MOVABLE
 from .methods import METHODS  # in the order they are shown
+from .parts import PIPELINE
 
 FAMILY = ("arch", "layout", "method", "label_noise")  # what the table of methods tells apart first
 # what every epoch's row has beside its number, and what only those of newer runs have
 NUMBERS, LISTS = ("train_loss", "test_accuracy"), ("stage_accuracy", "stage_kl")
 NUMBERS_OF_SOME = ("elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes")
 LISTS_OF_SOME = ("certificate",)
-# what may differ between two runs of one group: the seed, where files lie, how often a run is saved
-NOT_SETTINGS = {"seed", "run", "threads", *MOVABLE} - {"device"}
+# what may differ between two runs of one group: the seed, who started it, where files lie, how often it is saved
+NOT_SETTINGS = {"seed", "run", "threads", "torchrun", *MOVABLE} - {"device"}
 FOLLOWS = {
     "num_parameters",
     "classes",
@@ -152,12 +153,12 @@ def read_run(folder: Path) -> tuple[list[dict], dict]:
 
 def read_pipeline(folder: Path) -> dict | None:
     """A run's pipeline.json, where it has one: for each of `ranks` its number, stages (from 1), seconds busy, waiting
-    to receive, to send and for replicas' gradients, bytes, and `batches`, [start, end] in seconds of the first of the
-    last epoch.
+    to receive, to send and, where updates do, for replicas' gradients, bytes, and `batches`, [start, end] in seconds of
+    the first of the last epoch.
 
     Raises ValueError, in one line, where it is something else.
     """
-    file = folder / "pipeline.json"
+    file = folder / PIPELINE
     if not file.exists():
         return None
     found = read_json(file)

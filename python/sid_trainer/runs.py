@@ -16,6 +16,7 @@ from .costs import balanced, measure_stages
 from .data import ImageData, load_data
 from .evaluation import evaluate
 from .network import SIDNetwork
+from .parts import PIPELINE
 from .processes import (
     Place,
     gathered,
@@ -102,15 +103,18 @@ def meet(run: RunConfig, wrong: str | None = None) -> Place | None:
                 f"parallel must say how {world_size()} processes share the work: data, shard or stage, not none"
             )
         return None
-    pick_device(own_device(run.device))  # raises where there is none; the backends do so less clearly
+    device = run.device
+    try:
+        pick_device(own_device(device))
+    except ValueError as error:  # perhaps on this rank alone: the others must hear it
+        wrong, device = wrong or str(error), "cpu"
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}
-    return join(run.parallel, wrong or settings, replicas=run.replicas, timeout=run.timeout, device=run.device)
+    return join(run.parallel, wrong or settings, replicas=run.replicas, timeout=run.timeout, device=device)
 
 
 def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
-    """Consecutive stages for each rank of the pipeline, balanced by what they cost on rank 0's machine; the first rank
-    has the loading, too."""
+    """Consecutive stages for each rank of the pipeline, balanced by what they cost on rank 0's machine."""
     depth = len(network.stages)
     if depth < place.stages:
         refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
@@ -119,18 +123,9 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
         seconds = None
         if run.layout == "shared":  # the extractor is most of the first rank's work
             seconds = [float(depth), *[1.0] * (depth - 1)]
-        elif place.rank == 0 and place.stages > 1:
-            device = pick_device(own_device(run.device))
-            batches = Batches(data.train, run.batch_size, device, *pixel_statistics(data.train.images),
-                              workers=run.workers, share=(0, place.replicas))  # fmt: skip
-            epochs = (batches.shuffled(run.seed, number, data.crop, data.flip) for number in count())
-            feed = chain.from_iterable(epochs)
-            inputs, labels = next(feed)
-            network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
-            costs = measure_stages(
-                network, inputs, labels, optimizer=run.optimizer, dtype=DTYPES[run.dtype], rounds=3, feed=feed
-            )
-            seconds = [cost.seconds for cost in costs]
+        elif place.stages > 1:
+            with said_once(place):
+                seconds = measured_seconds(run, network, place, data) if place.rank == 0 else None
         counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
     if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
         refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")
@@ -138,11 +133,27 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
     return [range(a, b) for a, b in pairwise(edges)]
 
 
+def measured_seconds(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[float]:
+    """Of a batch in each stage; the first one's has the loading, too."""
+    device = pick_device(own_device(run.device))
+    batches = Batches(
+        data.train, run.batch_size, device, *pixel_statistics(data.train.images), workers=run.workers,
+        channels_last=run.channels_last, share=(0, place.replicas),
+    )  # fmt: skip
+    feed = chain.from_iterable(batches.shuffled(run.seed, number, data.crop, data.flip) for number in count())
+    inputs, labels = next(feed)
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    network = copy.deepcopy(network).to(device, memory_format=layout)
+    options = {"optimizer": run.optimizer, "dtype": DTYPES[run.dtype], "rounds": 3, "feed": feed}
+    return [cost.seconds for cost in measure_stages(network, inputs, labels, **options)]
+
+
 def begun(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
     """The trainer of a new run; or, where torchrun starts processes anew, of what the lost ones had saved."""
     place = meet(run)
     again = any(gathered(place, restarted()))  # on a machine that joined later it is the first start
-    own = again and recorded_start(folder) == (place.start if place else this_start())
+    start = place.start if place else this_start()
+    own = again and start is not None and recorded_start(folder) == start
     saved = own and any((folder / name).exists() for name in (LAST, PREVIOUS))
     everywhere = gathered(place, saved)
     with said_once(place):
@@ -157,7 +168,7 @@ def begun(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
     if saved:
         trainer.resume()
     elif trainer.records:
-        for stale in (LAST, PREVIOUS, PICTURE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
+        for stale in (LAST, PREVIOUS, PICTURE, PIPELINE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
             (folder / stale).unlink(missing_ok=True)
     return trainer
 
@@ -193,6 +204,8 @@ def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
         raise
     trainer = make_trainer(run, place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)
+    if moved["parallel"] == "none":
+        (trainer.folder / PIPELINE).unlink(missing_ok=True)  # it showed an epoch that is not the last any more
     return trainer
 
 
