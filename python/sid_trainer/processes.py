@@ -88,7 +88,7 @@ def this_start(store: dist.Store | None = None) -> str | None:
     processes, where this one knows it already."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no store that outlives a restart
         return os.environ.get("TORCHELASTIC_RUN_ID")
-    store = store or next(dist.rendezvous("env://"))[0]
+    store = store or dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return store.compare_set("start", "", uuid.uuid4().hex).decode()  # --rdzv-id may be that of an earlier start
 
 
