@@ -9,7 +9,8 @@ median over rounds. "Held" is what autograd keeps for backward, without messages
 several numbers of microbatches. Every contender has the same images, batch size and optimizer. Evaluation is not timed.
 
 The simulator (`sid simulate`) is held against the same epochs: its costs are measured by as many ranks at once as it
-tells of, so that each core is as slowed down by the other as in the pipeline.
+tells of, so that each core is as slowed down by the other as in the pipeline; what a message costs the ranks themselves
+is measured with two that work meanwhile.
 
 What we expected before the first run, for 16 equal MLP stages: 1.85 to 1.95 times one rank (messages of 131 KB against
 some 14 ms of work), bubble 2 to 4%; GPipe and 1F1B at 4 microbatches 1.5 to 1.7 times their own one rank.
@@ -195,6 +196,44 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     return measured, {}
 
 
+def link_of(args) -> tuple[Callable[[], dict], dict]:
+    """What a message costs the ranks themselves, in seconds: sender and receiver each, while both have work to do."""
+    import torch
+    import torch.distributed as dist
+
+    from sid_trainer.config import DTYPES
+    from sid_trainer.pipeline import Link, layouts
+    from sid_trainer.processes import Place
+    from sid_trainer.runs import make_network
+
+    run = settings(args.network, args.data, args.cache)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    network = make_network(run, 10, 3, (32, 32))
+    between = layouts(network, torch.zeros(2, 32, 32, 3).permute(0, 3, 1, 2), DTYPES[run.dtype])[
+        len(network.stages) // 2
+    ]
+    ends = [None, between][rank], [between, None][rank]
+    link = Link(Place(stage=rank, stages=RANKS), 1, 10, *ends)
+    features, belief = between.empty(run.batch_size).zero_(), torch.zeros(run.batch_size, 10)
+    messages, weights = 100, torch.zeros(512, 512)
+
+    def exchange() -> dict:
+        link.forget()
+        link.expect([run.batch_size] * messages)
+        spent = 0.0
+        for _ in range(messages):
+            for _ in range(10):
+                weights @ weights
+            start = time.perf_counter()
+            link.send(features, belief) if rank == 0 else link.take()
+            spent += time.perf_counter() - start
+        link.wait_for_room()
+        return {"on_rank": (spent - link.receiving) / messages, "bytes": features.nbytes + belief.nbytes + 4}
+
+    return exchange, {}
+
+
 def work(args) -> None:
     """What a rank does: prints a JSON line of what its last epoch has shown."""
     rank = int(os.environ["RANK"])
@@ -210,8 +249,8 @@ def work(args) -> None:
     what, *rest = args.work
     if what in ("sid", "bp"):
         epoch, about = by_trainer(args, what)
-    elif what == "costs":
-        epoch, about = costs_of(args)
+    elif what in ("costs", "link"):
+        epoch, about = {"costs": costs_of, "link": link_of}[what](args)
     else:
         epoch, about = by_pipelining(args, what, int(rest[0]))
     before = Path("/proc/self/statm").read_text().split()[1]
@@ -252,6 +291,7 @@ def measure(args, network: str) -> dict:
     images = NETWORKS[network]["train_images"]
     found: dict[str, dict] = {name: {"rounds": []} for name in contenders(args.microbatches)}
     measured: dict[int, list[dict]] = {1: [], RANKS: []}
+    links: list[dict] = []
     for round_ in range(args.rounds):
         for name, (ranks, words) in contenders(args.microbatches).items():
             if "failed" in found[name]:
@@ -267,6 +307,7 @@ def measure(args, network: str) -> dict:
             print(f"{network}, round {round_ + 1}: {name:34s} {images / seconds:9.1f} images/s", flush=True)
         for ranks in measured:
             measured[ranks] += launch(args, network, ranks, ["costs"])
+        links += launch(args, network, RANKS, ["link"])
     base = [one["images_per_second"] for one in found["sid, 1 rank"]["rounds"]]
     for row in found.values():
         speeds = [one["images_per_second"] for one in row["rounds"]]
@@ -284,7 +325,7 @@ def measure(args, network: str) -> dict:
             if "busy" in middle["ranks"][0]:
                 row |= bubble(middle, images // NETWORKS[network]["batch_size"])
         del row["rounds"]
-    return {"settings": NETWORKS[network], "contenders": found, "simulator": simulated(network, found, measured)}
+    return {"settings": NETWORKS[network], "contenders": found, "simulator": simulated(network, found, measured, links)}
 
 
 def bubble(middle: dict, batches: int) -> dict:
@@ -295,11 +336,12 @@ def bubble(middle: dict, batches: int) -> dict:
             "bubble_against_prediction": (1 - mean / middle["seconds"]) / (least + imbalance)}  # fmt: skip
 
 
-def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]]) -> dict:
+def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]], links: list[dict]) -> dict:
     """The simulator's images/s at 1 and 2 ranks beside the measured ones."""
     from sid_trainer.costs import StageCost
-    from sid_trainer.simulate import simulate
+    from sid_trainer.simulate import Link, simulate
 
+    link = Link(seconds_per_byte_on_rank=statistics.median(one["on_rank"] / one["bytes"] for one in links))
     size, images, told = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"], {}
     for name, every in zip(("sid, 1 rank", "sid, 2 ranks"), measured.values(), strict=True):
         ranks = found[name].get("ranks")
@@ -312,13 +354,14 @@ def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dic
             )
             for rows in zip(*(one["costs"] for one in every), strict=True)
         ]
-        parts = (
-            [range(one["stages"][0] - 1, one["stages"][-1]) for one in ranks] if len(ranks) > 1 else [range(len(costs))]
-        )
-        speed = simulate(costs, parts, batches=images // size, overhead=overhead).images_per_second(size)
+        parts = [range(len(costs))]
+        if len(ranks) > 1:
+            parts = [range(one["stages"][0] - 1, one["stages"][-1]) for one in ranks]
+        speed = simulate(costs, parts, batches=images // size, overhead=overhead, link=link).images_per_second(size)
         told[name] = {
             "images_per_second": speed, "times_measured": speed / found[name]["images_per_second"],
             "loading_seconds": costs[0].load, "overhead_seconds": overhead,
+            "seconds_per_byte_on_rank": link.seconds_per_byte_on_rank,
             "stage_seconds": [cost.seconds - cost.load for cost in costs],
         }  # fmt: skip
     return told
