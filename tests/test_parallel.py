@@ -4,6 +4,7 @@ import copy
 import json
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,10 @@ import torch
 from killed import rows_of, sid, state_of
 from ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
 from sid_trainer.batches import Batches, Labels, pixel_statistics
-from sid_trainer.costs import balanced
 from sid_trainer.data import Split
 from sid_trainer.parallel import shares
 from sid_trainer.processes import Place, leave, speaks
-from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, measured_seconds
+from sid_trainer.runs import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
 CPU = torch.device("cpu")
@@ -330,9 +330,11 @@ def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch)
             time.sleep(0.2)
             yield batch
 
+    monkeypatch.setattr("sid_trainer.runs.tell_all", lambda place, what: what)
+    monkeypatch.setattr("sid_trainer.runs.said_once", nullcontext)
     for loading, few in ((shuffled, False), (slowly, True)):
         monkeypatch.setattr(Batches, "shuffled", loading)
-        first, second = balanced(measured_seconds(run, network, place, data), 2)
+        first, second = stages_of_ranks(run, network, place, data)
         assert [*first, *second] == list(range(8))
         assert (len(first) == 1) is few
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

@@ -69,15 +69,6 @@ def test_the_pipelined_run_has_the_bits_of_the_serial_one(alone, tmp_path, name,
         assert all(rank["bytes_sent"] > 0 for rank in pipeline["ranks"][:-1])
 
 
-def test_the_picture_of_a_pipeline_goes_with_its_run(tmp_path):
-    words, folder = [*SMALL.split(), "--arch", "mlp", "--epochs", "1"], tmp_path / "run"
-    for then in (["train", *words, "--overwrite", "--out", folder], ["train", "--resume", folder]):
-        trained(*words, *PARALLEL, "--overwrite", count=2, out=folder)
-        assert (folder / "pipeline.json").exists()
-        assert sid(*then, out=folder)[0] == 0
-        assert not (folder / "pipeline.json").exists()
-
-
 def test_stages_as_asked_for(alone, tmp_path):
     words = [*words_of("mlp"), *PARALLEL, "--stages-per-rank", "3", "1"]
     piped = trained(*words, count=2, out=tmp_path / "piped")

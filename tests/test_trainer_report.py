@@ -22,8 +22,10 @@ def row(epoch, accuracy, stages=2):
     }  # fmt: skip
 
 
-def write_run(folder, accuracies=(0.4, 0.6), stages=2, without=(), **config):
+def write_run(folder, accuracies=(0.4, 0.6), stages=2, without=(), over_ranks=(), **config):
     rows = [row(epoch, accuracy, stages) for epoch, accuracy in enumerate(accuracies, 1)]
+    for epoch in over_ranks:
+        rows[epoch - 1]["pipeline"] = {}
     rows = [{key: value for key, value in one.items() if key not in without} for one in rows]
     about = {
         "method": "sid", "arch": "simple_cnn", "layout": "shared", "depth": stages, "classes": ["cat", "dog", "emu"],
@@ -309,7 +311,9 @@ def pipeline(ranks=2):
 
 
 def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
-    plain, two, four = (write_run(tmp_path / name, stages=4) for name in ("plain", "two $", "four"))
+    plain = write_run(tmp_path / "plain", stages=4, over_ranks=[1])  # the last epoch by one process
+    (plain / "pipeline.json").write_text(json.dumps(pipeline()))
+    two, four = (write_run(tmp_path / name, stages=4, over_ranks=[2]) for name in ("two $", "four"))
     (two / "pipeline.json").write_text(json.dumps(pipeline()))
     (four / "pipeline.json").write_text(json.dumps(pipeline(4)))
     heights = []
@@ -343,7 +347,7 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
     ],
 )
 def test_a_pipeline_that_is_none_is_named(change, message, tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", over_ranks=[1, 2])
     (run / "pipeline.json").write_text(json.dumps(change(pipeline())))
     with pytest.raises(ValueError) as error:
         write_report([run], tmp_path / "out")

@@ -105,9 +105,8 @@ def measure_stages(
             clock.begin_round()
             for i, one in enumerate(timed[1:]):
                 clock.time("update", i, clear_gradients, [one])
-            if feed is not None:
-                inputs, targets = clock.time("load", 0, next, feed)
-            stage_by_stage(network, inputs, targets, alphas, timed, None, loss, dtype, clock)
+            batch = (inputs, targets) if feed is None else clock.time("load", 0, next, feed)
+            stage_by_stage(network, *batch, alphas, timed, None, loss, dtype, clock)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
         for i, stage in enumerate(network.stages):
             with SavedBytes(stage.parameters()) as saved, autocast(inputs, dtype):

@@ -84,11 +84,17 @@ def restarted() -> bool:
 
 
 def this_start(store: dist.Store | None = None) -> str | None:
-    """What tells one start of `torchrun` from another, through all its restarts; None without it. `store`: that of all
-    processes, where this one knows it already."""
+    """What tells one start of `torchrun` from another, through all its restarts; None without it, and where nothing
+    does. `store`: that of all processes, where this one knows it already."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no store that outlives a restart
-        return os.environ.get("TORCHELASTIC_RUN_ID")
-    store = store or dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        name = os.environ.get("TORCHELASTIC_RUN_ID")
+        return None if name == "none" else name  # "none": torchrun's, where it was given no --rdzv-id
+    if store is None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
+        except (dist.DistError, RuntimeError):
+            return None
     return store.compare_set("start", "", uuid.uuid4().hex).decode()  # --rdzv-id may be that of an earlier start
 
 

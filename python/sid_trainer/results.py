@@ -113,7 +113,8 @@ def load_runs(folders: Sequence[Path | str]) -> list[Run]:
     for folder, name in zip(folders, names, strict=True):
         rows, config = read_run(folder)
         name = shown(name if names.count(name) == 1 else str(folder))
-        runs.append(Run(name, config, rows, read_pipeline(folder)))
+        shared = "pipeline" in rows[-1]  # else pipeline.json, if it is there, shows an earlier epoch, or another run's
+        runs.append(Run(name, config, rows, read_pipeline(folder) if shared else None))
     return runs
 
 

@@ -204,8 +204,6 @@ def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
         raise
     trainer = make_trainer(run, place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)
-    if moved["parallel"] == "none":
-        (trainer.folder / PIPELINE).unlink(missing_ok=True)  # it showed an epoch that is not the last any more
     return trainer
 
 
