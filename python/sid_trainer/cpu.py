@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
 
 
 def only_training() -> None:
-    """Both, for a process that does nothing else. Called before PyTorch's first large operation: the threads that this
-    starts flush denormals as the one does that starts them."""
+    """For a process that does nothing else: freed memory kept, denormals flushed. To be called before PyTorch's first
+    large operation, whose threads flush them as the one does that starts them."""
     keep_freed_memory()
     torch.set_flush_denormal(True)
 

@@ -122,7 +122,7 @@ class ParallelTrainer(Trainer):
     def in_replicas(self) -> SIDNetwork:
         if not self.sharded:
             return self.replicas.wrap(self.network, self.optimizers)
-        # parameters come and go; logits do as well where no gradient passes from stage to stage
+        # shards' gradients are weighed at the logits: that is enough where none passes from stage to stage
         if self.config.method not in LOCAL and any(rows % self.place.replicas for rows in self.whole_rows):
             refuse(self.place, f"method {self.config.method!r} with parallel 'shard' needs batches that"
                    f" {self.place.replicas} processes share evenly; batches here are of"

@@ -80,9 +80,8 @@ def shares(ranks: list[dict], stages: int) -> dict:
     return {
         "span": span,
         "bubble": 1 - mean / span,
-        "predicted_bubble": (stages - 1) / (batches + stages - 1)
-        if batches
-        else 0.0,  # none were left of a resumed epoch
+        # none are left where an epoch is resumed at its end
+        "predicted_bubble": (stages - 1) / (batches + stages - 1) if batches else 0.0,
         "imbalance": 1 - mean / max(busy),
         "ranks": ranks,
     }
