@@ -36,7 +36,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: $(SETTINGS) $(wildcard csrc/*.h csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) -e ".[vision,test]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) -e ".[trainer,test,lint,docs]"
 	touch $@
 
 clean:

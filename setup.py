@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT, ENV = Path(__file__).resolve().parent, os.environ
@@ -85,9 +85,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["sid_kernels", "sid_trainer"],
+    packages=find_packages(include=["sid_kernels*"]) + find_packages("python"),
     package_dir={"sid_kernels": "sid_kernels", "sid_trainer": "python/sid_trainer"},
-    package_data={"sid_trainer": ["report.html.jinja"]},
+    package_data={"sid_trainer.report": ["report.html.jinja"]},
     zip_safe=False,
     cmdclass={"build_ext": CMakeBuild},
     ext_modules=[] if MODE == "skip" else [Extension("sid_kernels._C", [])],

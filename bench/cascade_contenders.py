@@ -20,7 +20,7 @@ from torch.optim import Adam
 
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
 from sid_trainer import SIDNetwork, Stage, StageHead, capture, sid_step, stacked_stages
-from sid_trainer.step import clear_gradients, stage_by_stage, summed_losses, update
+from sid_trainer.methods.step import clear_gradients, stage_by_stage, summed_losses, update
 
 SIZES = ((10, 128, 256, 128, 10), (10, 128, 256, 128, 100), (10, 128, 256, 128, 1000))  # (L, B, H, D, C)
 RATE, EPSILON = 1e-5, 1e-8  # of Adam: so slow that thousands of steps on one batch leave the network as it was

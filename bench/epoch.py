@@ -28,13 +28,13 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset
 
 from sid_trainer import SIDNetwork, sid_step
-from sid_trainer.batches import Batches, pixel_statistics
-from sid_trainer.config import RunConfig, run_config
-from sid_trainer.cpu import only_training
-from sid_trainer.data import Split
-from sid_trainer.evaluation import evaluate, means
+from sid_trainer.data.batches import Batches, pixel_statistics
+from sid_trainer.data.datasets import Split
 from sid_trainer.options import Parser
-from sid_trainer.runs import make_data, make_network, make_trainer
+from sid_trainer.runs.build import make_data, make_network, make_trainer
+from sid_trainer.training.config import RunConfig, run_config
+from sid_trainer.training.cpu import only_training
+from sid_trainer.training.evaluation import evaluate, means
 
 WORKERS = 2  # of the reference's DataLoader
 Epoch, Accuracy = Callable[[], object], Callable[[], float]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sid_kernels import cpu
-from sid_trainer.memory import allocated_peak as peak  # noqa: F401
+from sid_kernels.local_loss import cpu
+from sid_trainer.training.memory import allocated_peak as peak  # noqa: F401
 
 
 def nbytes(found: Any) -> int:

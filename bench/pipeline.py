@@ -51,7 +51,7 @@ def contenders(microbatches: list[int]) -> dict[str, tuple[int, list[str]]]:
 
 
 def settings(network: str, data: str, cache: str | None, method: str = "sid", **more):
-    from sid_trainer.config import run_config
+    from sid_trainer.training.config import run_config
 
     return run_config(
         dataset="cifar10", data=data, cache=cache, layout="stagewise", method=method, device="cpu", epochs=100,
@@ -61,7 +61,7 @@ def settings(network: str, data: str, cache: str | None, method: str = "sid", **
 
 def by_trainer(args, method: str) -> tuple[Callable[[], dict], dict]:
     """An epoch as the command runs it, and what is known before."""
-    from sid_trainer.runs import make_trainer
+    from sid_trainer.runs.build import make_trainer
 
     ranks = int(os.environ["WORLD_SIZE"])
     more = {"parallel": "stage"} if ranks > 1 else {}
@@ -91,11 +91,11 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     from torch import nn
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    from sid_trainer.batches import Batches, Labels, pixel_statistics
-    from sid_trainer.costs import Classifier, balanced, measure_blocks
-    from sid_trainer.memory import SavedBytes
-    from sid_trainer.methods import OPTIMIZERS
-    from sid_trainer.runs import make_data, make_network
+    from sid_trainer.data.batches import Batches, Labels, pixel_statistics
+    from sid_trainer.distributed.balance import Classifier, balanced, measure_blocks
+    from sid_trainer.methods.baselines import OPTIMIZERS
+    from sid_trainer.runs.build import make_data, make_network
+    from sid_trainer.training.memory import SavedBytes
 
     run = settings(args.network, args.data, args.cache, "bp")
     dist.init_process_group("gloo")
@@ -171,8 +171,8 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     """What the simulator takes, measured by as many ranks at once."""
     from dataclasses import asdict
 
-    from sid_trainer.costs import measure_stages
-    from sid_trainer.runs import make_trainer
+    from sid_trainer.distributed.balance import measure_stages
+    from sid_trainer.runs.build import make_trainer
 
     os.environ.pop("WORLD_SIZE")
     trainer = make_trainer(settings(args.network, args.data, args.cache), quiet=True)
@@ -201,10 +201,10 @@ def link_of(args) -> tuple[Callable[[], dict], dict]:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.config import DTYPES
-    from sid_trainer.pipeline import Link, layouts
-    from sid_trainer.processes import Place
-    from sid_trainer.runs import make_network
+    from sid_trainer.distributed.pipeline import Link, layouts
+    from sid_trainer.distributed.rendezvous import Place
+    from sid_trainer.runs.build import make_network
+    from sid_trainer.training.config import DTYPES
 
     run = settings(args.network, args.data, args.cache)
     dist.init_process_group("gloo")
@@ -245,8 +245,8 @@ def work(args) -> None:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.cpu import only_training
-    from sid_trainer.memory import peak_memory
+    from sid_trainer.training.cpu import only_training
+    from sid_trainer.training.memory import peak_memory
 
     torch.set_num_threads(1)
     only_training()
@@ -342,8 +342,8 @@ def bubble(middle: dict, batches: int) -> dict:
 
 def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]], links: list[dict]) -> dict:
     """The simulator's images/s at 1 and 2 ranks beside the measured ones."""
-    from sid_trainer.costs import StageCost
-    from sid_trainer.simulate import Link, simulate
+    from sid_trainer.distributed.balance import StageCost
+    from sid_trainer.runs.simulate import Link, simulate
 
     link = Link(seconds_per_byte_on_rank=statistics.median(one["on_rank"] / one["bytes"] for one in links))
     size, images, told = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"], {}

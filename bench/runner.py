@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         args.seconds = args.seconds or (40.0 if args.device == "cpu" else 4.0)
         if args.keep_freed_memory and not args.plot:
-            from sid_trainer.cpu import keep_freed_memory
+            from sid_trainer.training.cpu import keep_freed_memory
 
             args.keep_freed_memory = keep_freed_memory()
         return args

@@ -22,7 +22,7 @@ import torch
 from contenders import ALPHA, DTYPES
 from timing import Timer, interleave, quartiles, ratios
 
-from sid_kernels import cascade_cpu
+from sid_kernels.cascade import cpu as cascade_cpu
 
 # What the others' times are divided by, and what the summary compares with.
 BASES = {"cascade": (cascade.TRAINER, cascade.DIRECT), "head": (head.DIRECT, head.FUSED)}

@@ -7,13 +7,15 @@ unreduced losses. It computes nothing.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import head, head_operator
-from .gradients import attach, autocast_dtype, first_derivative, needs_operator
-from .head import Gradients
-from .head_problem import PriorHead
-from .problem import LocalLoss
+from .belief_head import dispatch as head
+from .belief_head import torch_op as head_operator
+from .belief_head.dispatch import Gradients
+from .belief_head.problem import PriorHead
+from .core.autograd import attach, autocast_dtype, first_derivative, needs_operator
+from .local_loss.problem import LocalLoss
 
 
 def fused_belief_head(
@@ -106,6 +108,35 @@ def belief_head_and_grad(
         result = LocalLoss(*(None if x is None else x.detach() for x in result))
         return result, Gradients(*(x.detach() if n else None for x, n in zip(gradients, need, strict=True)))
     return head.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, need, backend)
+
+
+class BeliefHead(nn.Linear):
+    """Linear layer from hidden (..., H) to the logits of C classes, and the local loss of the belief they give.
+
+    Parameters, their initial values and state dict are `nn.Linear(hidden_dim, num_classes)`'s. Called, it returns the
+    local loss without ever holding all logits; `logits` is the plain layer, for inference.
+    """
+
+    def __init__(self, hidden_dim: int, num_classes: int, bias: bool = True, *, device=None, dtype=None):
+        super().__init__(hidden_dim, num_classes, bias, device=device, dtype=dtype)
+
+    def forward(
+        self, hidden: Tensor, prior: Tensor | PriorHead | None, target: Tensor, alpha: float | Tensor = 0.5, **options
+    ) -> LocalLoss:
+        """hidden (..., H), prior (..., C), None or `another_head.as_prior(its_hidden)`, target (...) or (..., C).
+
+        `options` and errors: those of `fused_belief_head`.
+        """
+        return fused_belief_head(hidden, self.weight, self.bias, prior, target, alpha, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., H) -> (..., C)."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def as_prior(self, hidden: Tensor) -> PriorHead:
+        """The belief of this head over hidden (..., H), as a prior that is never stored. No gradient comes back."""
+        bias = None if self.bias is None else self.bias.detach()
+        return PriorHead(hidden.detach(), self.weight.detach(), bias)
 
 
 class _Unreduced(torch.autograd.Function):

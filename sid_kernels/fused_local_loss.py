@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, cpu, operator
-from .gradients import first_derivative, functorch_stack, is_compiling, needs_operator, times
-from .problem import LocalLoss, Problem, check_out_like, check_tensor, make_problem
+from .core.autograd import first_derivative, functorch_stack, is_compiling, needs_operator, times
+from .local_loss import cpu
+from .local_loss import dispatch as backends
+from .local_loss import torch_op as operator
+from .local_loss.problem import LocalLoss, Problem, check_out_like, check_tensor, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
 

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends, cpu
+from . import __version__
+from .local_loss import cpu
+from .local_loss import dispatch as backends
 
 
 def _version(package: str) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cascade, cascade_operator
-from .cascade_problem import CascadeResult, CascadeWeights, check_kinds
-from .gradients import attach, autocast_dtype, needs_operator
+from .cascade import dispatch as cascade
+from .cascade import torch_op as cascade_operator
+from .cascade.problem import CascadeResult, CascadeWeights, check_kinds
+from .core.autograd import attach, autocast_dtype, needs_operator
 
 
 def refine_cascade(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sid_kernels import backends
+from sid_kernels.local_loss import dispatch as backends
 
 try:
     from hypothesis import HealthCheck, settings
@@ -71,7 +71,7 @@ def as_at_the_start():
 @pytest.fixture
 def allocated():
     """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
-    from sid_trainer.memory import allocated_peak
+    from sid_trainer.training.memory import allocated_peak
 
     return allocated_peak
 

@@ -1,14 +1,14 @@
 """Training networks by synergistic information distillation, over `sid_kernels`."""
 
-from .architectures import build_network, cut
-from .capture import CapturedStep, capture
-from .config import TrainConfig
-from .data import load_data
-from .methods import bp_step, deep_supervision_step
-from .network import SIDNetwork, Stage, StageHead
-from .stacked import StackedStages, stacked_stages
-from .step import StepResult, sid_step
-from .trainer import Trainer
+from .data.datasets import load_data
+from .methods.baselines import bp_step, deep_supervision_step
+from .methods.capture import CapturedStep, capture
+from .methods.stacked import StackedStages, stacked_stages
+from .methods.step import StepResult, sid_step
+from .network.architectures import build_network, cut
+from .network.modules import SIDNetwork, Stage, StageHead
+from .training.config import TrainConfig
+from .training.trainer import Trainer
 
 __all__ = [
     "CapturedStep",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import OutOfMemoryError
 
-from .config import MOVABLE, RunConfig
+from .distributed.rendezvous import LostRank, leave, speaks
 from .options import parser
-from .processes import LostRank, leave, speaks
-from .trainer import Interrupted, NonFiniteLoss
+from .training.config import MOVABLE, RunConfig
+from .training.trainer import Interrupted, NonFiniteLoss
 
 HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
     "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
@@ -34,9 +34,9 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from .config import run_config
-    from .cpu import only_training
-    from .runs import begun, resumed
+    from .runs.build import begun, resumed
+    from .training.config import run_config
+    from .training.cpu import only_training
 
     only_training()
     if hasattr(args, "resume"):
@@ -68,8 +68,8 @@ def introduce(trainer) -> None:
 
 def show(folder: Path) -> None:
     """From what the run left in its folder: the table of the last epoch by stage, and the picture."""
-    from .report import draw_run, load_runs
-    from .runs import PICTURE
+    from .report.page import draw_run, load_runs
+    from .runs.build import PICTURE
 
     (run,) = load_runs([folder])
     last = run.last
@@ -85,9 +85,9 @@ def table(accuracy: list[float], kl: list[float], certificate: list[float], when
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    from .compare import compare
-    from .config import run_config
-    from .cpu import only_training
+    from .runs.compare import compare
+    from .training.config import run_config
+    from .training.cpu import only_training
 
     only_training()
     given = settings(args)
@@ -100,7 +100,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from .report import write_report
+    from .report.page import write_report
 
     folders = []
     for folder in args.folders:
@@ -110,20 +110,20 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from .runs import evaluated
+    from .runs.build import evaluated
 
     found = evaluated(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
     table(found["accuracy"], found["kl"], found["certificate"], f"on {found['images']} test images")
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from .export import export_run
+    from .runs.export import export_run
 
     print(f"written: {export_run(args.run_folder, args.out, args.format)}")
 
 
 def run_memory(args: argparse.Namespace) -> None:
-    from .memory_table import measure, write_memory
+    from .runs.memory_table import measure, write_memory
 
     rows = measure(args.methods, args.depths, args.batch_sizes)
     print(write_memory(rows, args.out))
@@ -131,9 +131,9 @@ def run_memory(args: argparse.Namespace) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> None:
-    from .cluster import COLUMNS, Measured, outlook
-    from .report import markdown
-    from .simulate import Link
+    from .report.page import markdown
+    from .runs.cluster import COLUMNS, Measured, outlook
+    from .runs.simulate import Link
 
     known = {field.name for field in dataclasses.fields(Measured)}
     measured = Measured(**{name: value for name, value in vars(args).items() if name in known})

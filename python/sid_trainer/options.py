@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .architectures import LAYOUTS, TRUNKS
-from .config import DTYPES, RunConfig
-from .data import DATASETS
-from .methods import LR_SCHEDULES, METHODS, OPTIMIZERS
-from .processes import PARALLEL
-from .simulate import SCHEDULES as PIPELINES
-from .step import SCHEDULES
+from .data.datasets import DATASETS
+from .distributed.rendezvous import PARALLEL
+from .methods.baselines import LR_SCHEDULES, METHODS, OPTIMIZERS
+from .methods.step import SCHEDULES
+from .network.architectures import LAYOUTS, TRUNKS
+from .runs.simulate import SCHEDULES as PIPELINES
+from .training.config import DTYPES, RunConfig
 
 
 class Parser(argparse.ArgumentParser):

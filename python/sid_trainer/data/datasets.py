@@ -1,0 +1,205 @@
+"""Image sets by name, as uint8: held whole in memory, or, where they do not fit, left in their image files.
+
+`digits` are the 8x8 digits inside scikit-learn. `mnist`, `fashion-mnist`, `cifar10` and `cifar100` are read from
+torchvision's own files, `tiny-imagenet` from its own layout, and `folder` (as `cifar10` may be) from
+train/<class>/... and test/<class>/... or val/<class>/... Nothing that is read can run code.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import write_atomically
+from .image_folder import DataError, ImageFiles, Listing, annotated_images, class_folders, decoded, one_line
+
+__all__ = ["DATASETS", "DataError", "ImageData", "ImageFiles", "Split", "load_data", "write_atomically"]
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "folder")
+DOWNLOADS = ("mnist", "fashion-mnist", "cifar10", "cifar100")
+
+
+class Split(NamedTuple):
+    images: Tensor | ImageFiles  # (N, H, W, C) uint8, or the files they are decoded from when a batch is asked for
+    labels: Tensor  # (N,) int64
+
+    def take(self, index: Tensor) -> "Split":
+        """The images and labels at `index` (M,) int64."""
+        images = self.images
+        images = images.subset(index) if isinstance(images, ImageFiles) else images.index_select(0, index)
+        return Split(images, self.labels[index])
+
+
+class ImageData(NamedTuple):
+    train: Split
+    test: Split
+    classes: list[str]  # a label is an index into it
+    crop: int = 0  # training batches: pixels of zero padding on each side, out of which a crop of the old size is cut
+    flip: bool = False  # training batches: mirrored left to right with probability 1/2
+    validation: Split | None = None
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.images.shape[3]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return tuple(self.train.images.shape[1:3])
+
+
+def load_data(
+    name: str,
+    path: str | os.PathLike | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    stream: bool | None = None,
+    workers: int = 0,
+) -> ImageData:
+    """The image set called `name`, one of DATASETS; `path` is the folder that holds its files. Raises DataError.
+
+    `download` fetches one of DOWNLOADS where it is missing; else nothing is. The rest is for image files: `image_size`
+    resizes their shorter side to it and cuts out the centre; `stream` leaves them in their files (None: if they would
+    fill more than half of the memory when decoded); `cache` is the folder in which decoded images are kept (default:
+    `sid_trainer` in the user's cache folder); `workers` processes decode them, 0 means this one.
+    """
+    if name not in DATASETS:
+        raise DataError(f"no data set is called {name!r}; available: {', '.join(DATASETS)}")
+    if download and name not in DOWNLOADS:
+        raise DataError(f"download is for {', '.join(DOWNLOADS)}, not for {name!r}")
+    if name != "digits" and path is None:
+        raise DataError(f"the data set {name!r} needs the path of its files")
+    if name == "digits" and path is not None:
+        raise DataError(f"the data set 'digits' is inside scikit-learn and has no path, not {os.fspath(path)!r}")
+    root = None if path is None else Path(path)
+    if root is not None and not root.is_dir() and not download:
+        raise DataError(f"{root}: no such folder")
+
+    in_files = name in ("tiny-imagenet", "folder") or (name == "cifar10" and (root / "train").is_dir())
+    if not in_files:
+        if image_size is not None or stream:
+            raise DataError(f"image_size and stream are for sets of image files, not for {name!r}")
+        if name == "digits":
+            return load_digits()
+        return load_mnist(root, name, download) if "mnist" in name else load_cifar(root, name, download)
+    for argument, value, least in (("image_size", image_size, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise DataError(f"{argument} must be at least {least}, not {value}")
+    train, test = tiny_imagenet(root) if name == "tiny-imagenet" else image_folder(root)
+    if len(train.classes) < 2:
+        raise DataError(f"{train.folder}: needs at least 2 class folders, has {len(train.classes)}")
+    files = [ImageFiles.of(listing.files, image_size) for listing in (train, test)]
+    if files[0].size != files[1].size:
+        sizes = " and ".join("x".join(map(str, images.size)) for images in files)
+        raise DataError(f"{root}: training and test images differ in size ({sizes}); image_size makes all equal")
+    if stream is None:
+        stream = sum(np.prod(images.shape) for images in files) > physical_memory() / 2
+    splits = []
+    for listing, images in zip((train, test), files, strict=True):
+        if not stream:
+            images = decoded(images, listing.folder, default_cache() if cache is None else Path(cache), workers)
+        splits.append(Split(images, torch.tensor(listing.labels)))
+    return ImageData(*splits, train.classes, crop=8 if name == "tiny-imagenet" else 4, flip=True)
+
+
+def image_folder(root: Path) -> tuple[Listing, Listing]:
+    train_folder = root / "train"
+    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
+    for folder in (train_folder, test_folder):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder (the layout is train/<class>/... and test/<class>/... or val/)")
+    train, test = class_folders(train_folder), class_folders(test_folder)
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        raise DataError(f"{root}: the class folder {odd[0]!r} is in only one of train and {test_folder.name}")
+    return train, test
+
+
+def tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
+    """Its test images have no labels, so that, as everywhere, the validation images are what is tested on."""
+    train = class_folders(root / "train")
+    return train, annotated_images(root / "val", train.classes)
+
+
+def load_digits() -> ImageData:
+    from sklearn.datasets import load_digits as read_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = read_digits()
+    images = (digits.images * 15).astype(np.uint8)[..., None]  # (1797, 8, 8, 1), pixels 0..16 stretched to 0..240
+    parts = train_test_split(images, digits.target, test_size=0.2, random_state=0, stratify=digits.target)
+    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
+    return ImageData(Split(train_x, train_y.long()), Split(test_x, test_y.long()), [str(i) for i in range(10)])
+
+
+def load_mnist(root: Path, name: str, download: bool) -> ImageData:
+    from torchvision.datasets import MNIST, FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    kind = FashionMNIST if name == "fashion-mnist" else MNIST
+    if download:
+        fetch(kind, root)
+    raw = root / kind.__name__ / "raw"
+
+    def read(file: Path, reader) -> Tensor:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file (the {kind.__name__} files belong there, unpacked)")
+        try:
+            return reader(str(file))
+        except Exception as error:  # the reader meets a damaged file with whatever it stumbles over
+            raise DataError(f"{file}: not a readable {kind.__name__} file ({one_line(error)})") from error
+
+    def split(prefix: str) -> Split:
+        images = read(raw / f"{prefix}-images-idx3-ubyte", read_image_file)  # (N, H, W)
+        labels = read(label_file := raw / f"{prefix}-labels-idx1-ubyte", read_label_file)  # (N,)
+        if len(images) != len(labels) or not len(labels) or labels.max() > 9:
+            raise DataError(f"{label_file}: must hold one label in 0..9 for each of the {len(images)} images")
+        return Split(images[..., None], labels)
+
+    classes = FashionMNIST.classes if kind is FashionMNIST else [str(i) for i in range(10)]
+    return ImageData(split("train"), split("t10k"), list(classes))
+
+
+def load_cifar(root: Path, name: str, download: bool) -> ImageData:
+    """The files are pickles; torchvision opens one only if its checksum is that of the original."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity
+
+    kind = CIFAR100 if name == "cifar100" else CIFAR10
+    if download:
+        fetch(kind, root)
+    folder = root / kind.base_folder
+    if not folder.is_dir():
+        also = " nor train/<class>/..." if kind is CIFAR10 else ""
+        raise DataError(f"{root}: holds no {kind.base_folder} (the {kind.__name__} files, unpacked){also}")
+    try:
+        parts = [kind(str(root), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        sums = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+        for file, checksum in sums.items():
+            if not check_integrity(str(folder / file), checksum):
+                what = "its checksum is not the original's" if (folder / file).is_file() else "no such file"
+                raise DataError(f"{folder / file}: {what}, so no {kind.__name__} file was opened") from error
+        raise
+    splits = (Split(torch.from_numpy(np.ascontiguousarray(part.data)), torch.tensor(part.targets)) for part in parts)
+    return ImageData(*splits, list(parts[0].classes), crop=4, flip=True)
+
+
+def fetch(kind, root: Path) -> None:
+    try:
+        kind(str(root), download=True)
+    except Exception as error:  # networks, disks and archives fail in many ways
+        raise DataError(f"{root}: the {kind.__name__} files could not be downloaded ({one_line(error)})") from error
+
+
+def physical_memory() -> int:
+    """Bytes. The machine's, not what is free now: so the same command does the same thing from one day to the next."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sid_trainer"

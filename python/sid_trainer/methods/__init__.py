@@ -1,0 +1,1 @@
+"""How a network learns: the SID step and the methods it is compared with."""

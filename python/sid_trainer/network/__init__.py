@@ -1,0 +1,1 @@
+"""What is trained: stages, heads and architectures."""

@@ -1,0 +1,1 @@
+"""Runs: from settings to data, network and trainer."""

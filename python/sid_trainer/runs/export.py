@@ -1,0 +1,68 @@
+"""A trained network for use without this package: one plain module from pixels to logits, as a program or as ONNX."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import write_atomically
+from ..network.modules import SIDNetwork
+from .build import trained_network
+
+FORMATS = ("torch", "onnx")
+
+
+class Classifier(nn.Module):
+    """Images (B, C, H, W), float32 in [0, 1] -> logits (B, classes): the pixels' normalisation, then the network."""
+
+    def __init__(self, network: SIDNetwork, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", (mean / 255).view(-1, 1, 1).clone())
+        self.register_buffer("std", (std / 255).view(-1, 1, 1).clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def exported(
+    network: SIDNetwork, mean: Tensor, std: Tensor, image_size: tuple[int, int]
+) -> torch.export.ExportedProgram:
+    """The program of the network, on the CPU, for batches of any size. `.module()` is a plain `nn.Module` of operators
+    and parameters alone.
+
+    mean, std: (C,) of the training pixels in 0..255, as `pixel_statistics` gives them.
+    """
+    classifier = Classifier(network, mean, std).cpu().eval()
+    example = torch.rand(2, len(mean), *image_size)
+    with torch.no_grad():
+        return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def export(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, form: str) -> None:
+    """Write `file` whole, with the names of the classes: "torch" is what `torch.export.load` reads, "onnx" what ONNX
+    runtimes do (needs the packages onnx and onnxscript)."""
+    if form not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {form!r}")
+    buffer, names = io.BytesIO(), json.dumps(list(classes))
+    if form == "torch":
+        torch.export.save(program, buffer, extra_files={"classes.json": names})
+    else:
+        model = torch.onnx.export(program, dynamo=True, verbose=False).model
+        model.metadata_props["classes"] = names
+        import onnx_ir
+
+        buffer.write(onnx_ir.serde.serialize_model(model).SerializeToString())
+    write_atomically(file, lambda out: out.write(buffer.getvalue()))
+
+
+def export_run(place: Path, file: Path | None, form: str) -> Path:
+    """Export the network of a checkpoint, by default beside it; returns the file."""
+    network, _, about = trained_network(place)
+    file = file or (place if place.is_dir() else place.parent) / ("network.onnx" if form == "onnx" else "network.pt2")
+    mean, std = map(torch.tensor, (about["pixel_mean"], about["pixel_std"]))
+    export(exported(network, mean, std, tuple(about["image_size"])), about["classes"], file, form)
+    return file

@@ -1,0 +1,1 @@
+"""Training in one process: the loop, its settings, checkpoints and evaluation."""

@@ -1,0 +1,1 @@
+"""The fused belief head: problem, operator, dispatch and the Triton kernel."""

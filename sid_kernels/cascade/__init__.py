@@ -1,0 +1,1 @@
+"""The fused cascade: problem, operator, dispatch and one file for each backend."""

@@ -1,0 +1,1 @@
+"""What no operation owns: autograd glue and shared kernel mathematics."""

@@ -1,0 +1,1 @@
+"""The fused local loss: problem, operator, dispatch and one file for each backend."""

@@ -1,0 +1,81 @@
+"""The benchmark's own correctness at toy sizes: that every contender computes the same, and what a report holds."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def contenders(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("contenders")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_contenders_agree_with_float64(contenders, dtype):
+    problem = contenders.make_problem(37, 11, dtype, "cpu")
+    expected = contenders.truth(problem)
+    listed, left_out = contenders.contenders("cpu", 37, 11)
+    assert set(listed) | set(left_out) == set(contenders.names())
+    for contender in listed.values():
+        if not contender.compiled:
+            contenders.check(contender, problem, expected)
+
+
+@pytest.mark.parametrize("wrong", ("loss", "belief", "dlogits"))
+def test_a_wrong_contender_is_found(contenders, wrong):
+    problem = contenders.make_problem(5, 7, torch.float32, "cpu")
+
+    def run(*arguments):
+        outputs = dict(zip(("loss", "belief", "dlogits"), contenders.without_autograd(*arguments), strict=True))
+        outputs[wrong] = outputs[wrong] * 1.001
+        return tuple(outputs.values())
+
+    with pytest.raises(AssertionError, match=f"{wrong} is off by"):
+        contenders.check(contenders.Contender("bad", "", run), problem, contenders.truth(problem))
+
+
+def test_traffic_is_what_must_move(contenders):
+    problem = contenders.make_problem(6, 10, torch.bfloat16, "cpu")
+    assert problem.minimum_traffic == 4 * 6 * 10 * 2 + 6 * 8
+    assert problem.clone_traffic == 4 * 6 * 10 * 2
+
+
+def test_report_and_plot(tmp_path):
+    out, picture = tmp_path / "cpu.json", tmp_path / "bench.png"
+    words = ["--sizes", "8x5", "16x9", "--rounds", "4", "--device", "cpu", "--skip", "compiled"]
+    done = subprocess.run([sys.executable, BENCH / "report.py", "--out", out, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert " us" not in done.stdout and "GB/s" not in done.stdout  # on a CPU the table shows ratios only
+    filed = json.loads(out.read_text())
+    assert {"machine", "versions", "commit", "command", "date"} <= filed.keys()
+    assert [(r["rows"], r["classes"], r["dtype"]) for r in filed["results"]] == [
+        (8, 5, "float32"), (8, 5, "bfloat16"), (16, 9, "float32"), (16, 9, "bfloat16"),
+    ]  # fmt: skip
+    for entry in filed["results"]:
+        found, clone = entry["contenders"], entry["contenders"]["clone"]
+        assert {"clone", "eager four-op", "eager collapsed", "fused_local_loss", "local_loss_and_grad"} <= found.keys()
+        assert entry["rounds"] == 4 and entry["left_out"]["liger kl_div"] and clone["share_of_clone"] == 1.0
+        ours = found["local_loss_and_grad"]
+        bandwidth = entry["minimum_traffic_bytes"] / ours["seconds"]
+        assert ours["share_of_clone"] == pytest.approx(
+            bandwidth / (entry["clone_traffic_bytes"] / clone["seconds"]), rel=1e-6
+        )
+        ratio = entry["ratios"]["local_loss_and_grad"]["eager four-op"]["of_medians"]
+        assert ratio == pytest.approx(found["eager four-op"]["seconds"] / ours["seconds"], rel=1e-6)
+    assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
+    subprocess.run([sys.executable, BENCH / "report.py", "--plot", out, "--out", picture], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sanitizer_case_agrees_with_the_reference():
+    command = [sys.executable, BENCH / "sanitizer_case.py", "--backend", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,226 @@
+"""The benchmark of the cascade's step and the belief head at toy sizes: its checks, its counting, what a report holds."""
+
+import functools
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+CASCADE, HEAD = (3, 8, 6, 5, 4), (37, 8, 11)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def passes(module, contender, problem, expected):
+    return module.check(contender, contender.run(problem), problem, expected)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def test_cascade_contenders_agree_with_float64(bench):
+    cascade = bench("cascade_contenders")
+    problem = cascade.make_problem(CASCADE, "cpu")
+    before = [x.clone() for x in problem.network.parameters()]
+    listed, left_out = cascade.contenders("cpu", problem)
+    assert set(listed) | set(left_out) == set(cascade.names())
+    captured = cascade.Contender("captured", "", functools.partial(cascade.in_trainer, captured=True))  # here: the step
+    for contender in [*listed.values(), captured]:
+        if not contender.compiled:
+            passes(cascade, contender, problem, cascade.truth(problem))
+    for parameter, old in zip(problem.network.parameters(), before, strict=True):  # each had a copy of its own
+        assert torch.equal(parameter, old)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", HEAD), ("bfloat16", HEAD), ("float32", (5, 7, 300))])
+@pytest.mark.parametrize("prior", ("given", "none", "head"))
+def test_head_contenders_agree_with_float64(bench, prior, dtype, size):
+    head = bench("head_contenders")
+    problem = head.make_problem((*size, dtype, prior), "cpu")
+    listed, left_out = head.contenders("cpu", problem)
+    assert set(listed) | set(left_out) == set(head.names())
+    for contender in listed.values():
+        if not contender.compiled:
+            errors = passes(head, contender, problem, head.truth(problem))
+            assert errors.keys() >= {"loss", "hidden", "weight", "bias"}
+            assert ("belief" in errors) == (contender.name == head.BELIEF)
+
+
+@pytest.mark.parametrize("wrong", ("features", "hidden_weight", "logits_bias", "update"))
+def test_a_wrong_cascade_step_is_found(bench, wrong):
+    cascade = bench("cascade_contenders")
+    problem = cascade.make_problem(CASCADE, "cpu")
+
+    def start(network, features, target):
+        run = cascade.in_trainer(network, features, target)
+
+        def step():
+            dfeatures = run.step()
+            first = network.stages[0].head
+            if wrong == "features":
+                return dfeatures * 1.001
+            with torch.no_grad():
+                if wrong == "update":
+                    first.hidden.weight.add_(1e-5)
+                else:
+                    (first.hidden.weight if wrong == "hidden_weight" else first.logits.bias).grad.mul_(1.01)
+            return dfeatures
+
+        return run._replace(step=step)
+
+    with pytest.raises(AssertionError, match=f"{wrong} is off by"):
+        passes(cascade, cascade.Contender("bad", "", start), problem, cascade.truth(problem))
+
+
+def test_backpropagated_gradients_do_not_vanish_into_denormal_numbers(bench):
+    """Nor do their squares, in Adam: arithmetic on those would be timed, and not the step."""
+    cascade = bench("cascade_contenders")
+    problem = cascade.make_problem((10, 16, 32, 8, 300), "cpu")
+    first = cascade.truth(problem)[True]["hidden_weight"][0]
+    assert first[first != 0].abs().median() > 1e-16
+
+
+def test_backpropagation_is_not_taken_for_the_local_gradient(bench):
+    cascade = bench("cascade_contenders")
+    problem = cascade.make_problem(CASCADE, "cpu")
+    contender = cascade.contenders("cpu", problem)[0][cascade.BP]._replace(backpropagates=False)
+    with pytest.raises(AssertionError, match="gradient of features is off by"):
+        passes(cascade, contender, problem, cascade.truth(problem))
+
+
+@pytest.mark.parametrize("wrong", ("loss", "belief", "hidden", "weight", "bias"))
+def test_a_wrong_head_is_found(bench, wrong):
+    head = bench("head_contenders")
+    problem = head.make_problem((*HEAD, "float32", "head"), "cpu")
+
+    def call(problem):
+        loss, belief, gradients = head.through_autograd(problem, return_belief=True)
+        found = dict(zip(("loss", "belief", "hidden", "weight", "bias"), (loss, belief, *gradients), strict=True))
+        found[wrong] = found[wrong] * 1.001
+        loss, belief, *gradients = found.values()
+        return loss, belief, tuple(gradients)
+
+    with pytest.raises(AssertionError, match=f"{wrong} is off by"):
+        passes(head, head.Contender("bad", "", call), problem, head.truth(problem))
+
+
+def test_those_that_do_less_are_held_to_what_they_compute(bench, monkeypatch):
+    """Liger-Kernel's operations, by stand-ins: cross-entropy with labels, and KL(prior || belief) without biases."""
+    head, functional = bench("head_contenders"), torch.nn.functional
+
+    def cross_entropy(hidden, weight, target, bias=None):
+        return functional.cross_entropy(functional.linear(hidden, weight, bias), target)
+
+    def jsd(hidden, weight, prior_hidden, prior_weight, labels, beta):
+        assert labels is None and beta == 0.0
+        prior = (prior_hidden @ prior_weight.t()).softmax(-1)
+        return functional.kl_div((hidden @ weight.t()).log_softmax(-1), prior, reduction="batchmean")
+
+    names = {"liger_fused_linear_cross_entropy": cross_entropy, "liger_fused_linear_jsd": jsd}
+    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**names))
+    monkeypatch.setattr(head, "no_liger", lambda device: None)
+    problem = head.make_problem((*HEAD, "float32", "head"), "cpu")
+    listed, _ = head.contenders("cpu", problem)
+    for name in (head.LIGER, head.LIGER_JSD):
+        passes(head, listed[name], problem, head.truth(problem))
+        with pytest.raises(AssertionError, match="is off by"):
+            passes(head, listed[name]._replace(target="mixed", value="loss"), problem, head.truth(problem))
+    problem = head.make_problem((*HEAD, "float32", "none"), "cpu")
+    assert head.LIGER_JSD in head.contenders("cpu", problem)[1]
+
+
+# ---- operators and memory --------------------------------------------------------------------------------------------
+
+
+def test_operators_of_a_known_call(bench):
+    from sid_kernels import local_loss_and_grad
+
+    footprint = bench("footprint")
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    assert footprint.operators(lambda: (x + y) * 2) == 2
+    assert footprint.operators(lambda: torch.nn.functional.linear(x, y)) == 1  # and not what it calls in turn
+    labels, prior = torch.zeros(4, dtype=torch.int64), y.softmax(-1)
+    calls = footprint.operators(lambda: local_loss_and_grad(x, prior, labels, 0.5))
+    assert calls == 5 + 1  # the five outputs' memory and the kernel
+
+
+def test_costs_of_the_cascade(bench):
+    """Gradients count once, wherever a contender keeps them; a step in the trainer calls few operators at any depth."""
+    cascade, report = bench("cascade_contenders"), bench("step_report")
+    operators = []
+    for stages in (2, 6):
+        problem = cascade.make_problem((stages, *CASCADE[1:]), "cpu")
+        listed, _ = cascade.contenders("cpu", problem)
+        found = {}
+        for name in (cascade.DIRECT, cascade.TRAINER, cascade.REFERENCE):
+            run = listed[name].run(problem)
+            found[name] = report.costs(listed[name], run, "cpu")
+            gradients = sum(x.numel() * 4 for x in (problem.features, *problem.network.parameters()))
+            assert run.returned == gradients
+            assert found[name]["peak_bytes"] >= gradients
+            assert found[name]["peak_bytes_beyond_results"] == found[name]["peak_bytes"] - gradients
+        operators.append({name: cost["calls"] for name, cost in found.items()})
+    assert operators[0][cascade.TRAINER] == operators[1][cascade.TRAINER]
+    assert operators[0][cascade.REFERENCE] < operators[1][cascade.REFERENCE]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def report(*words):
+    return subprocess.run([sys.executable, BENCH / "step_report.py", *words], capture_output=True, text=True)
+
+
+def test_report_and_plot(tmp_path):
+    out, picture = tmp_path / "steps.json", tmp_path / "steps.png"
+    words = ["--cascades", "2x8x6x5x4", "--heads", "16x4x9:bfloat16", "--rounds", "3", "--device", "cpu"]
+    done = report("--out", out, *words, "--skip", "compiled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " us" not in done.stdout and "operators" in done.stdout  # on a CPU the table shows ratios only
+    filed = json.loads(out.read_text())
+    assert {"machine", "versions", "commit", "command", "date", "settings"} <= filed.keys()
+    assert [(e["operation"], e["size"]) for e in filed["results"]] == [
+        ("cascade", [2, 8, 6, 5, 4]), *(("head", [16, 4, 9, "bfloat16", prior]) for prior in ("given", "none", "head")),
+    ]  # fmt: skip
+    for entry in filed["results"]:
+        assert entry["rounds"] == 3 and not entry["failed"] and entry["left_out"]
+        assert set(entry["contenders"]) <= set(filed["contenders"])
+        for name, row in entry["contenders"].items():
+            assert row["seconds"] > 0 and row["calls"] > 0 and row["peak_bytes"] > row["peak_bytes_beyond_results"] >= 0
+            assert max(row["errors"].values()) < 0.03, name
+    ratio = filed["results"][0]["ratios"]["sid_step"]["BP step"]["of_medians"]
+    found = filed["results"][0]["contenders"]
+    assert ratio == pytest.approx(found["BP step"]["seconds"] / found["sid_step"]["seconds"], rel=1e-6)
+    assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
+    assert report("--plot", out, "--out", picture).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
+        (["--cascades", "10x128"], "argument --cascades: '10x128': a size is written LxBxHxDxC"),
+        (["--heads", "8x4x0"], "argument --heads: '8x4x0': a size is written NxHxC"),
+        (["--heads", "8x4x5:float8"], "'8x4x5:float8': the dtype must be one of float32, bfloat16"),
+        (["--only", "nothing"], "--only nothing: no case's label contains that"),
+        (["--plot", "missing.json"], "--plot: missing.json cannot be read: FileNotFoundError"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(bench, capsys, tmp_path, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        bench("step_report").main(["--out", str(tmp_path / "out"), *words])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed

@@ -1,0 +1,187 @@
+"""`make gpu`'s orchestration (bench/gpu.py), with commands of no consequence in place of its steps. Needs no GPU."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gpu")
+
+
+def step(gpu, code, name="step", limit=20.0, least=0.0, **rest):
+    return gpu.Step(name, lambda limit: [sys.executable, "-c", code], limit, least, **rest)
+
+
+def run(gpu, steps, total=60.0):
+    return gpu.run_steps(steps, total, lambda outcomes: None)
+
+
+def test_outcomes_are_told_apart(gpu):
+    steps = [
+        step(gpu, "print('fine')"),
+        step(gpu, "import sys; print('trouble'); sys.exit(3)"),
+        gpu.Step("absent", lambda limit: ["no-such-program-anywhere"], 5.0, 0.0),
+        step(gpu, "", missing="it is not installed"),
+    ]
+    fine, trouble, absent, skipped = run(gpu, steps)
+    assert (fine["status"], fine["output_tail"]) == ("passed", ["fine"])
+    assert (trouble["status"], trouble["exit_status"], trouble["output_tail"]) == ("failed", 3, ["trouble"])
+    assert absent["status"] == "failed" and "no-such-program-anywhere" in absent["reason"]
+    assert (skipped["status"], skipped["reason"]) == ("skipped", "it is not installed")
+
+
+def test_a_step_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
+    child = tmp_path / "child"
+    code = (
+        "import pathlib, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    began = time.monotonic()
+    (outcome,) = run(gpu, [step(gpu, code, limit=3.0)])
+    assert time.monotonic() - began < 15
+    assert outcome["status"] == "failed" and outcome["reason"] == "stopped at its limit of 3 s"
+    assert outcome["output_tail"] == ["begun"]
+    assert gone(int(child.read_text()))
+
+
+def gone(pid: int) -> bool:
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":  # killed, and not yet collected by whoever inherited it
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_total_time_is_kept_and_later_steps_keep_their_share(gpu):
+    steps = [
+        step(gpu, "import time; time.sleep(600)", "long", limit=600.0),
+        step(gpu, "print('ran')", "short", least=4.0),
+    ]
+    began = time.monotonic()
+    long, short = run(gpu, steps, total=7.0)
+    assert time.monotonic() - began < 20
+    assert long["status"] == "failed" and long["limit_seconds"] == pytest.approx(3.0, abs=0.2)
+    assert short["status"] == "passed"
+
+
+def test_a_step_that_no_longer_fits_is_named(gpu):
+    (outcome,) = run(gpu, [step(gpu, "", least=100.0)], total=7.0)
+    assert outcome["status"] == "skipped"
+    assert outcome["reason"] == "no time left: 7 s, and it takes 100 s at least"
+
+
+def test_steps_after_a_needed_one_that_failed_are_skipped(gpu):
+    broken, after = run(gpu, [step(gpu, "raise SystemExit(1)", "build", needed=True), step(gpu, "")])
+    assert broken["status"] == "failed"
+    assert (after["status"], after["reason"]) == ("skipped", "build failed")
+
+
+def test_output_is_filed_without_this_machine(gpu):
+    code = f"print({str(BENCH / 'gpu.py')!r}, '/opt/somewhere/else/file.py:3', 'https://host.example/simple', '1/2')"
+    (outcome,) = run(gpu, [step(gpu, code)])
+    assert outcome["output_tail"] == ["bench/gpu.py .../file.py:3 <address> 1/2"]
+    assert os.sep not in outcome["command"].split()[0]
+
+
+@pytest.mark.parametrize(
+    "output, status, verdict",
+    (
+        ("========= ERROR SUMMARY: 0 errors", "passed", "clean"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed", "clean"),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "failed", "2 reports"),
+        ("========= ERROR SUMMARY: 1 error", "failed", "1 reports"),
+        ("", "failed", "not finished"),
+        ("========= Error: Device not supported. Please refer to ...", "skipped", "not run"),
+    ),
+)
+def test_sanitizer_verdicts(gpu, output, status, verdict):
+    (outcome,) = run(gpu, [step(gpu, f"print({output!r})", read=gpu.read_sanitizer)])
+    assert (outcome["status"], outcome["verdict"]) == (status, verdict)
+
+
+def test_counts_of_tests(gpu, tmp_path):
+    (tmp_path / "test_few.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    report = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    command += [f"--junitxml={report}", str(tmp_path)]
+    steps = [gpu.Step("tests", lambda limit: command, 60, 0, read=lambda outcome, _: gpu.read_junit(report, outcome))]
+    (outcome,) = run(gpu, steps)
+    assert outcome["tests"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert outcome["failed_tests"] == ["test_few::test_b"]
+    assert (outcome["status"], outcome["reason"]) == ("failed", "1 of 3 tests failed")
+
+
+def test_a_build_without_cuda_is_seen(gpu):
+    outcome = gpu.read_backends({"status": "passed"}, "backend cpu   usable (avx2)\nbackend cuda  not usable: none\n")
+    assert outcome["status"] == "failed" and outcome["reason"] == "backend cuda is not usable: none"
+
+
+def test_json_is_whole_or_not_there(gpu, tmp_path, monkeypatch):
+    out = tmp_path / "results" / "gpu.json"
+    gpu.record.write_json(out, {"a": 1})
+    assert json.loads(out.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        gpu.record.write_json(out, {"a": object()})
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        gpu.record.write_json(out, {"a": 2})
+    assert json.loads(out.read_text()) == {"a": 1}
+    assert [path.name for path in out.parent.iterdir()] == ["gpu.json"]
+
+
+def test_whole_command_with_steps_that_do_nothing(gpu, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(gpu, "what_is_missing", lambda: [])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU 9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    bad = [step(gpu, "", "build", needed=True), step(gpu, "raise SystemExit(1)", "tests")]
+    monkeypatch.setattr(gpu, "make_steps", lambda scratch, capability: bad if capability == "90" else [])
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--out", str(out)]) == 1
+    filed = json.loads(out.read_text())
+    assert [(s["name"], s["status"]) for s in filed["steps"]] == [("build", "passed"), ("tests", "failed")]
+    assert {"machine", "versions", "commit", "date", "command", "seconds"} <= filed.keys()
+    assert "tests       failed" in capsys.readouterr().out
+
+
+def test_no_cuda_is_one_line_and_status_2():
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(BENCH)!r}); torch.cuda.is_available = lambda: False; import gpu; "
+    )
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit(gpu.main([]))"], capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("gpu: ")]
+    assert len(lines) == 1 and "missing: a GPU that PyTorch sees" in lines[0]
+
+
+def test_dry_run_names_every_step():
+    done = subprocess.run([sys.executable, BENCH / "gpu.py", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["build", "backends", "tests", "memcheck", "racecheck", "benchmark", "steps"]
+    limits = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert all(limit > 0 for limit in limits)
+    kept = [float(line.split("most,")[1].split()[0]) for line in done.stdout.splitlines()]
+    assert sum(kept) < 530  # so that a slow step never takes the time of those after it

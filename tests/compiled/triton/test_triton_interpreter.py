@@ -1,0 +1,63 @@
+"""Runs the triton_*_cases.py under Triton's interpreter, in fresh processes: triton reads TRITON_INTERPRET at its import."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
+KERNEL_TESTS = [str(TESTS / "kernels" / name) for name in ("local_loss", "belief_head", "cascade")]
+
+
+def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",  # tiny tensors
+        "PYTHONPATH": os.pathsep.join(
+            [str(TESTS.parent), str(TESTS / "helpers"), *KERNEL_TESTS, str(HERE), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    environment.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=900
+    )
+
+
+# Each file, and how many cases it holds at least.
+CASES = {
+    "triton_cases.py": 221,
+    "triton_belief_cases.py": 75,
+    "triton_cascade_cases.py": 60,
+    "triton_head_cases.py": 60,
+    "triton_step_cases.py": 49,
+}
+
+
+@pytest.mark.parametrize("file", CASES)
+def test_cases_under_the_interpreter(file, tmp_path):
+    pytest.importorskip("triton")
+    command = ["-m", "pytest", str(HERE / file), "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    done = python(*command, folder=tmp_path, interpret=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
+    assert passed >= CASES[file], done.stdout  # all were collected
+    print(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("hide", ("triton", "gpu"))
+def test_why_it_cannot_be_used(tmp_path, hide):
+    """Importing never fails; the reason names what is missing and what would help."""
+    block = "import sys; sys.modules['triton'] = None; " if hide == "triton" else ""
+    no_gpu = "import torch; torch.cuda.is_available = lambda: False; "
+    code = block + no_gpu + "from sid_kernels.local_loss import triton_launch; print(triton_launch.unavailable())"
+    done = python("-c", code, folder=tmp_path, interpret=False)
+    assert done.returncode == 0, done.stderr
+    if hide == "triton":
+        assert "install the triton package" in done.stdout
+    elif pytest.importorskip("triton"):
+        assert "no GPU" in done.stdout and "TRITON_INTERPRET=1" in done.stdout

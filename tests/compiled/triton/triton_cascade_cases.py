@@ -1,0 +1,262 @@
+"""The Triton cascade under Triton's interpreter, against a plain PyTorch cascade, stage by stage, in float64.
+
+pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process.
+By hand: TRITON_INTERPRET=1 pytest tests/triton_cascade_cases.py
+"""
+
+import math
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
+from oracle import ROUNDINGS, Case, oracle
+from torch import Tensor
+from torch.nn.functional import linear, relu
+
+from sid_kernels.cascade import triton_launch as triton_cascade
+from sid_kernels.cascade.problem import CascadePass, CascadeProblem, CascadeWeights
+from sid_kernels.local_loss import triton_launch as triton_kernels
+
+assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
+# numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(
+    rows=5, classes=10, features=7, units=20, stages=2, *, dtype=torch.float32, prior=False, prior_dtype=None,
+    soft=False, ignored=0.0, alpha=0.5, seed=0, divergence="forward", label_smoothing=0.0, reduction="mean",
+    need_grad=True,
+) -> CascadeProblem:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    weights = CascadeWeights(
+        normal(stages, units, classes + features, scale=1.5 / math.sqrt(features)),
+        normal(stages, units, scale=0.3),
+        normal(stages, classes, units, scale=2.0 / math.sqrt(units)),
+        normal(stages, classes, scale=0.3),
+    )
+    labels = probabilities = None
+    if soft:
+        probabilities = normal(rows, classes, scale=2.0).float().softmax(-1).to(dtype)
+    else:
+        labels = torch.randint(0, classes, (rows,), generator=g)
+        labels[torch.rand(rows, generator=g) < ignored] = -100
+    p0 = normal(rows, classes, scale=2.0).float().softmax(-1).to(prior_dtype or dtype) if prior else None
+    if alpha == "stages":
+        alpha = torch.rand(stages, generator=g)
+    return CascadeProblem(
+        normal(rows, features), weights, p0, labels, probabilities, alpha, divergence == "reverse", label_smoothing,
+        -100, reduction, need_grad,
+    )  # fmt: skip
+
+
+def plain(problem: CascadeProblem, dtype: torch.dtype) -> CascadePass:
+    """The cascade as PyTorch users write it in `dtype`: a detached prior, the local loss by oracle.py, autograd."""
+    w = CascadeWeights(*(x.to(dtype) for x in problem.weights))
+    stages, classes, _ = w.logits_weight.shape
+    f, hard = problem.features.to(dtype), problem.labels is not None
+    rows = f.shape[0]
+    q = torch.full((rows, classes), 1 / classes, dtype=dtype) if problem.prior is None else problem.prior
+    number = 1
+    if problem.reduction == "mean":
+        number = max(int((problem.labels != problem.ignore_index).sum()), 1) if hard else rows
+    columns = []
+    for i in range(stages):
+        before = linear(torch.cat([q.to(dtype), f], 1), w.hidden_weight[i], w.hidden_bias[i]).requires_grad_()
+        h = relu(before)
+        z = linear(h, w.logits_weight[i], w.logits_bias[i])
+        alpha = float(problem.alpha[i]) if isinstance(problem.alpha, Tensor) else problem.alpha
+        options = dict(
+            divergence="reverse" if problem.reverse else "forward", label_smoothing=problem.label_smoothing,
+            ignore_index=problem.ignore_index, reduction="none",
+        )  # fmt: skip
+        target = problem.labels if hard else problem.soft
+        truth = oracle(Case(z, q, target, alpha, options), torch.promote_types(dtype, torch.float32))
+        dz = (truth.dlogits / number).to(dtype)
+        (dbefore,) = torch.autograd.grad(z, before, dz)
+        losses = torch.stack([truth.loss, truth.fidelity, truth.consistency]) / number
+        q = truth.belief.to(dtype)
+        columns.append([x.detach() for x in (losses, q, z, h, dz, dbefore)])
+    losses, beliefs, logits, hidden, dlogits, dhidden = zip(*columns, strict=True)
+    by_stage = [torch.stack(x) for x in (beliefs, dlogits, hidden, dhidden)]
+    return CascadePass(torch.stack(losses, 1), by_stage[0], logits[-1], *by_stage[1:])
+
+
+def check(problem: CascadeProblem) -> CascadePass:
+    """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest.
+
+    PyTorch's own error is the largest of the stage: a difference made early goes through all that follows.
+    """
+    dtype = problem.weights.hidden_weight.dtype
+    got, want, peer = triton_cascade.run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
+    for name, x, truth, other in zip(CascadePass._fields[:6], got, want, peer, strict=False):
+        if x is None:
+            assert not problem.need_grad and name in ("hidden", "dlogits", "dhidden")
+            continue
+        assert x.shape == truth.shape and x.dtype == (torch.float32 if name == "losses" else dtype), name
+        x, other = x.double(), other.double()
+        assert torch.equal(x.isfinite(), truth.isfinite()), name
+        assert torch.equal(x[truth.isinf()], truth[truth.isinf()]), name
+        x, truth, other = (v.nan_to_num(0.0, 0.0, 0.0) for v in (x, truth, other))
+        last = tuple(range(-2, 0)) if name != "losses" else (0, 2)
+        largest, own = truth.abs().amax(last, keepdim=True), (other - truth).abs().amax(last, keepdim=True)
+        info = torch.finfo(dtype)
+        allowed = own + ROUNDINGS * (info.eps / 2 * largest + info.tiny * info.eps)
+        worst = ((x - truth).abs() - allowed).max()
+        assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
+    return got
+
+
+TARGETS = {
+    "hard": dict(ignored=0.3),
+    "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),
+    "soft": dict(soft=True),
+    "soft smoothed": dict(soft=True, label_smoothing=0.2),
+}
+KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]
+
+
+@pytest.mark.parametrize("divergence,target", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind(dtype, divergence, target):
+    other = DTYPES[(DTYPES.index(dtype) + 1) % 3]
+    for kinds in (dict(reduction="sum"), dict(prior=True, alpha="stages"), dict(prior=True, prior_dtype=other)):
+        check(make(dtype=dtype, divergence=divergence, **TARGETS[target], **kinds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", (1, 2, 10, 16, 37, 100, 200))
+def test_classes(classes, dtype):
+    check(make(3, classes, 5, 40, 2, dtype=dtype, prior=True, label_smoothing=0.1, divergence="reverse"))
+    check(make(3, classes, 5, 33, 1, dtype=dtype, soft=True))
+
+
+@pytest.mark.parametrize(
+    "rows,features,units,stages", [(1, 1, 1, 1), (1, 4, 64, 3), (16, 3, 65, 1), (17, 5, 130, 2), (33, 2, 7, 4)]
+)
+def test_odd_sizes(rows, features, units, stages):
+    check(make(rows, 10, features, units, stages, alpha="stages", ignored=0.2))
+    check(make(rows, 10, features, units, stages, dtype=torch.bfloat16, soft=True))
+
+
+def test_without_gradient():
+    for kinds in (dict(), dict(prior=True, soft=True)):
+        problem = make(**kinds)
+        got, bare = triton_cascade.run_rows(problem), check(problem._replace(need_grad=False))
+        for x, y in zip(got[:3], bare[:3], strict=True):
+            assert torch.equal(x, y)
+        assert bare[3:6] == (None, None, None)
+
+
+def test_no_rows():
+    got = triton_cascade.run_rows(make(rows=0))
+    assert got.losses.shape == (3, 2, 0) and got.beliefs.shape == (2, 0, 10) and got.dhidden.shape == (2, 0, 20)
+
+
+def test_rows_that_do_not_count():
+    """Losses and gradients 0, beliefs as ever; the mean over nothing is 0."""
+    problem = make()
+    before = triton_cascade.run_rows(problem)
+    problem.labels.fill_(-100)
+    got = check(problem)
+    assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
+    assert torch.equal(got.beliefs, before.beliefs)
+
+
+def test_labels_out_of_range():
+    """NaN in that row's losses and gradients, at every stage; nothing else is disturbed."""
+    problem = make(6, reduction="sum")
+    before = triton_cascade.run_rows(problem)
+    problem.labels[1], problem.labels[4] = 10, -1
+    got = triton_cascade.run_rows(problem)
+    bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
+    assert got.losses[:, :, bad].isnan().all() and got.dlogits[:, bad].isnan().all()
+    assert got.dhidden[:, bad][got.hidden[:, bad] > 0].isnan().all()
+    assert torch.equal(got.beliefs, before.beliefs) and torch.equal(got.losses[:, :, good], before.losses[:, :, good])
+    assert torch.equal(got.dhidden[:, good], before.dhidden[:, good])
+
+
+@pytest.mark.parametrize("divergence", ("forward", "reverse"))
+def test_masked_classes(divergence):
+    """A bias of -inf masks a class: no belief in it, no gradient, finite losses where the prior agrees."""
+    for kinds in (dict(soft=True), dict(label_smoothing=0.1)):
+        if divergence == "forward":
+            kinds["label_smoothing"] = 0.0
+        problem = make(4, 10, prior=True, divergence=divergence, **kinds)
+        problem.weights.logits_bias[:, 3] = -math.inf
+        problem.prior[:, 3] = 0.0
+        if problem.soft is None:
+            problem.labels[problem.labels == 3] = 4
+        else:
+            problem.soft[:, 3] = 0.0
+        got = check(problem)
+        assert got.losses.isfinite().all() and not got.beliefs[:, :, 3].any() and not got.dlogits[:, :, 3].any()
+
+
+def test_mass_on_a_masked_class():
+    """The uniform prior has mass there: the first stage's loss is infinite, its gradient and all that follows finite."""
+    problem = make(4, 10)
+    problem.weights.logits_bias[:, 3] = -math.inf
+    problem.labels[:] = 5
+    got = triton_cascade.run_rows(problem)
+    assert torch.equal(got.losses[2].isinf(), torch.tensor([[True], [False]]).expand(2, 4))
+    assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
+
+
+def test_a_nan_stays_in_its_row():
+    for name in ("features", "prior", "soft"):
+        problem = make(5, soft=True, prior=True)
+        before = triton_cascade.run_rows(problem)
+        getattr(problem, name)[2, 3] = math.nan
+        after = triton_cascade.run_rows(problem)
+        others = torch.tensor([0, 1, 3, 4])
+        for field in ("beliefs", "dlogits", "dhidden", "hidden"):
+            assert torch.equal(getattr(before, field)[:, others], getattr(after, field)[:, others])
+        assert torch.equal(before.losses[:, :, others], after.losses[:, :, others])
+        assert after.losses[0, :, 2].isnan().any() and after.dlogits[:, 2].isnan().any()
+
+
+def test_rows_apart_and_rows_that_repeat():
+    problem = make(4, soft=True, prior=True)
+    want = triton_cascade.run_rows(problem)
+    far = [torch.full((4, 30), 7.0)[:, 5:15].copy_(x) for x in (problem.prior, problem.soft)]
+    features = torch.full((7, 9), 3.0).t()[:4, :].contiguous().t()[:7].t().copy_(problem.features)
+    got = triton_cascade.run_rows(problem._replace(prior=far[0], soft=far[1], features=features))
+    for x, y in zip(want, got, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    check(problem._replace(prior=problem.prior[:1].expand(4, 10), soft=problem.soft[:1].expand(4, 10)))
+
+
+def test_counting_in_a_launch_of_its_own(monkeypatch):
+    problem = make(9, ignored=0.4)
+    here = triton_cascade.run_rows(problem)
+    monkeypatch.setattr(triton_kernels, "COUNT_HERE", 4)
+    monkeypatch.setattr(triton_kernels, "COUNT_GRID_BLOCK", 4)
+    for x, y in zip(here[:6], check(problem)[:6], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_layouts_that_matrix_products_take():
+    """hidden, dhidden and dlogits go to torch.bmm as they are, and dhidden (B, L H) to one product for all stages."""
+    got = triton_cascade.run_rows(make(5, 10, 7, 20, 3))
+    assert got.hidden.stride() == got.dhidden.stride() == (20, 60, 1) and got.dlogits.is_contiguous()
+    assert got.dhidden.transpose(0, 1).is_contiguous()
+
+
+def test_equal_bits_twice():
+    for dtype in DTYPES:
+        for x, y in zip(*(triton_cascade.run_rows(make(9, dtype=dtype))[:6] for _ in range(2)), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_what_fits():
+    assert triton_cascade.fits(10, 256, 128, 10, torch.float32)
+    assert triton_cascade.fits(256, 1, 1, 1, torch.bfloat16)
+    assert not triton_cascade.fits(257, 256, 128, 10, torch.float32)
+    assert not triton_cascade.fits(10, 256, 128, 10, torch.float64)
+    assert not triton_cascade.fits(10, 2**20, 4096, 10, torch.float32)

@@ -1,0 +1,228 @@
+"""The Triton belief head under Triton's interpreter, against a linear layer and oracle.py in float64.
+
+pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process.
+By hand: TRITON_INTERPRET=1 pytest tests/triton_head_cases.py
+"""
+
+import math
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
+from oracle import ROUNDINGS, Case, make_case, oracle
+from sid_kernels.fused_belief_head.problem import HeadPass, HeadProblem
+from torch.nn.functional import linear
+
+from sid_kernels.belief_head import triton_launch as triton_head
+from sid_kernels.local_loss import triton_launch as triton_kernels
+
+assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
+# numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(
+    rows=5, classes=10, units=20, *, dtype=torch.float32, bias=True, divergence="forward", label_smoothing=0.0,
+    reduction="mean", seed=0, need=(True, True, True), **kinds,
+) -> HeadProblem:  # fmt: skip
+    """Prior, target and alpha as `make_case` draws them."""
+    g = torch.Generator().manual_seed(seed)
+    case = make_case(rows, classes, dtype=dtype, seed=seed, **kinds)
+    hard = not case.target.is_floating_point()
+    return HeadProblem(
+        torch.randn(rows, units, generator=g).to(dtype),
+        (torch.randn(classes, units, generator=g) * (2.0 / math.sqrt(units))).to(dtype),
+        torch.randn(classes, generator=g).to(dtype) if bias else None,
+        case.prior, case.target if hard else None, None if hard else case.target, case.alpha,
+        divergence == "reverse", label_smoothing, -100, reduction, *need,
+    )  # fmt: skip
+
+
+def plain(problem: HeadProblem, dtype: torch.dtype) -> HeadPass:
+    """A linear layer in `dtype`, then the local loss of its logits and autograd's gradient by oracle.py."""
+    hidden, weight, bias = (None if x is None else x.to(dtype) for x in problem[:3])
+    z = linear(hidden, weight, bias)
+    hard = problem.labels is not None
+    number = 1
+    if problem.reduction == "mean":
+        number = max(int((problem.labels != problem.ignore_index).sum()), 1) if hard else z.shape[0]
+    options = dict(
+        divergence="reverse" if problem.reverse else "forward", label_smoothing=problem.label_smoothing,
+        ignore_index=problem.ignore_index, reduction="none",
+    )  # fmt: skip
+    case = Case(z, problem.prior, problem.labels if hard else problem.soft, problem.alpha, options)
+    truth = oracle(case, torch.promote_types(dtype, torch.float32))
+    dz = (truth.dlogits / number).to(dtype)
+    losses = torch.stack([truth.loss, truth.fidelity, truth.consistency]) / number
+    return HeadPass(losses, truth.belief, dz, dz @ weight)
+
+
+def check(problem: HeadProblem) -> HeadPass:
+    """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest."""
+    dtype = problem.hidden.dtype
+    belief_dtype = dtype if problem.prior is None else problem.prior.dtype
+    got, want, peer = triton_head.run(problem), plain(problem, torch.float64), plain(problem, dtype)
+    wanted = dict(belief=problem.need_belief, dlogits=problem.need_grad, dhidden=problem.need_hidden_grad)
+    for name, x, truth, other in zip(HeadPass._fields, got, want, peer, strict=True):
+        if not wanted.get(name, True):
+            assert x is None, name
+            continue
+        assert x.shape == truth.shape, name
+        assert x.dtype == dict(losses=torch.float32, belief=belief_dtype).get(name, dtype), name
+        info = torch.finfo(x.dtype if name == "belief" else dtype)
+        x, other = x.double(), other.double()
+        assert torch.equal(x.isfinite(), truth.isfinite()), name
+        assert torch.equal(x[truth.isinf()], truth[truth.isinf()]), name
+        x, truth, other = (v.nan_to_num(0.0, 0.0, 0.0) for v in (x, truth, other))
+        rows = (0, 1) if name != "losses" else (1,)
+        largest, own = truth.abs().amax(rows, keepdim=True), (other - truth).abs().amax(rows, keepdim=True)
+        allowed = own + ROUNDINGS * (info.eps / 2 * largest + info.tiny * info.eps)
+        worst = ((x - truth).abs() - allowed).max()
+        assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
+    return got
+
+
+TARGETS = {
+    "hard": dict(ignored=0.3),
+    "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),
+    "soft": dict(soft=True),
+    "soft smoothed": dict(soft=True, label_smoothing=0.2),
+}
+KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]
+
+
+@pytest.mark.parametrize("divergence,target", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kind(dtype, divergence, target):
+    other = DTYPES[(DTYPES.index(dtype) + 1) % 3]
+    for kinds in (
+        dict(prior=False, reduction="sum"), dict(alpha="rows"), dict(prior_dtype=other, bias=False, alpha="scalar"),
+    ):  # fmt: skip
+        check(make(dtype=dtype, divergence=divergence, **TARGETS[target], **kinds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", (1, 2, 10, 16, 37, 100, 200))
+def test_classes(classes, dtype):
+    check(make(3, classes, 70, dtype=dtype, label_smoothing=0.1, divergence="reverse"))
+    check(make(3, classes, 33, dtype=dtype, soft=True, prior=False))
+
+
+@pytest.mark.parametrize("rows,units", [(1, 1), (1, 64), (32, 65), (33, 130), (70, 7)])
+def test_odd_sizes(rows, units):
+    check(make(rows, 10, units, alpha="rows", ignored=0.2))
+    check(make(rows, 10, units, dtype=torch.bfloat16, soft=True))
+
+
+def test_only_what_is_asked_for():
+    whole = triton_head.run(make())
+    for need in ((False, True, True), (True, True, False), (True, False, False), (False, False, False)):
+        for x, y in zip(whole, check(make(need=need)), strict=True):
+            assert y is None or torch.equal(x, y)
+
+
+def test_no_rows():
+    got = triton_head.run(make(rows=0))
+    assert [x.shape for x in got] == [(3, 0), (0, 10), (0, 10), (0, 20)]
+
+
+def test_rows_that_do_not_count():
+    problem = make()
+    before = triton_head.run(problem)
+    problem.labels.fill_(-100)
+    got = check(problem)
+    assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
+    assert torch.equal(got.belief, before.belief)
+
+
+def test_labels_out_of_range():
+    """NaN in that row's losses and gradients; nothing else is disturbed."""
+    problem = make(6, reduction="sum")
+    before = triton_head.run(problem)
+    problem.labels[1], problem.labels[4] = 10, -1
+    got = triton_head.run(problem)
+    bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
+    assert got.losses[:, bad].isnan().all() and got.dlogits[bad].isnan().all() and got.dhidden[bad].isnan().all()
+    assert torch.equal(got.belief, before.belief) and torch.equal(got.losses[:, good], before.losses[:, good])
+    assert torch.equal(got.dhidden[good], before.dhidden[good])
+
+
+@pytest.mark.parametrize("divergence", ("forward", "reverse"))
+def test_masked_classes(divergence):
+    """A bias of -inf masks a class: no belief in it, no gradient, finite losses where the prior agrees."""
+    for kinds in (dict(soft=True), dict(label_smoothing=0.0 if divergence == "forward" else 0.1)):
+        problem = make(4, 10, divergence=divergence, **kinds)
+        problem.bias[3] = -math.inf
+        problem.prior[:, 3] = 0.0
+        if problem.soft is None:
+            problem.labels[problem.labels == 3] = 4
+        else:
+            problem.soft[:, 3] = 0.0
+        got = check(problem)
+        assert got.losses.isfinite().all() and not got.belief[:, 3].any() and not got.dlogits[:, 3].any()
+
+
+def test_mass_on_a_masked_class():
+    """Forward: an infinite loss with finite gradients, as the definition says; the uniform prior has mass there."""
+    problem = make(4, 10, prior=False)
+    problem.bias[3] = -math.inf
+    problem.labels[:] = 5
+    got = triton_head.run(problem)
+    assert got.losses[2].isinf().all() and got.losses[1].isfinite().all()
+    assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
+
+
+def test_a_nan_stays_in_its_row():
+    for name in ("hidden", "prior", "soft"):
+        problem = make(5, soft=True)
+        before = triton_head.run(problem)
+        getattr(problem, name)[2, 3] = math.nan
+        after = triton_head.run(problem)
+        others = torch.tensor([0, 1, 3, 4])
+        for x, y in zip(before[1:], after[1:], strict=True):
+            assert torch.equal(x[others], y[others])
+        assert torch.equal(before.losses[:, others], after.losses[:, others])
+        assert after.losses[0, 2].isnan() and after.dlogits[2].isnan().any()
+
+
+def test_rows_apart_and_rows_that_repeat():
+    problem = make(4, 10, 20, soft=True)
+    want = triton_head.run(problem)
+    far = {
+        name: torch.full((4, 50), 7.0)[:, 5 : 5 + x.shape[1]].copy_(x)
+        for name, x in (("hidden", problem.hidden), ("prior", problem.prior), ("soft", problem.soft))
+    }
+    for x, y in zip(want, triton_head.run(problem._replace(**far)), strict=True):
+        assert torch.equal(x, y)
+    check(problem._replace(**{name: x[:1].expand(4, -1) for name, x in far.items()}))
+
+
+def test_row_offsets_beyond_32_bits():
+    """Three rows 2**30 + 64 elements apart: 4 GiB that are reserved and never touched but for the rows themselves."""
+    apart, problem = 2**30 + 64, make(3, dtype=torch.float16)
+    far = torch.empty(2 * apart + 20, dtype=torch.float16).as_strided((3, 20), (apart, 1)).copy_(problem.hidden)
+    for x, y in zip(triton_head.run(problem), triton_head.run(problem._replace(hidden=far)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_counting_in_a_launch_of_its_own(monkeypatch):
+    problem = make(9, ignored=0.4)
+    here = triton_head.run(problem)
+    monkeypatch.setattr(triton_kernels, "COUNT_HERE", 4)
+    monkeypatch.setattr(triton_kernels, "COUNT_GRID_BLOCK", 4)
+    for x, y in zip(here, check(problem), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_equal_bits_twice():
+    for dtype in DTYPES:
+        for x, y in zip(*(triton_head.run(make(9, dtype=dtype)) for _ in range(2)), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_what_fits():
+    assert triton_head.fits(10, 256, torch.float32) and triton_head.fits(256, 1, torch.bfloat16)
+    assert not triton_head.fits(257, 256, torch.float32)
+    assert not triton_head.fits(10, 256, torch.float64)

@@ -1,0 +1,168 @@
+"""Runs of the `sid` command in several processes that meet each other: forked as in `killed`, which costs a tenth of a
+start by torchrun, or by torchrun itself, whose ranks can then be killed; and what two such runs must have in common.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from killed import _context, _run, assert_same, rows_of, sid, state_of
+
+from sid_trainer.runs.build import PROCESSES
+
+STEP = "sid_trainer.training.trainer.Trainer.one_step"
+MEMORY = {"activation_bytes", "pipeline"}  # of rows; in what else than times runs by more or fewer processes differ
+STARTS = {*PROCESSES, "run", "fused", "torchrun"}  # of config.json
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def environments(count: int, port: int, start: dict[str, str]) -> list[dict[str, str]]:
+    """What torchrun gives to each of `count` processes; `start`: of what it says of a start."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | start
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _forked(environment: dict, call: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
+    call(*arguments)
+
+
+def start(calls: Sequence[tuple[Callable, tuple]], port: int | None = None, of_start: dict | None = None) -> list:
+    """Processes that make these calls, one each, as ranks 0, 1, ..."""
+    places = environments(len(calls), port or free_port(), of_start or {})
+    processes = [_context.Process(target=_forked, args=(p, *call)) for p, call in zip(places, calls, strict=True)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def start_ranks(
+    each: Sequence[Sequence], out: Path, port: int | None = None, ends: dict | None = None, of_start: dict | None = None
+) -> list:
+    """Processes of `sid WORDS`, each with its own words; what they print lies in `printed(out, rank)`.
+
+    ends: by rank, (the name of a function, n, a signal) as in `killed.sid`.
+    """
+    calls = []
+    for rank, words in enumerate(each):
+        *kill, number = (ends or {}).get(rank, (signal.SIGKILL,))
+        calls.append((_run, (list(map(str, words)), printed(out, rank), tuple(kill) or None, number, False)))
+    return start(calls, port, of_start)
+
+
+def restart(of: str, count: int = 1) -> dict[str, str]:
+    """What torchrun's start `of` says of itself when it has started its processes anew so many times."""
+    return {"TORCHELASTIC_RUN_ID": of, "TORCHELASTIC_RESTART_COUNT": str(count)}
+
+
+def printed(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.{rank}.printed")
+
+
+def finish(processes: list, seconds: float = 60) -> list[int]:
+    """Their exit statuses; none is left running."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    status = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that is stopped, too
+        process.join()
+    assert None not in status, f"exit statuses after {seconds} seconds: {status}"
+    return status
+
+
+def ranks(*words, count: int, out: Path, **options) -> tuple[list[int], list[str]]:
+    """`sid WORDS` in so many processes: their exit statuses, and what each has printed."""
+    status = finish(start_ranks([words] * count, out, **options))
+    return status, [printed(out, rank).read_text() for rank in range(count)]
+
+
+def trained(*words, count: int, out: Path) -> Path:
+    """The folder of `sid train WORDS` by so many processes of one thread each."""
+    command = ("train", *words, "--out", out)
+    if count == 1:
+        status, said = sid(*command, out=out)
+        assert status == 0, said
+    else:
+        status, said = ranks(*command, count=count, out=out)
+        assert status == [0] * count and (said[0] == "" or "stage" not in words), said
+    return out
+
+
+# ---------------------------------------------------------------- by torchrun
+
+
+@contextlib.contextmanager
+def torchrun(*words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",)):
+    """A running torchrun of `sid WORDS`; `.text()` is what all have printed. Whatever is left at the end is killed."""
+    if "--standalone" not in meeting:
+        port = free_port()
+        meeting = [*meeting, f"--rdzv-endpoint=localhost:{port}" if meeting else f"--master-port={port}"]
+    file = out.with_name(out.name + ".printed")
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={count}"]
+    command += [f"--max-restarts={restarts}", "-m", "sid_trainer", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(file, "w") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=environment) as process:
+        run = SimpleNamespace(process=process, text=file.read_text)
+        try:
+            yield run
+        finally:
+            left = workers(process.pid)
+            process.kill()
+            for pid in left.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def workers(torchrun: int) -> dict[int, int]:
+    """The processes of torchrun's ranks, rank -> process id, as far as they have been started."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
+            if int(file.read_text().rpartition(")")[2].split()[1]) == torchrun:
+                variables = dict(v.split("=", 1) for v in (file.parent / "environ").read_text().split("\0") if "=" in v)
+                if "RANK" in variables:
+                    found[int(variables["RANK"])] = int(file.parent.name)
+    return found
+
+
+def wait_until(true: Callable[[], object], what: str, seconds: float = 60):
+    """What `true()` returns as soon as that is true."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what} does not come in {seconds} seconds"
+        time.sleep(0.005)
+    return found
+
+
+# ---------------------------------------------------------------- what runs leave
+
+
+def left(folder: Path) -> dict:
+    """All numbers of a run's checkpoint and metrics.jsonl but times and memory."""
+    state = state_of(folder)
+    state.pop("activation_bytes")
+    about = {name: value for name, value in state.pop("config").items() if name not in STARTS}
+    rows = [
+        [{k: v for k, v in row.items() if k not in MEMORY} for row in some]
+        for some in (state.pop("metrics"), rows_of(folder))
+    ]
+    return state | {"network": dict(state["network"]), "about": about, "rows": rows}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal in every bit, whatever number of processes made them."""
+    assert_same(left(one), left(other))

@@ -1,0 +1,347 @@
+"""`fused_belief_head`: numbers against float64, priors of every kind, chunks, memory, autograd, compilation, bad input.
+
+The loss of the logits is held to account elsewhere (oracle.py); here the layer under it is. The rule is the same: no
+further from float64 than PyTorch in the same dtype, plus a few roundings of what a result is summed from.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Case, oracle
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sid_kernels import BeliefHead, PriorHead, belief_head_and_grad, fused_belief_head, fused_local_loss
+from sid_kernels.belief_head import dispatch as head
+
+SIZES = [(1, 1, 1), (9, 7, 5), (70, 33, 10), (33, 20, 100), (20, 8, 3000)]
+OPTIONS = [
+    {},
+    {"soft": True, "alpha": "rows"},
+    {"label_smoothing": 0.1, "reduction": "sum", "bias": False},
+    {"ignored": 3},
+    {"divergence": "reverse", "label_smoothing": 0.1},
+]
+PRIORS = ("none", "tensor", "head")
+RESULTS = ("loss", "fidelity", "consistency", "belief", "hidden", "weight", "bias")
+
+
+class Problem:
+    """Arguments of one call, and what they give in another dtype."""
+
+    def __init__(self, rows, width, classes, *, dtype=torch.float32, prior="tensor", soft=False, alpha=0.3, ignored=0,
+                 bias=True, seed=0, **options):  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape, by=1.0):
+            return (torch.randn(*shape, generator=g) * by).to(dtype)
+
+        self.hidden, self.weight = normal(rows, width), normal(classes, width, by=2 * width**-0.5)
+        self.bias = normal(classes, by=0.3) if bias else None
+        self.head = PriorHead(normal(rows, 6), normal(classes, 6, by=0.8), normal(classes, by=0.3))
+        self.kind, self.options = prior, options
+        self.given = F.softmax(F.linear(*self.head).double(), -1).to(dtype)
+        self.prior = {"none": None, "tensor": self.given, "head": self.head}[prior]
+        if soft:
+            self.target = normal(rows, classes, by=2.0).float().softmax(-1).to(dtype)
+        else:
+            self.target = torch.randint(0, classes, (rows,), generator=g)
+            self.target[:ignored] = options.get("ignore_index", -100)
+        self.alpha = torch.rand(rows, generator=g) if alpha == "rows" else alpha
+
+    def run(self, **changes):
+        result, gradients = belief_head_and_grad(
+            self.hidden, self.weight, self.bias, self.prior, self.target, self.alpha, **(self.options | changes)
+        )
+        return result._asdict() | gradients._asdict()
+
+    def expected(self, dtype):
+        """By the oracle of the loss, over logits of a plain linear layer; gradients by the chain rule."""
+        h, w = self.hidden.to(dtype), self.weight.to(dtype)
+        logits = F.linear(h, w, None if self.bias is None else self.bias.to(dtype))
+        prior = {"none": None, "tensor": self.given.to(dtype)}.get(self.kind)
+        if self.kind == "head":
+            prior = F.softmax(F.linear(*(x.to(dtype) for x in self.head)), -1)
+        found = oracle(Case(logits, prior, self.target, self.alpha, self.options), dtype)
+        dz, size = found.dlogits, found.size["dlogits"]
+        # What each result is summed from, all terms positive: roundings are in proportion to it, not to the result.
+        self.size = {name: found.size[name].max() for name in RESULTS[:4] if found.size[name].numel()} | {
+            "hidden": size @ w.abs(), "weight": size.t() @ h.abs(), "bias": size.sum(0),
+        }  # fmt: skip
+        return {
+            "loss": found.loss, "fidelity": found.fidelity, "consistency": found.consistency, "belief": found.belief,
+            "hidden": dz @ w, "weight": dz.t() @ h, "bias": None if self.bias is None else dz.sum(0),
+        }  # fmt: skip
+
+
+def assert_within_budget(found, problem, names=RESULTS, roundings=32):
+    dtype = problem.hidden.dtype
+    peer, want = problem.expected(dtype), problem.expected(torch.float64)
+    for name in names:
+        if want[name] is None:
+            assert found[name] is None, name
+            continue
+        got = found[name].double()
+        assert got.shape == want[name].shape, f"{name}: {tuple(got.shape)}, expected {tuple(want[name].shape)}"
+        if not got.numel():
+            continue
+        error, scale = (got - want[name]).abs().max(), problem.size[name].max()
+        allowed = (
+            (peer[name].double() - want[name]).abs().max().nan_to_num(0.0)
+        )  # float16 cannot hold the oracle's floor
+        # Half precision: a rounding of the stored logits, of their gradient and of the result, each relative to its own size
+        allowed = allowed + (roundings if dtype.itemsize >= 4 else 8) * torch.finfo(dtype).eps / 2 * scale + 1e-30
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e} (largest {scale:.2e})"
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """Every row at once, or seven classes' worth of memory short of it."""
+    if request.param == "chunks":
+        monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2000)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_numbers(sizes, options, prior, backend, chunks):
+    problem = Problem(*sizes, prior=prior, **options)
+    assert_within_budget(problem.run(backend=backend), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_other_dtypes(options, prior, dtype, chunks):
+    problem = Problem(70, 33, 10, dtype=dtype, prior=prior, **options)
+    found = problem.run()
+    assert found["hidden"].dtype == found["weight"].dtype == dtype and found["loss"].dtype != torch.bfloat16
+    assert_within_budget(found, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_chunks_are_summed_in_float32(dtype, monkeypatch):
+    """With more chunks than ROUNDINGS a sum in half precision would drift; with float16's range it might overflow."""
+    problem = Problem(2000, 16, 10, dtype=dtype)
+    problem.target[:] = 3  # gradients of one sign, so that the sums grow
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 10 * 20 * 10)
+    assert_within_budget(problem.run(), problem)
+
+
+def test_equal_bits_run_to_run_and_without_the_belief(chunks):
+    problem = Problem(70, 33, 100, prior="head")
+    first, again, without = problem.run(), problem.run(), problem.run(return_belief=False)
+    assert without["belief"] is None
+    for name in RESULTS:
+        assert torch.equal(first[name], again[name]), name
+        assert name == "belief" or torch.equal(first[name], without[name]), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_through_autograd(prior, reduction, chunks):
+    """With any weight of the rows in what follows: the same as through the unfused layers."""
+    problem = Problem(40, 12, 20, prior=prior, ignored=3)
+    inputs = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    plain = [x.detach().clone().requires_grad_() for x in inputs]
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    loss = fused_belief_head(*inputs, problem.prior, problem.target, 0.3, **options).loss
+    given = None if prior == "none" else problem.given
+    other = fused_local_loss(F.linear(*plain), given, problem.target, 0.3, **options).loss
+    weight = torch.rand(loss.shape)
+    (loss * weight).sum().backward()
+    (other * weight).sum().backward()
+    assert torch.allclose(loss, other, rtol=1e-5)
+    for got, want in zip(inputs, plain, strict=True):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    problem = Problem(9, 7, 5)
+    bias = problem.bias.clone().requires_grad_()
+    fused_belief_head(problem.hidden, problem.weight, bias, None, problem.target).loss.backward()
+    assert bias.grad.abs().sum() > 0 and problem.weight.grad is None
+    with torch.no_grad():
+        assert not fused_belief_head(problem.hidden, problem.weight, bias, None, problem.target).loss.requires_grad
+
+
+def test_backward_twice_and_no_second_derivative():
+    problem = Problem(9, 7, 5)
+    for reduction in ("mean", "none"):
+        weight = problem.weight.clone().requires_grad_()
+        loss = fused_belief_head(problem.hidden, weight, None, None, problem.target, reduction=reduction).loss.sum()
+        loss.backward(retain_graph=True)
+        once = weight.grad.clone()
+        loss.backward()
+        assert torch.allclose(weight.grad, 2 * once)
+        loss = fused_belief_head(problem.hidden, weight, None, None, problem.target, reduction=reduction).loss.sum()
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="fused_belief_head has no second derivative"):
+            gradient.sum().backward()
+
+
+def test_gradcheck_of_the_definition():
+    problem = Problem(4, 3, 5, dtype=torch.float64, prior="head")
+    inputs = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    for reduction in ("mean", "none"):
+
+        def f(*x, reduction=reduction):
+            return fused_belief_head(*x, problem.prior, problem.target, 0.3, reduction=reduction).loss
+
+        assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operator_and_compiled_whole(reduction):
+    problem = Problem(20, 6, 50, prior="head")
+    inputs = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    arguments = (*inputs, None, *problem.head, problem.target, None, 0.5, "forward", 0.0, -100, reduction)
+    torch.library.opcheck(torch.ops.sid_kernels.belief_head.default, (*arguments, True, True, True, True, "auto", None))
+
+    def form(hidden, weight, bias):
+        result = fused_belief_head(
+            hidden, weight, bias, problem.prior, problem.target, 0.3, reduction=reduction, return_belief=False
+        )
+        return 2.0 * result.loss.mean()
+
+    want, got = form(*inputs), torch.compile(form, fullgraph=True)(*inputs)
+    assert torch.allclose(want, got, rtol=1e-6)
+    gradients = [torch.autograd.grad(x, inputs) for x in (want, got)]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
+
+
+def test_under_autocast_as_a_linear_layer():
+    problem = Problem(30, 12, 20, prior="head")
+    weight = problem.weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = fused_belief_head(problem.hidden, weight, problem.bias, problem.prior, problem.target, 0.3)
+    assert result.loss.dtype is torch.float32 and result.belief.dtype is torch.bfloat16
+    result.loss.backward()
+    exact = problem.run(reduction="mean")
+    assert weight.grad.dtype is torch.float32
+    assert torch.allclose(weight.grad, exact["weight"], atol=0.03 * exact["weight"].abs().max().item())
+
+
+def test_under_autocast_after_a_layer_that_is():
+    """Hidden is in autocast's dtype already, the head's parameters are not: the usual case."""
+    layer, last = torch.nn.Linear(8, 12), BeliefHead(12, 5)
+    target = torch.randint(0, 5, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = last(layer(torch.randn(9, 8)), None, target)
+    result.loss.backward()
+    assert layer.weight.grad.dtype is torch.float32 and last.weight.grad.abs().sum() > 0
+
+
+def test_float16_sums_stay_in_range(monkeypatch):
+    """A gradient of 8 from sums of 10^5 and more: the mean's factor may not wait until they have overflowed."""
+    rows = 60_000
+    hidden = torch.linspace(4, 12, rows).half().view(rows, 1)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2 * 50 * 20_000)
+    target = torch.zeros(rows, dtype=torch.int64)
+    _, gradients = belief_head_and_grad(hidden, torch.zeros(50, 1).half(), None, None, target, 1.0)
+    assert abs(float(gradients.weight[0]) + 8 * 0.98) < 0.05
+
+
+def test_the_belief_of_a_half_precision_prior_head_is_what_the_operator_says():
+    problem = Problem(9, 7, 5, dtype=torch.bfloat16, prior="head", divergence="reverse", label_smoothing=0.1)
+    found = problem.run()["belief"].dtype
+    compiled = torch.compile(problem.run, fullgraph=True, backend="eager")()["belief"].dtype
+    assert found is compiled is torch.float32
+
+
+def test_leading_dimensions_and_strided_rows():
+    problem = Problem(24, 12, 20)
+    flat = problem.run()
+    wide = torch.randn(2, 12, 30)
+    wide[..., :12] = problem.hidden.view(2, 12, 12)
+    result, gradients = belief_head_and_grad(
+        wide[..., :12], problem.weight, problem.bias, problem.prior.view(2, 12, 20), problem.target.view(2, 12), 0.3
+    )
+    assert result.belief.shape == (2, 12, 20) and gradients.hidden.shape == (2, 12, 12)
+    assert torch.allclose(gradients.hidden.view(24, 12), flat["hidden"]) and torch.allclose(result.loss, flat["loss"])
+
+
+def test_no_rows_and_all_rows_ignored():
+    for problem in (Problem(0, 7, 5), Problem(9, 7, 5, ignored=9), Problem(0, 7, 5, prior="head")):
+        found = problem.run()
+        assert found["loss"] == 0 and found["belief"].shape == (len(problem.hidden), 5)
+        assert all((found[name] == 0).all() for name in ("hidden", "weight", "bias"))
+
+
+def test_at_most_a_chunk_of_logits_is_alive(allocated):
+    """A vocabulary of 32,000: within 64 MiB beyond inputs and gradients, where the logits alone are 250 MiB."""
+    rows, width, classes = 2048, 16, 32000
+    hidden, other = torch.randn(rows, width), torch.randn(rows, width)
+    weight, teacher = torch.randn(classes, width), torch.randn(classes, width)
+    target = torch.randint(0, classes, (rows,))
+    returned = 4 * (rows * width + classes * width)
+    for prior in (None, PriorHead(other, teacher)):
+        most = allocated(
+            lambda prior=prior: belief_head_and_grad(hidden, weight, None, prior, target, return_belief=False)
+        )
+        assert most - returned <= 64 << 20
+    unfused = allocated(
+        lambda: fused_local_loss(F.linear(hidden, weight.requires_grad_()), None, target).loss.backward()
+    )
+    assert unfused >= 750e6 * 0.9
+
+
+def test_module_is_a_linear_layer_with_a_loss():
+    teacher, student = BeliefHead(8, 30), BeliefHead(6, 30)
+    x, y, target = torch.randn(12, 8), torch.randn(12, 6), torch.randint(0, 30, (12,))
+    result = student(y, teacher.as_prior(x), target, alpha=0.25, return_belief=False)
+    result.loss.backward()
+    want = fused_local_loss(student.logits(y), teacher.logits(x).softmax(-1), target, 0.25)
+    assert torch.allclose(result.loss, want.loss) and result.belief is None
+    assert teacher.weight.grad is None and student.weight.grad.abs().sum() > 0
+    assert list(student.state_dict()) == ["weight", "bias"]
+    student.load_state_dict(torch.nn.Linear(6, 30).state_dict())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_in_hand_under_a_mode_and_compiled(reduction):
+    """Where a tensor has no memory to point at, the operator is taken: fake tensors get shapes, compiled code numbers."""
+    problem = Problem(20, 6, 50, prior="head", reduction=reduction)
+    want = problem.run()
+    found = torch.compile(problem.run, fullgraph=True)()
+    assert all(torch.allclose(found[name], want[name], rtol=1e-6) for name in RESULTS)
+    with FakeTensorMode() as mode:
+        for name in ("hidden", "weight", "bias", "target"):
+            setattr(problem, name, mode.from_tensor(getattr(problem, name)))
+        problem.prior = PriorHead(*map(mode.from_tensor, problem.prior))
+        found = problem.run()
+    assert all(found[name].shape == want[name].shape and found[name].dtype == want[name].dtype for name in RESULTS)
+
+
+BAD = [
+    ({"hidden": torch.zeros(9, 6)}, ValueError, r"weight has shape \(5, 7\).* H = 6"),
+    ({"hidden": torch.zeros(9, 7, dtype=torch.int64)}, TypeError, "hidden has dtype torch.int64"),
+    ({"hidden": "h"}, TypeError, "hidden is of type str"),
+    ({"weight": torch.zeros(5, 7).half()}, TypeError, "weight has dtype torch.float16; it must be hidden's"),
+    ({"bias": torch.zeros(6)}, ValueError, r"bias has shape \(6,\); it must be \(C,\) = \(5,\)"),
+    ({"prior": torch.zeros(9, 4)}, ValueError, r"prior has shape \(9, 4\); it must be \(..., C\) = \(9, 5\)"),
+    ({"prior": (torch.zeros(9, 3),)}, TypeError, "prior is a tuple of 1"),
+    ({"prior": (torch.zeros(9, 3), torch.zeros(4, 3))}, ValueError, "prior.weight has 4 classes"),
+    ({"prior": (torch.zeros(8, 3), torch.zeros(5, 3))}, ValueError, r"prior.hidden has shape \(8, 3\)"),
+    ({"prior": (torch.zeros(9, 3), torch.zeros(5, 2))}, ValueError, r"prior.weight has shape \(5, 2\)"),
+    ({"target": torch.zeros(8, dtype=torch.int64)}, ValueError, "target has shape"),
+    ({"target": torch.tensor([0] * 8 + [5])}, IndexError, "target has label 5 in row 8"),
+    ({"alpha": -0.1}, ValueError, "alpha is -0.1"),
+    ({"alpha": torch.full((9,), 2.0)}, ValueError, "alpha is 2.0"),
+    ({"divergence": "both"}, ValueError, "divergence is 'both'"),
+    ({"divergence": "reverse"}, ValueError, "full support"),
+    ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
+    ({"backend": "triton"}, (ValueError, RuntimeError), "triton"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_is_named(change, error, message):
+    good = {
+        "hidden": torch.zeros(9, 7), "weight": torch.zeros(5, 7), "bias": torch.zeros(5), "prior": None,
+        "target": torch.zeros(9, dtype=torch.int64),
+    }  # fmt: skip
+    fused_belief_head(**good)
+    with pytest.raises(error, match=message):
+        fused_belief_head(**(good | change))

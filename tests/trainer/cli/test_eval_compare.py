@@ -1,0 +1,223 @@
+"""`sid eval` says what the last epoch's row says; `sid compare` trains, goes on where it stopped, and writes the table."""
+
+import json
+import statistics
+
+import pytest
+from image_sets import write_image_folder
+from killed import assert_same, rows_of, sid, state_of
+
+from sid_trainer.cli import main
+from sid_trainer.runs.build import evaluated
+
+
+def last_row(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("words", [
+    "--arch mlp --layout stagewise --depth 3 --alpha 0.9:0.3",
+    "--arch simple_cnn --layout shared --depth 3",
+    "--arch mlp --layout stagewise --depth 2 --divergence reverse --label-smoothing 0.1",
+    "--arch mlp --layout stagewise --method bp",
+    "--arch mlp --layout shared --depth 2 --dtype bfloat16 --method greedy",
+    "--arch vgg11 --layout stagewise --train-images 60 --val 0.2 --label-noise 0.4",
+])  # fmt: skip
+def test_eval_says_what_the_last_row_says(words, tmp_path, capsys):
+    common = ["--train-images", "200", "--batch-size", "64", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *common, *words.split()]) == 0
+    row, found = last_row(tmp_path / "run"), evaluated(tmp_path / "run")
+    assert found["accuracy"] == row["stage_accuracy"] and found["images"] == 360
+    assert found["kl"] == pytest.approx(row["stage_kl"], rel=1e-5)
+    assert found["certificate"] == pytest.approx(row["certificate"], abs=1.5 / 360)  # an image on the very edge
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "stage   accuracy   KL(y|p)   certificate   on 360 test images"
+    assert len(printed) == 2 + len(row["stage_kl"])
+    for stage, line in enumerate(printed[2:]):
+        number, accuracy, kl, certificate = line.split()
+        assert int(number) == stage + 1 and accuracy == f"{row['stage_accuracy'][stage]:.2%}"
+        assert float(kl) == pytest.approx(row["stage_kl"][stage], abs=1.1e-4) and certificate.endswith("%")
+
+
+def test_eval_finds_a_set_that_was_moved(tmp_path, capsys):
+    data = write_image_folder(tmp_path / "set", count=8)
+    cache = ["--cache", str(tmp_path / "cache")]
+    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", "--data", str(data), *cache, *words]) == 0
+    data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"sid eval: error: {data}: no such folder\n"
+    assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "moved"), *cache]) == 0
+    accuracy = capsys.readouterr().out.splitlines()[-1].split()[1]
+    assert accuracy == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}"
+
+
+@pytest.mark.parametrize(("other", "difference"), [
+    ({"size": (6, 6)}, "image_size [8, 8], not [6, 6]"),
+    ({"classes": ("a", "b")}, "class 1 'b c', not 'b'"),
+    ({"classes": ("a", "b c", "d")}, "class 2 None, not 'd'"),
+    ({"count": 7}, "train_images 16, not 14"),
+    ({"splits": ("test", "train")}, "pixel_mean ["),
+])  # fmt: skip
+def test_eval_and_resume_on_another_set_say_what_differs(tmp_path, capsys, other, difference):
+    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    data = write_image_folder(tmp_path / "set", count=8)
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert main(["train", "--data", str(data), *cache, *words]) == 0
+    write_image_folder(tmp_path / "other", **{"count": 8} | other)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    for command in (["train", "--resume"], ["eval"]):
+        capsys.readouterr()
+        status = main([*command, str(tmp_path / "run"), "--data", str(tmp_path / "other"), *cache])
+        printed = capsys.readouterr().err
+        if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
+            assert status == 0  # other images of the same kind may well be looked at
+        else:
+            line = f"sid {command[0]}: error: {tmp_path / 'run'}: is of a run with {difference}"
+            assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+# ---------------------------------------------------------------- compare
+
+SETTINGS = "--arch mlp --depth 2 --hidden-dim 16 --train-images 200 --batch-size 64 --epochs 2".split()
+COMPARE = ["compare", "--methods", "sid", "bp", "--seeds", "0", "1", *SETTINGS]
+NAMES = [f"stagewise-{method}-seed{seed}" for method in ("sid", "bp") for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A comparison that was left alone, and what it printed."""
+    out = tmp_path_factory.mktemp("compare") / "whole"
+    status, printed = sid(*COMPARE, "--out", out, out=out)
+    assert status == 0, printed
+    return out, printed
+
+
+def check_same(out, whole):
+    for name in NAMES:
+        assert_same(state_of(out / name), state_of(whole / name))
+        assert rows_of(out / name) == rows_of(whole / name) and len(rows_of(out / name)) == 2
+    tables = [json.loads((folder / "table.json").read_text())["table"] for folder in (out, whole)]
+    for rows in tables:
+        for row in rows:
+            del row["images_per_second"], row["peak_memory_bytes"]
+    assert tables[0] == tables[1]
+
+
+def test_compare_trains_every_cell_and_writes_table_and_report(whole):
+    out, printed = whole
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(NAMES)
+    for i, name in enumerate(NAMES, 1):
+        assert f"\n[{i}/4] {name}\n" in printed
+    record = json.loads((out / "table.json").read_text())
+    assert record["settings"]["epochs"] == 2 and record["settings"]["train_images"] == 200
+    assert "method" not in record["settings"] and "seed" not in record["settings"]
+    assert [row["method"] for row in record["table"]] == ["sid", "bp"]
+    markdown = (out / "table.md").read_text()
+    assert markdown in printed and f"report: {out / 'report.html'}" in printed
+    for row in record["table"]:
+        accuracies = [last_row(out / f"stagewise-{row['method']}-seed{seed}")["test_accuracy"] for seed in (0, 1)]
+        assert (row["n"], row["seeds"], row["epochs"]) == (2, [0, 1], [2])
+        assert row["test_accuracy"] == pytest.approx(statistics.mean(accuracies))
+        assert row["deviation"] == pytest.approx(statistics.stdev(accuracies))
+        assert f"{row['test_accuracy']:.2%} ± {100 * row['deviation']:.2f}" in markdown
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in NAMES)
+    seeds = [json.loads((out / name / "config.json").read_text())["seed"] for name in NAMES]
+    assert seeds == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("place", [
+    ("sid_trainer.training.trainer.Trainer.one_step", 3),  # in the first run's first epoch, before anything was saved
+    ("sid_trainer.training.trainer.Trainer.one_step", 6),  # in its second epoch
+    ("sid_trainer.training.trainer.Trainer.one_step", 18),  # in the third run
+    ("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, and its end not saved
+    ("sid_trainer.training.logs.Log.add", 4),  # ... saved, and not told
+    ("sid_trainer.runs.compare.write_table", 1),
+])  # fmt: skip
+def test_a_comparison_that_was_killed_goes_on(whole, tmp_path, place):
+    out = tmp_path / "killed"
+    status, _ = sid(*COMPARE, "--out", out, out=out, kill=place)
+    assert status == -9 and not (out / "table.json").exists()
+    done = {name: (out / name / "last.pt").read_bytes() for name in NAMES if len(told(out / name)) == 2}
+    status, printed = sid(*COMPARE, "--out", out, out=out)
+    assert status == 0, printed
+    check_same(out, whole[0])
+    for i, name in enumerate(NAMES, 1):
+        assert (f"[{i}/4] {name}" in printed) == (name not in done)
+        assert name not in done or (out / name / "last.pt").read_bytes() == done[name]
+
+
+def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
+    data, out = write_image_folder(tmp_path / "set", count=8), tmp_path / "out"
+    words = "compare --methods sid --seeds 0 --arch mlp --depth 2 --hidden-dim 8 --epochs 2 --batch-size 8".split()
+    words += ["--workers", "0", "--cache", tmp_path / "cache", "--out", out, "--data"]
+    status, _ = sid(*words, data, out=out, kill=("sid_trainer.training.trainer.Trainer.one_step", 4))
+    assert status == -9 and len(told(out / "stagewise-sid-seed0")) == 1
+    data.rename(tmp_path / "moved")
+    status, printed = sid(*words, tmp_path / "moved", "--save-every", "1", out=out)
+    assert status == 0, printed
+    config = json.loads((out / "stagewise-sid-seed0" / "config.json").read_text())
+    assert config["data"] == str(tmp_path / "moved") and config["save_every"] == 1
+
+
+def told(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+
+
+def test_a_comparison_that_is_done_trains_nothing_again(whole, monkeypatch):
+    out, _ = whole
+    before = {name: (out / name / "last.pt").stat().st_mtime_ns for name in NAMES}
+    monkeypatch.setattr("sid_trainer.training.trainer.Trainer.fit", lambda self: pytest.fail("trained again"))
+    assert main([*COMPARE, "--out", str(out)]) == 0
+    assert {name: (out / name / "last.pt").stat().st_mtime_ns for name in NAMES} == before
+
+
+@pytest.mark.parametrize(("words", "name", "saved", "asked"), [
+    ("--epochs 3", "epochs", "2", "3"),
+    ("--lr 0.5", "lr", "0.001", "0.5"),
+    ("--train-images 100", "train_images", "200", "100"),
+    ("--crop 1", "crop", "None", "1"),
+    ("--alpha 0.9:0.1", "alpha", "0.5", "'0.9:0.1'"),
+])  # fmt: skip
+def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch, capsys, words, name, saved, asked):
+    out, _ = whole
+    monkeypatch.setattr("sid_trainer.training.trainer.Trainer.fit", lambda self: pytest.fail("trained"))
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    asked_for = ["compare", "--methods", "greedy", "sid", *COMPARE[4:], *words.split()]  # greedy is not there yet
+    assert main([*asked_for, "--out", str(out)]) == 2
+    line = f"{out / NAMES[0]}: was run with {name} {saved}, not {asked}; choose another --out"
+    assert capsys.readouterr().err == f"sid compare: error: {line}\n"
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    ("--label-noise 0 2", "label_noise must be in [0, 1], not 2.0"),
+    ("--val 1", "val must be in [0, 1), not 1.0"),
+    ("--arch vgg11 --layouts shared stagewise --depth 4", "depth must be 5 for a stagewise vgg11, not 4"),
+    ("--layouts shared stagewise --arch mlp --alpha 0.1,0.2,0.3,0.4",
+     "alpha must be one number or one for each of the 10 stages, not 4"),
+    ("--methods bp sid --arch mlp --depth 3 --alpha 0.1,0.2",
+     "alpha must be one number or one for each of the 3 stages, not 2"),
+])  # fmt: skip
+def test_what_no_cell_may_have_is_refused_before_the_first_is_begun(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.setattr("sid_trainer.runs.compare.make_trainer", lambda *_: pytest.fail("begun"))
+    assert main(["compare", "--seeds", "0", *words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"sid compare: error: {line}\n" and not (tmp_path / "out").exists()
+
+
+def test_label_noise_and_layouts_are_cells_of_their_own(tmp_path, capsys):
+    words = "compare --methods sid --layouts shared stagewise --seeds 4 --label-noise 0 0.4".split()
+    small = "--arch mlp --depth 2 --hidden-dim 8 --train-images 60 --batch-size 60 --epochs 1".split()
+    assert main([*words, *small, "--out", str(tmp_path)]) == 0
+    names = [f"{layout}-sid{noise}-seed4" for layout in ("shared", "stagewise") for noise in ("", "-noise0.4")]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(names)
+    table = json.loads((tmp_path / "table.json").read_text())["table"]
+    assert {(row["layout"], row["label_noise"]) for row in table} == {
+        (layout, noise) for layout in ("shared", "stagewise") for noise in (0.0, 0.4)
+    }
+    assert all(row["deviation"] is None and row["n"] == 1 for row in table)

@@ -1,0 +1,186 @@
+"""The exported network: what it answers where nothing of this package can be imported, as a program and as ONNX."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from image_sets import write_image_folder
+
+from sid_trainer import build_network
+from sid_trainer.cli import main
+from sid_trainer.data.datasets import load_digits
+from sid_trainer.runs.build import trained_network
+from sid_trainer.runs.export import export, exported
+
+ODD_NAMES = ["a", "b c", 'quo"te', "ü ☃", "back\\slash", "<b>", ""]
+MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+WITHOUT_US = """
+import sys
+sys.modules.update(sid_trainer=None, sid_kernels=None)  # importing either raises ImportError
+import json, numpy, torch
+names = {"classes.json": ""}
+network = torch.export.load(sys.argv[1], extra_files=names).module()
+pixels = torch.from_numpy(numpy.load(sys.argv[2]))
+found = {str(size): network(pixels[:size]).detach().numpy() for size in (1, 2, 7, len(pixels))}
+assert all(parameter.requires_grad for parameter in network.parameters())  # it can be trained on
+numpy.savez(sys.argv[3], **found)
+print(json.dumps([json.loads(names["classes.json"]), sorted(name for name in sys.modules if name.startswith("sid_"))]))
+"""
+
+
+def pixels():
+    """Test digits as an application has them, (B, 1, 8, 8) in [0, 1]."""
+    return load_digits().test.images[:40].permute(0, 3, 1, 2).float() / 255
+
+
+def expected(folder, images):
+    network, _, about = trained_network(folder)
+    mean, std = (torch.tensor(about[f"pixel_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        return network((255 * images - mean) / std)
+
+
+RUNS = {
+    "mlp-stagewise": "--arch mlp --layout stagewise --epochs 3",
+    "cnn-shared": "--arch simple_cnn --layout shared --depth 3 --epochs 2",
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    assert main(["train", *RUNS[request.param].split(), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_program_that_needs_nothing_of_ours(run, tmp_path, capsys):
+    assert main(["export", str(run)]) == 0
+    assert capsys.readouterr().out == f"written: {run / 'network.pt2'}\n"
+    images = pixels()
+    np.save(tmp_path / "pixels.npy", images.numpy())
+    arguments = [str(run / "network.pt2"), str(tmp_path / "pixels.npy"), str(tmp_path / "logits.npz")]
+    elsewhere = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_US, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    classes, ours = json.loads(elsewhere.stdout.splitlines()[-1])
+    assert classes == [str(i) for i in range(10)]
+    assert ours == ["sid_kernels", "sid_trainer"]  # the two that were forbidden, and no part of them
+    logits = expected(run, images)
+    found = np.load(tmp_path / "logits.npz")
+    assert found.files == ["1", "2", "7", "40"]
+    for size in found.files:
+        torch.testing.assert_close(torch.from_numpy(found[size]), logits[: int(size)], rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+def test_onnx(run, tmp_path, capsys):
+    import onnxruntime
+
+    file = tmp_path / "digits.onnx"
+    assert main(["export", str(run), "--format", "onnx", "--out", str(file)]) == 0
+    assert os.listdir(tmp_path) == ["digits.onnx"]  # one file, weights within
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
+    (takes,), images = session.get_inputs(), pixels()
+    logits = expected(run, images)
+    for size in (1, 2, 7, 40):
+        (found,) = session.run(None, {takes.name: images[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), logits[:size], rtol=1e-3, atol=1e-4)
+
+
+def test_it_answers_what_the_run_was_measured_with(run):
+    """The program on the test split's pixels has the accuracy of the last epoch's row."""
+    test = load_digits().test
+    main(["export", str(run)])
+    program = torch.export.load(run / "network.pt2").module()
+    right = program(test.images.permute(0, 3, 1, 2).float() / 255).argmax(1) == test.labels
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert right.double().mean().item() == pytest.approx(last["test_accuracy"], abs=1.5 / len(test.labels))
+
+
+@pytest.fixture(scope="module")
+def program():
+    network = build_network("mlp", "stagewise", num_classes=len(ODD_NAMES), in_channels=3, image_size=(4, 5), depth=2)
+    return network, exported(network, torch.tensor([0.0, 100.0, 255.0]), torch.tensor([1.0, 50.0, 255.0]), (4, 5))
+
+
+def test_pixels_are_normalised_a_channel(program):
+    network, exported_ = program
+    images = torch.rand(3, 3, 4, 5)
+    normal = torch.stack([images[:, 0] * 255, (images[:, 1] * 255 - 100) / 50, images[:, 2] - 1], dim=1)
+    torch.testing.assert_close(exported_.module()(images), network(normal), rtol=1e-4, atol=1e-4)
+    assert len(list(exported_.parameters())) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18", "vit_tiny"])
+def test_other_networks_for_any_batch(arch):
+    """With batch-norm that has seen a batch, and with positions that are learned."""
+    network = build_network(arch, "stagewise", num_classes=3, in_channels=1, image_size=(4, 4))
+    with torch.no_grad():
+        network(torch.randn(8, 1, 4, 4))
+    program = exported(network.eval(), torch.tensor([100.0]), torch.tensor([50.0]), (4, 4)).module()
+    images = torch.rand(5, 1, 4, 4)
+    expected = network((255 * images - 100) / 50)
+    for size in (1, 5):
+        torch.testing.assert_close(program(images[:size]), expected[:size], rtol=1e-4, atol=1e-4)
+
+
+def test_odd_class_names_are_only_names(program, tmp_path):
+    _, exported_ = program
+    export(exported_, ODD_NAMES, tmp_path / "odd.pt2", "torch")
+    names = {"classes.json": ""}
+    torch.export.load(tmp_path / "odd.pt2", extra_files=names)
+    assert json.loads(names["classes.json"]) == ODD_NAMES
+    with pytest.raises(ValueError, match="format must be one of torch, onnx, not 'tflite'"):
+        export(exported_, ODD_NAMES, tmp_path / "odd.tflite", "tflite")
+    assert os.listdir(tmp_path) == ["odd.pt2"]
+
+
+@needs_onnx
+def test_odd_class_names_are_only_names_in_onnx(program, tmp_path):
+    import onnx
+
+    export(program[1], ODD_NAMES, tmp_path / "odd.onnx", "onnx")
+    model = onnx.load(tmp_path / "odd.onnx")
+    onnx.checker.check_model(model)
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == ODD_NAMES
+
+
+def test_class_folders_names_come_along(tmp_path):
+    data = write_image_folder(tmp_path / "set", classes=("$(touch gone)", "ü 'x'"))
+    where = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    assert main(["train", *where, "--arch", "mlp", "--layout", "stagewise", "--depth", "1", "--epochs", "1"]) == 0
+    assert main(["export", str(tmp_path / "run" / "last.pt")]) == 0
+    names = {"classes.json": ""}
+    torch.export.load(tmp_path / "run" / "network.pt2", extra_files=names)
+    assert json.loads(names["classes.json"]) == ["$(touch gone)", "ü 'x'"]
+
+
+@pytest.mark.parametrize("run", ["mlp-stagewise"], indirect=True)
+def test_what_cannot_be_exported_is_one_line(tmp_path, run, capsys):
+    def refused(*words):
+        assert main(["export", *map(str, words)]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    assert "no such file" in refused(tmp_path / "nowhere")
+    assert "No such file or directory" in refused(run, "--out", tmp_path / "no" / "folder" / "x.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("run", ["mlp-stagewise"], indirect=True)
+def test_a_missing_onnx_package_is_named(tmp_path, run):
+    code = "import sys; sys.modules.update(onnxscript=None); from sid_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["export", str(run), "--format", "onnx", "--out", str(tmp_path / "x.onnx")]
+    without = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert without.returncode == 2 and os.listdir(tmp_path) == []
+    assert without.stderr.endswith("sid export: error: this needs the package 'onnxscript', which is not installed\n")

@@ -1,0 +1,164 @@
+"""Batches: their order, crops and pixels, from memory and from files, from any batch of an epoch on."""
+
+import multiprocessing
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from image_sets import write_image_folder
+
+from sid_trainer.data import batches as trainer_batches
+from sid_trainer.data.batches import Batches, cropped_and_flipped, pixel_statistics
+from sid_trainer.data.datasets import DataError, Split, load_data
+from sid_trainer.data.seeds import seeded
+
+CPU = torch.device("cpu")
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_image_folder(tmp_path / "set", count=13, size=(6, 8))
+
+
+def in_memory_and_streamed(folder, workers):
+    kept = load_data("folder", folder, cache=folder.parent / "cache").train
+    streamed = load_data("folder", folder, stream=True).train
+    statistics = pixel_statistics(kept.images)
+    return Batches(kept, 4, CPU, *statistics), Batches(streamed, 4, CPU, *statistics, workers=workers)
+
+
+def test_crop_and_flip_against_a_loop():
+    images = torch.randint(0, 256, (40, 6, 5, 3), dtype=torch.uint8)
+    found = cropped_and_flipped(images, 2, True, torch.Generator().manual_seed(3))
+    assert found.shape == images.shape
+    mirrored = 0
+    for image, result in zip(images.numpy(), found.numpy(), strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+        windows = [padded[y : y + 6, x : x + 5] for y in range(5) for x in range(5)]
+        straight = any(np.array_equal(result, window) for window in windows)
+        mirrored += any(np.array_equal(result, window[:, ::-1]) for window in windows) and not straight
+        assert straight or any(np.array_equal(result, window[:, ::-1]) for window in windows)
+    assert 8 <= mirrored <= 32
+    again = cropped_and_flipped(images, 2, True, torch.Generator().manual_seed(3))
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_flip_alone_and_crop_alone(channels):
+    images = torch.randint(0, 256, (64, 5, 7, channels), dtype=torch.uint8)
+    flipped = cropped_and_flipped(images, 0, True, seeded(0))
+    mirrored = (flipped == images.flip(2)).flatten(1).all(1)
+    assert ((flipped == images).flatten(1).all(1) ^ mirrored).all() and 16 < mirrored.sum() < 48
+    corners = torch.zeros(500, 1, 1, channels, dtype=torch.uint8) + 9  # a pixel, of which a crop by 1 keeps 1 in 9
+    assert 25 < cropped_and_flipped(corners, 1, False, seeded(0)).eq(9).all(3).sum() < 90
+
+
+def test_batches_are_normalised_and_whole():
+    images = torch.randint(0, 256, (50, 4, 4, 3), dtype=torch.uint8)
+    images[..., 2] = 7  # a constant channel
+    split = Split(images, torch.arange(50))
+    batches = Batches(split, 16, CPU, *pixel_statistics(images))
+    everything = torch.cat([inputs for inputs, _ in batches.in_order()])
+    assert len(batches) == 4 and everything.shape == (50, 3, 4, 4)
+    assert everything.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(everything.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(everything[:, :2].var((0, 2, 3), correction=0), torch.ones(2), atol=1e-4, rtol=0)
+    assert torch.equal(torch.cat([labels for _, labels in batches.in_order()]), torch.arange(50))
+
+    def order(seed, epoch):
+        return torch.cat([labels for _, labels in batches.shuffled(seed, epoch, 0, False)])
+
+    assert torch.equal(order(1, 3), order(1, 3))
+    assert not torch.equal(order(1, 3), order(2, 3)) and not torch.equal(order(1, 3), order(1, 4))
+    assert order(1, 3).sort().values.tolist() == list(range(50))
+    for inputs, labels in batches.shuffled(1, 3, 0, False):
+        assert torch.equal(inputs, everything[labels])
+
+
+@pytest.mark.parametrize(("count", "size", "expected"), [
+    (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (5, 4, [5]), (3, 2, [3]), (1, 4, [1]), (3, 1, [1, 1, 1]),
+])  # fmt: skip
+def test_a_single_image_left_over_joins_the_batch_before(count, size, expected):
+    images = torch.randint(0, 256, (count, 2, 2, 1), dtype=torch.uint8)
+    batches = Batches(Split(images, torch.arange(count)), size, CPU, *pixel_statistics(images))
+    found = list(batches.shuffled(0, 1, 1, True))
+    assert [len(labels) for _, labels in found] == expected and len(batches) == len(expected)
+    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(count))
+    assert same(found[1:], list(batches.shuffled(0, 1, 1, True, start=1)))
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
+def test_an_epoch_goes_on_from_any_batch_with_the_same_bits(folder, start):
+    for batches in in_memory_and_streamed(folder, workers=0):
+        whole = list(batches.shuffled(7, 2, 3, True))
+        assert len(whole) == 7 and same(whole[start:], list(batches.shuffled(7, 2, 3, True, start=start)))
+
+
+def test_the_crops_of_a_batch_differ_from_epoch_to_epoch_and_batch_to_batch():
+    split = Split(torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8, 1).repeat(8, 1, 1, 1), torch.zeros(8).long())
+    batches = Batches(split, 4, CPU, torch.zeros(1), torch.ones(1))
+    found = [inputs for seed in (0, 1) for epoch in (0, 1) for inputs, _ in batches.shuffled(seed, epoch, 4, True)]
+    assert len({inputs.numpy().tobytes() for inputs in found}) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_have_the_bits_of_those_in_memory(folder, workers):
+    kept, streamed = in_memory_and_streamed(folder, workers)
+    state = torch.get_rng_state()
+    assert same(list(kept.in_order()), list(streamed.in_order()))
+    assert same(list(kept.shuffled(3, 1, 2, True)), list(streamed.shuffled(3, 1, 2, True)))
+    assert torch.equal(torch.get_rng_state(), state)  # dropout draws the same, too
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["broken", "gone", "other size"])
+def test_an_unreadable_streamed_image_is_named_in_one_line(folder, workers, damage):
+    file = folder / "train" / "b c" / "3.png"
+    _, streamed = in_memory_and_streamed(folder, workers)
+    if damage == "other size":
+        file.write_bytes(next(write_image_folder(folder.parent / "other").rglob("*.png")).read_bytes())
+    else:
+        file.write_bytes(file.read_bytes()[:50]) if damage == "broken" else file.unlink()
+    with pytest.raises(DataError, match=r"set/train/b c/3\.png: (not a readable image|is 8x8 pixels)") as caught:
+        list(streamed.shuffled(0, 0, 0, False))
+    assert str(caught.value).isprintable()
+
+
+def test_signals_to_the_group_leave_the_workers_alone_and_a_killed_one_is_one_line(folder):
+    _, streamed = in_memory_and_streamed(folder, workers=1)
+    batches = streamed.shuffled(0, 0, 0, False)
+    found = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    found += batches
+    assert len(found) == 7
+
+    batches = streamed.shuffled(0, 0, 0, False)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)  # before it has decoded the last batch, so that it dies while waited for
+    threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+    with pytest.raises(DataError, match="the processes that read the images failed") as caught:
+        for _ in batches:
+            pass
+    assert str(caught.value).isprintable()
+
+
+def test_pixel_statistics_are_those_of_an_evenly_spaced_sample(folder, monkeypatch):
+    kept, streamed = (batches.images for batches in in_memory_and_streamed(folder, 0))
+    monkeypatch.setattr(trainer_batches, "SAMPLE", 4)
+    sample = kept[[0, 6, 13, 19]].double()  # of 26
+    for images in (kept, streamed):
+        mean, std = pixel_statistics(images)
+        torch.testing.assert_close(mean.double(), sample.mean((0, 1, 2)))
+        torch.testing.assert_close(std.double(), sample.std((0, 1, 2), correction=0))

@@ -1,0 +1,340 @@
+"""Data parallel equals one process on the whole batch within rounding; what cannot work together is refused in one line."""
+
+import copy
+import json
+import socket
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from killed import rows_of, sid, state_of
+from ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
+
+from sid_trainer.data.batches import Batches, Labels, pixel_statistics
+from sid_trainer.data.datasets import Split
+from sid_trainer.distributed.rendezvous import Place, leave, speaks
+from sid_trainer.distributed.trainer import shares
+from sid_trainer.runs.build import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
+CPU = torch.device("cpu")
+# 13 steps an epoch, the last on 4 images; SGD, because Adam makes of a rounded zero a whole step.
+SMALL = "--train-images 100 --batch-size 8 --epochs 2 --crop 1 --seed 3 --optimizer sgd --lr 0.02 --no-fused"
+RUNS = {
+    "mlp": "--arch mlp --layout stagewise --val 0.1 --alpha 0.8:0.4",
+    "shared": "--arch simple_cnn --layout shared --depth 3 --save-every 4 --batch-size 7",
+    "two-phase": "--arch simple_cnn --layout shared --depth 2 --schedule two-phase",
+    "bp": "--arch mlp --layout stagewise --method bp --batch-size 9",
+    "bp-accumulate": "--arch mlp --layout stagewise --method bp-accumulate --batch-size 28",
+    "deep-supervision": "--arch simple_cnn --layout stagewise --method deep-supervision --batch-size 13",
+}
+
+
+def check_close(one: Path, other: Path) -> None:
+    """What one process and many replicas leave: the same but for the order in which images are summed."""
+    states = [state_of(folder) for folder in (one, other)]
+    for name, tensor in states[0]["network"].items():
+        torch.testing.assert_close(
+            states[1]["network"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for mine, theirs in zip(*(state["optimizers"] for state in states), strict=True):
+        for buffers in zip(
+            (mine or {"state": {}})["state"].values(), (theirs or {"state": {}})["state"].values(), strict=True
+        ):
+            torch.testing.assert_close(
+                buffers[1]["momentum_buffer"], buffers[0]["momentum_buffer"], rtol=1e-3, atol=1e-4
+            )
+    for row, there in zip(rows_of(one), rows_of(other), strict=True):
+        assert set(row) == set(there) - {"pipeline"}
+        for name in ("train_loss", "stage_loss", "stage_kl", "lr", "step"):
+            assert there[name] == pytest.approx(row[name], rel=1e-5, abs=1e-7), name
+        for name in ("train_accuracy", "test_accuracy", "stage_accuracy", "certificate"):
+            assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie
+
+
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("data", name) for name in RUNS), ("shard", "mlp"), ("shard", "shared"), ("shard", "two-phase")]
+)
+def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, how, name):
+    words = [*SMALL.split(), *RUNS[name].split()]
+    serial = trained(*words, count=1, out=tmp_path / "serial")
+    check_close(serial, trained(*words, "--parallel", how, count=2, out=tmp_path / how))
+    assert rows_of(serial)[0]["stage_loss"] != rows_of(serial)[1]["stage_loss"]
+
+
+def test_a_pipeline_in_two_replicas(tmp_path):
+    """4 processes: 2 ranks of stages, 2 shares of every batch; stopped on the way and gone on with by 2."""
+    words = [*SMALL.split(), *RUNS["mlp"].split()]
+    serial = trained(*words, count=1, out=tmp_path / "serial")
+    grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
+    whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
+    check_close(serial, whole)
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert [rank["stages"] for rank in row["pipeline"]["ranks"]] == [[1, 2], [3, 4]] * 2
+
+
+def train_by_turns(words: dict, folder: Path) -> None:
+    """One of two replicas holds up its first stage's backward until the other's second stage has begun, in the first and
+    in the third step: in the second DDP agrees on its buckets anew."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(RunConfig(train_images=24, batch_size=8, epochs=1, timeout=30, **words), quiet=True)
+    first, second, replica = *trainer.own[:2], trainer.place.replica
+    held_up = {0: 1, 2: 0}
+
+    def file(of: int) -> Path:
+        return folder / f"rank {trainer.place.stage} of replica {of} in step {trainer.step}"
+
+    def hold_up(stage, inputs, made):
+        if made[1].requires_grad and held_up.get(trainer.step) == replica:
+            begun = file(1 - replica).exists
+            made[1].register_hook(lambda _: wait_until(begun, "the other's second stage", 20) and None)
+
+    def tell(stage, inputs):
+        if torch.is_grad_enabled():
+            file(replica).touch()
+
+    trainer.network.stages[first].register_forward_hook(hold_up)
+    trainer.network.stages[second].register_forward_pre_hook(tell)
+    for row in trainer.fit():
+        for rank in row["pipeline"]["ranks"]:
+            assert rank["reducing"] > 0 and rank["busy"] + rank["reducing"] <= rank["ended"] - rank["begun"]
+    leave()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (2, {"arch": "mlp", "layout": "stagewise", "parallel": "data"}),
+        (2, {"arch": "resnet18", "layout": "stagewise", "parallel": "data"}),  # with batch-norm's buffers
+        (2, {"arch": "simple_cnn", "layout": "shared", "depth": 3, "parallel": "data"}),
+        (2, {"arch": "mlp", "layout": "stagewise", "parallel": "data", "schedule": "two-phase"}),
+        (4, {"arch": "mlp", "layout": "stagewise", "parallel": "stage", "replicas": 2, "stages_per_rank": (2, 2)}),
+    ],
+)
+def test_a_stage_runs_while_the_gradients_of_the_one_before_are_on_their_way(tmp_path, count, words):
+    assert finish(start([(train_by_turns, (words, tmp_path))] * count)) == [0] * count
+
+
+# ---------------------------------------------------------------- refused
+
+
+def refused(folder, status, said, message):
+    """Status 2 everywhere, one line in all that says what is wrong, and nothing written."""
+    assert status == [2] * len(status), said
+    (line,) = "".join(said).splitlines()
+    assert line.startswith("sid train: error: ") and message in line, said
+    assert not folder.exists()
+
+
+TINY = "train --arch mlp --layout stagewise --train-images 40 --batch-size 8 --epochs 1 --timeout 20".split()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            "--parallel stage --lr 0.1",
+            "--parallel stage --lr 0.2",
+            "lr is 0.2 on rank 1 and 0.1 on rank 0: all processes need the same settings",
+        ),
+        ("--parallel data", "--parallel stage", "parallel is 'stage' on rank 1 and 'data' on rank 0"),
+        ("--parallel stage", "--parallel stage --replicas 2", "replicas is 2 on rank 1 and 1 on rank 0"),
+        ("--parallel stage", "--parallel stage --in-flight 3", "in_flight is 3 on rank 1 and 2 on rank 0"),
+        ("--parallel stage --seed 1", "--parallel stage", "seed is 0 on rank 1 and 1 on rank 0"),
+        (
+            "--parallel stage --alpha 0.9:0.1",
+            "--parallel stage --alpha 0.9",
+            "alpha is 0.9 on rank 1 and '0.9:0.1' on rank 0",
+        ),
+    ],
+)
+def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message):
+    folder = tmp_path / "run"
+    each = [[*TINY, *words.split(), "--out", folder] for words in (first, second)]
+    status = finish(start_ranks(each, folder), 40)
+    refused(folder, status, [printed(folder, rank).read_text() for rank in range(2)], message)
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "message"),
+    [
+        ("--parallel stage --depth 2", 3, "3 ranks cannot share 2 stages: start at most 2 for each replica"),
+        ("--parallel stage --replicas 2", 3, "replicas must divide the number of processes, 3, not be 2"),
+        (
+            "--parallel stage --stages-per-rank 1 2",
+            2,
+            "stages_per_rank must be 2 positive numbers whose sum is 4, not (1, 2)",
+        ),
+        (
+            "--parallel stage --stages-per-rank 4 0",
+            2,
+            "stages_per_rank must be 2 positive numbers whose sum is 4, not (4, 0)",
+        ),
+        (
+            "--parallel data --batch-size 1",
+            2,
+            "batch_size 1 leaves a train batch of 1 images: the 2 processes that share it need 2",
+        ),
+        (
+            "--parallel data --method bp-accumulate --batch-size 27",
+            2,
+            "batch_size 27 leaves a train batch of 13 images: the 2 processes that share it need 16",
+        ),
+        ("--parallel data --train-images 9999", 2, "training images must be 1 to 1437, not 9999"),
+        ("", 2, "parallel must say how 2 processes share the work: data, shard or stage, not none"),
+        ("--parallel stage --method bp", 2, "parallel 'stage' needs method sid or greedy"),
+        ("--parallel data --alpha 0.1,0.2", 2, "alpha must be one number or one for each of the 4 stages, not 2"),
+        ("--parallel data --device cuda:99", 2, "device 'cuda:99' cannot be used ("),
+        pytest.param("--parallel stage --device cuda", 2, "device 'cuda' cannot be used (", marks=NO_GPU),
+    ],
+)
+def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path, words, count, message):
+    folder = tmp_path / "run"
+    status, said = ranks(*TINY, *words.split(), "--out", folder, count=count, out=folder)
+    refused(folder, status, said, message)
+
+
+def test_a_device_that_one_rank_lacks_is_told_by_its_rank(tmp_path):
+    folder = tmp_path / "run"
+    each = [[*TINY, "--parallel", "stage", "--device", device, "--out", folder] for device in ("cpu", "cuda:99")]
+    status = finish(start_ranks(each, folder))
+    said = [printed(folder, rank).read_text() for rank in range(2)]
+    refused(folder, status, said, "rank 1: device 'cuda:99' cannot be used (")
+
+
+def test_one_process_on_each_machine_says_what_all_find_wrong(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    said = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        said.append(speaks())
+    assert said == [True, False, True, False]
+
+
+def test_without_torchrun_and_with_a_port_in_use(tmp_path):
+    folder = tmp_path / "run"
+    words = [*TINY, "--parallel", "stage", "--out", folder]
+    status, said = sid(*words, out=folder)
+    refused(folder, [status], [said], "parallel 'stage' needs torchrun: torchrun --standalone --nproc-per-node=2 -m")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        processes = start_ranks([words, words], folder, port)
+        processes[0].join(30)
+        status = processes[0].exitcode
+        processes[1].kill()  # it cannot know that what listens there is no peer; torchrun ends it
+        finish(processes)
+    refused(
+        folder,
+        [status],
+        [printed(folder, 0).read_text()],
+        f"127.0.0.1:{port}: cannot meet the other processes there (in use by another program)",
+    )
+
+
+def test_a_run_saved_by_another_layout_of_processes(tmp_path):
+    """A shared trunk with fused stages has one optimizer for all: refused by ranks that have one a stage; the run stays."""
+    folder = trained(
+        *"--arch simple_cnn --depth 3 --train-images 40 --batch-size 8 --epochs 1".split(),
+        count=1,
+        out=tmp_path / "run",
+    )
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for how in ("stage", "data"):
+        status, said = ranks("train", "--resume", folder, "--parallel", how, count=2, out=tmp_path / "again")
+        (line,) = "".join(said).splitlines()
+        assert status == [2, 2] and line == f"sid train: error: {folder}: is of a run with fused True, not False"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"parallel": "both"}, "parallel must be one of none, data, shard, stage, not 'both'"),
+        ({"replicas": 0}, "replicas must be at least 1, not 0"),
+        ({"parallel": "stage", "layout": "stagewise", "in_flight": 0}, "in_flight must be at least 1, not 0"),
+        ({"parallel": "data", "timeout": 0.5}, "timeout must be at least 1, not 0.5"),
+        (
+            {"parallel": "data", "replicas": 2},
+            "replicas and stages_per_rank mean something for parallel 'stage', not 'data'",
+        ),
+        ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank mean something for parallel 'stage', not 'none'"),
+        ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
+        ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
+        (
+            {"stale": 1},
+            "a run with stale 1 needs parallel 'stage', layout 'shared' and one replica, not 'none', 'shared'",
+        ),
+        (
+            {"parallel": "data", "method": "bp-checkpoint"},
+            "method 'bp-checkpoint' cannot recompute with parallel 'data'",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_together(given, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
+        RunConfig(**given)
+
+
+# ---------------------------------------------------------------- shares of a batch
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("crop", [0, 2])
+def test_the_shares_of_every_batch_make_the_whole_one(every, crop):
+    images = torch.randint(0, 256, (23, 6, 5, 3), dtype=torch.uint8)
+    split = Split(images, torch.arange(23))
+    statistics = pixel_statistics(images)
+
+    def both(batches, done):
+        return [*batches.shuffled(5, 2, crop, True, done), *batches.in_order()]
+
+    for done in (0, 2):
+        whole = both(Batches(split, 6, CPU, *statistics), done)
+        for first in range(every):
+            share = (first, every)
+            of_images = both(Batches(split, 6, CPU, *statistics, share=share), done)
+            of_labels = both(Labels(split, 6, CPU, share), done)
+            assert len(whole) == len(of_images) == len(of_labels) == 8 - done
+            for (inputs, labels), (some, mine), (nothing, same) in zip(whole, of_images, of_labels, strict=True):
+                assert torch.equal(some, inputs[first::every]) and torch.equal(mine, labels[first::every])
+                assert nothing is None and torch.equal(same, mine)
+    assert Labels(split, 6, CPU, (0, every)).sizes() == [6, 6, 6, 5]
+
+
+def test_how_ranks_spent_their_time():
+    ranks = [
+        {"begun": 10.0, "ended": 18.0, "busy": 8.0, "trained": 9, "batches": [(10.0, 12.0)]},
+        {"begun": 10.5, "ended": 20.0, "busy": 4.0, "trained": 9, "batches": [(12.0, 13.0)]},
+    ]
+    found = shares(ranks, 2)
+    assert found["bubble"] == pytest.approx(0.4) and found["predicted_bubble"] == pytest.approx(0.1)
+    assert found["imbalance"] == pytest.approx(0.25) and found["span"] == 10.0
+    assert found["ranks"][1]["ended"] == 10.0 and found["ranks"][1]["batches"] == [(2.0, 3.0)]
+
+
+def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):
+    """Loading that costs more than all stages leaves the first rank one of them."""
+    run = RunConfig(arch="mlp", layout="stagewise", depth=8, train_images=100, batch_size=50)
+    data, place = make_data(run), Place(stages=2)
+    network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    before = copy.deepcopy(network.state_dict())
+    shuffled = Batches.shuffled
+
+    def slowly(self, *arguments):
+        for batch in shuffled(self, *arguments):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr("sid_trainer.runs.build.tell_all", lambda place, what: what)
+    monkeypatch.setattr("sid_trainer.runs.build.said_once", nullcontext)
+    for loading, few in ((shuffled, False), (slowly, True)):
+        monkeypatch.setattr(Batches, "shuffled", loading)
+        first, second = stages_of_ranks(run, network, place, data)
+        assert [*first, *second] == list(range(8))
+        assert (len(first) == 1) is few
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

@@ -1,0 +1,156 @@
+"""SID's step in its schedules: gradients and updates against a reference written here. All methods and networks:
+test_trainer_methods.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD, Adam
+
+from sid_trainer import build_network, sid_step
+from sid_trainer.methods.step import SCHEDULES
+
+ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
+
+
+def make(depth=10, in_channels=3, size=16, batch=16, seed=0):
+    torch.manual_seed(seed)
+    network = build_network("simple_cnn", layout="shared", num_classes=10, in_channels=in_channels, depth=depth)
+    return network, torch.randn(batch, in_channels, size, size), torch.randint(0, 10, (batch,))
+
+
+def gradients(network):
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def summed_loss_gradients(network, inputs, targets, alphas):
+    """One backward over the sum of all stages' losses, teachers detached."""
+    network.zero_grad()
+    features = network.extractor(inputs)
+    prior, total = torch.full((len(inputs), 10), 0.1), 0
+    for stage, alpha in zip(network.stages, alphas, strict=True):
+        hidden, output = (layer for layer in stage.modules() if isinstance(layer, nn.Linear))
+        logits = output(F.relu(hidden(torch.cat((prior, features), dim=1))))
+        consistency = F.kl_div(F.log_softmax(logits, 1), prior, reduction="batchmean")
+        total = total + alpha * F.cross_entropy(logits, targets) + (1 - alpha) * consistency
+        prior = logits.softmax(1).detach()
+    total.backward()
+    found = gradients(network)
+    network.zero_grad()
+    return found
+
+
+def assert_within_rounding(found, expected, rounding=ROUNDING):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
+        assert error <= rounding, f"{name}: off by {error:.1e} of the largest"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("in_channels", "size"), [(3, 32), (1, 8), (1, 28)])
+def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
+    network, inputs, targets = make(in_channels=in_channels, size=size)
+    expected = summed_loss_gradients(network, inputs, targets, [0.5] * 10)
+    sid_step(network, inputs, targets, 0.5, schedule=schedule)
+    assert_within_rounding(gradients(network), expected)
+    sid_step(network, inputs, targets, 0.5, schedule=schedule)  # gradients add up, as with backward
+    assert_within_rounding(gradients(network), {name: 2 * value for name, value in expected.items()})
+
+
+def test_the_schedule_reference_and_alpha_by_stage():
+    network, inputs, targets = make()
+    alphas = [0.9 - 0.05 * i for i in range(10)]
+    expected = summed_loss_gradients(network, inputs, targets, alphas)
+    one = sid_step(network, inputs, targets, alphas)
+    assert_within_rounding(gradients(network), expected)
+    network.zero_grad()
+    other = sid_step(network, inputs, targets, alphas, schedule="reference")
+    assert_within_rounding(gradients(network), expected)
+    assert one.stage_loss.shape == (10,)
+    torch.testing.assert_close(one.stage_loss, other.stage_loss)
+
+
+def test_soft_targets():
+    network, inputs, targets = make()
+    soft = 0.8 * F.one_hot(targets, 10) + 0.02
+    sid_step(network, inputs, soft)
+    one = gradients(network)
+    network.zero_grad()
+    sid_step(network, inputs, soft, schedule="reference")
+    assert_within_rounding(one, gradients(network))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_updates_are_those_of_the_reference(channels_last):
+    """In float64, where three steps' moves of the parameters can be told from rounding."""
+    results = []
+    for schedule in SCHEDULES:
+        network, inputs, targets = make()
+        network, inputs = network.double(), inputs.double()
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        modules = (network.extractor, *network.stages)
+        optimizers = [SGD(module.parameters(), lr=0.05, momentum=0.9) for module in modules]
+        start = [parameter.clone() for parameter in network.parameters()]
+        for _ in range(3):
+            sid_step(network, inputs, targets, 0.5, optimizers, schedule=schedule)
+        moves = [parameter - before for parameter, before in zip(network.parameters(), start, strict=True)]
+        results.append({str(i): move.detach() for i, move in enumerate(moves)})
+    for other in results[1:]:
+        assert_within_rounding(other, results[0], rounding=1e-9)
+
+
+def test_fused_adam_on_channels_last_weights_is_adam():
+    results = []
+    for fused in (False, True):
+        network, inputs, targets = make()
+        network = network.to(memory_format=torch.channels_last)
+        modules = (network.extractor, *network.stages)
+        optimizers = [Adam(module.parameters(), lr=1e-3, fused=fused) for module in modules]
+        for _ in range(2):
+            sid_step(network, inputs, targets, 0.5, optimizers)
+        results.append([parameter.detach() for parameter in network.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_keeps_float32_parameters_and_a_similar_gradient():
+    network, inputs, targets = make(batch=64)
+    sid_step(network, inputs, targets)
+    full = gradients(network)
+    network.zero_grad()
+    result = sid_step(network, inputs, targets, dtype=torch.bfloat16)
+    assert result.stage_loss.dtype == torch.float32
+    for name, value in gradients(network).items():
+        assert value.dtype == torch.float32
+        assert F.cosine_similarity(value.flatten(), full[name].flatten(), dim=0) > 0.98, name
+
+
+def test_wrong_arguments_are_named():
+    network, inputs, targets = make(depth=2, batch=2)
+    with pytest.raises(ValueError, match="schedule must be one of one-pass, two-phase, reference, not 'three-phase'"):
+        sid_step(network, inputs, targets, schedule="three-phase")
+    with pytest.raises(ValueError, match="one for each of the 2 stages, not 3"):
+        sid_step(network, inputs, targets, [0.5] * 3)
+    with pytest.raises(ValueError, match="one a stage, 3, .*, not 1"):
+        sid_step(network, inputs, targets, 0.5, [SGD(network.parameters(), lr=1)])
+
+
+def test_the_reference_network():
+    network = build_network("simple_cnn", layout="shared", num_classes=10, in_channels=3, depth=2)
+    convolutions = [(32, 3, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 64, 3, 3), (128,), (128, 128, 3, 3), (128,)]
+    stage = [(256, 138), (256,), (10, 256), (10,)]
+    assert [tuple(p.shape) for p in network.parameters()] == [*convolutions, (128, 128), (128,), *stage, *stage]
+
+
+def test_pooling_before_relu_changes_no_bit():
+    """The reference's order, ReLU before each pooling, on values that tie at zero."""
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    found = []
+    for order in ((nn.ReLU(), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.ReLU())):
+        inputs = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).round().requires_grad_()
+        conv.zero_grad()
+        output = nn.Sequential(conv, *order)(inputs)
+        output.square().sum().backward()
+        found.append((output, inputs.grad, conv.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
