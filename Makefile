@@ -5,6 +5,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip
 RUN = $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
+CPP = $(wildcard csrc/*.h csrc/*/* tests/helpers/simt/*.h tests/helpers/simt/*.cpp)
 SETTINGS = setup.py pyproject.toml CMakeLists.txt $(CONSTRAINTS)
 
 .PHONY: train test bench gpu gpu-train lint clean
@@ -33,6 +34,8 @@ gpu-train:
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/mypy
 
 $(VENV)/installed: $(SETTINGS) $(wildcard csrc/*.h csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

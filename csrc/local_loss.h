@@ -32,14 +32,14 @@ struct LocalLoss {
   const float* alpha = nullptr;     // element of row r at alpha[r * alpha_stride]; null: alpha_value
   int64_t alpha_stride = 0;         // 0: one alpha for every row, 1: one a row
   float alpha_value = 0.5f;
-  float label_smoothing = 0.0f;     // y <- (1 - s) y + s / classes
-  int64_t ignore_index = -100;      // rows with this label have loss 0 and gradient 0
-  bool reverse = false;             // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
+  float label_smoothing = 0.0f;  // y <- (1 - s) y + s / classes
+  int64_t ignore_index = -100;   // rows with this label have loss 0 and gradient 0
+  bool reverse = false;          // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
   Reduction reduction = Reduction::mean;
 
-  MutableRows belief;               // p = softmax(z), written for every row; no data: not wanted
-  MutableRows dlogits;              // gradient of the reduced loss; no data: not wanted. May alias logits exactly.
-  float* loss = nullptr;            // reduction none: (rows) values each; otherwise one value each
+  MutableRows belief;     // p = softmax(z), written for every row; no data: not wanted
+  MutableRows dlogits;    // gradient of the reduced loss; no data: not wanted. May alias logits exactly.
+  float* loss = nullptr;  // reduction none: (rows) values each; otherwise one value each
   float* fidelity = nullptr;
   float* consistency = nullptr;
 };

@@ -51,7 +51,7 @@ SID_HD float reference(float max) { return max == kMasked ? 0.0f : max; }
 // What is known of a row beside its elements. A kernel may pass a type of its own with these members, its
 // constants computed beforehand.
 struct RowTarget {
-  float classes;      // C
+  float classes;  // C
   float alpha;
   float smoothing;    // y <- (1 - smoothing) y + smoothing / C
   bool has_prior;     // false: q = 1 / C
@@ -100,9 +100,11 @@ SID_HD float rescale_factor(float old_max, float next_max) {
 }
 
 // L = alpha CE(y, p) + (1 - alpha) KL(q || p)
-//   = alpha (Y lse - y.z) + (1 - alpha) (sum q log q - q.z + S lse),   dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
+//   = alpha (Y lse - y.z) + (1 - alpha) (sum q log q - q.z + S lse)
+// dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
 template <class F> struct Forward {
-  enum { SUM, PRIOR_MASS, PRIOR_CROSS, LOGIT_SUM, COUNT, TARGET_MASS, TARGET_DOT, N };  // PRIOR_CROSS: sum of q (log q - t)
+  // PRIOR_CROSS: sum of q (log q - t)
+  enum { SUM, PRIOR_MASS, PRIOR_CROSS, LOGIT_SUM, COUNT, TARGET_MASS, TARGET_DOT, N };
   Sums<F, N> sums;
 
   // Whether sum i is ever added to (the others stay 0 and need no reduction).
@@ -140,7 +142,7 @@ template <class F> struct Forward {
       target_dot = times(1.0f - row.smoothing, row.label_logit - reference(max)) + times(row.off_label(), v[LOGIT_SUM]);
     }
     RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_cross + prior_mass * log_sum, log_sum,
-                             1.0f / v[SUM]);
+                           1.0f / v[SUM]);
     r.center = row.alpha * target_mass + (1.0f - row.alpha) * prior_mass;
     return r;
   }
@@ -158,7 +160,8 @@ template <class F> struct Forward {
   }
 };
 
-// L = alpha KL(p || y) + (1 - alpha) KL(p || q),   dL/dz = p (u - sum p u),   u = log p - alpha log y - (1 - alpha) log q
+// L = alpha KL(p || y) + (1 - alpha) KL(p || q)
+// dL/dz = p (u - sum p u),   u = log p - alpha log y - (1 - alpha) log q
 template <class F> struct Reverse {
   enum { SUM, SELF, PRIOR, TARGET, N };  // sums of e, e t, e log q, e log y
   Sums<F, N> sums;
@@ -176,7 +179,8 @@ template <class F> struct Reverse {
   SID_HD void add_target(F, F e, F y) { sums.v[TARGET] += e * log_probability(y); }
   SID_HD void rescale(float old_max, float next_max) {
     const float factor = rescale_factor(old_max, next_max), shift = reference(next_max) - reference(old_max);
-    sums.v[SELF] = times(splat<F>(factor), sums.v[SELF] - sums.v[SUM] * shift);  // the shift may overflow where factor is 0
+    // The shift may overflow if the factor is 0.
+    sums.v[SELF] = times(splat<F>(factor), sums.v[SELF] - sums.v[SUM] * shift);
     sums.v[SUM] *= factor;
     sums.v[PRIOR] *= factor;
     sums.v[TARGET] *= factor;

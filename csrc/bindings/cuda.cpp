@@ -13,14 +13,14 @@ void raise_if(const char* error) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("workspace_bytes", &sid::workspace_bytes);
-  m.def("local_loss", [](int64_t rows, int64_t classes, const py::tuple& logits, const py::tuple& prior, uintptr_t labels,
-                         const py::tuple& soft, uintptr_t alpha, int64_t alpha_stride, float alpha_value, float label_smoothing,
-                         int64_t ignore_index, bool reverse, int reduction, const py::tuple& belief, const py::tuple& dlogits,
-                         uintptr_t loss, uintptr_t fidelity, uintptr_t consistency, uintptr_t workspace, uintptr_t stream,
-                         int device) {
-    const sid::LocalLoss args =
-        sid::local_loss_arguments(rows, classes, logits, prior, labels, soft, alpha, alpha_stride, alpha_value, label_smoothing,
-                                  ignore_index, reverse, reduction, belief, dlogits, loss, fidelity, consistency);
+  m.def("local_loss", [](int64_t rows, int64_t classes, const py::tuple& logits, const py::tuple& prior,
+                         uintptr_t labels, const py::tuple& soft, uintptr_t alpha, int64_t alpha_stride,
+                         float alpha_value, float label_smoothing, int64_t ignore_index, bool reverse, int reduction,
+                         const py::tuple& belief, const py::tuple& dlogits, uintptr_t loss, uintptr_t fidelity,
+                         uintptr_t consistency, uintptr_t workspace, uintptr_t stream, int device) {
+    const sid::LocalLoss args = sid::local_loss_arguments(
+        rows, classes, logits, prior, labels, soft, alpha, alpha_stride, alpha_value, label_smoothing, ignore_index,
+        reverse, reduction, belief, dlogits, loss, fidelity, consistency);
     if (!workspace) throw std::invalid_argument("sid_kernels: null pointer for the workspace");
     raise_if(sid::local_loss_cuda(args, sid::pointer<void>(workspace), sid::pointer<void>(stream), device));
   });

@@ -66,7 +66,8 @@ template <int V> struct Tile {
     // On cache lines: a vector that lies across two is read twice.
     const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes + sizeof(Vec) / sizeof(float);
     if (memory.size() < needed) memory.resize(needed);
-    hidden = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
+    hidden = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + sizeof(Vec) - 1) / sizeof(Vec) *
+                                      sizeof(Vec));
     belief = hidden + a.width * kLanes;
     slope = belief + a.classes * kLanes;
     logits = slope + a.classes * kLanes;
@@ -131,10 +132,12 @@ template <int V> struct Tile {
     problem.classes = a.classes;
     problem.logits = {z, a.classes, DType::f32};
     if (i) problem.prior = {a.beliefs + (row - a.rows) * a.classes, a.classes, DType::f32};
-    else if (a.prior.data) problem.prior = {static_cast<const float*>(a.prior.data) + first * a.prior.stride, a.prior.stride, DType::f32};
+    else if (a.prior.data)
+      problem.prior = {static_cast<const float*>(a.prior.data) + first * a.prior.stride, a.prior.stride, DType::f32};
     if (a.labels) problem.labels = a.labels + first;
     if (a.soft.data)
-      problem.soft = {static_cast<const char*>(a.soft.data) + first * a.soft.stride * size_of(a.soft.dtype), a.soft.stride, a.soft.dtype};
+      problem.soft = {static_cast<const char*>(a.soft.data) + first * a.soft.stride * size_of(a.soft.dtype),
+                      a.soft.stride, a.soft.dtype};
     problem.alpha_value = a.alpha ? a.alpha[i] : a.alpha_value;
     problem.label_smoothing = a.label_smoothing;
     problem.ignore_index = a.ignore_index;
@@ -147,8 +150,7 @@ template <int V> struct Tile {
   }
 };
 
-template <int V>
-void run(const Cascade& a, int64_t begin, int64_t end, float scale, float* losses, float* sums) {
+template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float scale, float* losses, float* sums) {
   static thread_local std::vector<float> memory;
   for (int64_t first = begin; first < end; first += Tile<V>::kLanes) {
     Tile<V> tile(a, first, end, scale, losses, sums, memory);

@@ -9,12 +9,12 @@ namespace sid {
 // is. Equal bits for any number of threads, but in the gradients of the biases, which are summed thread by thread.
 BadLabel cascade_cpu(const Cascade& args, int threads);
 
-#define SID_DECLARE(isa)                                                            \
-  namespace isa {                                                                   \
-  /* Rows [begin, end) through every stage, in tiles of `vectors` vectors of rows. `losses` (3, L, B) gets    \
-     each row's, unscaled; `sums` (L, H + C), zero before, the gradients of both biases. */                             \
-  void cascade_rows(const Cascade&, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums);  \
-  int row_lanes();                                                                  \
+#define SID_DECLARE(isa)                                                                                               \
+  namespace isa {                                                                                                      \
+  /* Rows [begin, end) through every stage, in tiles of `vectors` vectors of rows. `losses` (3, L, B) gets             \
+     each row's, unscaled; `sums` (L, H + C), zero before, the gradients of both biases. */                            \
+  void cascade_rows(const Cascade&, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums); \
+  int row_lanes();                                                                                                     \
   }
 SID_DECLARE(baseline)
 SID_DECLARE(avx2)

@@ -108,7 +108,8 @@ BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
   const auto bytes = [](const MutableRows& out) { return out.data ? size_of(out.dtype) : 0; };
   const int64_t written = elements * (bytes(a.belief) + bytes(a.dlogits));
   const bool streaming = written >= kStreamingBytes && a.dlogits.data != a.logits.data;
-  if (written >= static_cast<int64_t>(kFreshBytes)) advise_huge_pages(a.belief, a.rows, a.classes), advise_huge_pages(a.dlogits, a.rows, a.classes);
+  if (written >= static_cast<int64_t>(kFreshBytes))
+    advise_huge_pages(a.belief, a.rows, a.classes), advise_huge_pages(a.dlogits, a.rows, a.classes);
   const RowsKernel kernel = rows_kernel();
   if (forked || elements < kSerialElements) threads = 1;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, a.rows)));
@@ -148,8 +149,8 @@ BadLabel cascade_cpu(const Cascade& a, int threads) {
   float* const losses = buffer.data();
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int t = 0; t < threads; ++t)
-    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile), vectors, scale,
-                losses, losses + rows + t * sums);
+    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile),
+                vectors, scale, losses, losses + rows + t * sums);
   for (int64_t i = 0; i < 3 * a.stages; ++i) {
     double total = 0.0;
     for (int64_t r = 0; r < a.rows; ++r) total += losses[i * a.rows + r];
@@ -160,7 +161,8 @@ BadLabel cascade_cpu(const Cascade& a, int threads) {
     for (int64_t j = 0; j < a.width + a.classes; ++j) {
       float total = 0.0f;
       for (int t = 0; t < threads; ++t) total += losses[rows + t * sums + i * (a.width + a.classes) + j];
-      *(j < a.width ? a.hidden_bias_gradient + i * a.width + j : a.logits_bias_gradient + i * a.classes + j - a.width) = total;
+      *(j < a.width ? a.hidden_bias_gradient + i * a.width + j : a.logits_bias_gradient + i * a.classes + j - a.width) =
+          total;
     }
   return {};
 }

@@ -74,7 +74,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
 
   // Sums of one block, relative to `base`.
   void add_block(Divergence<Vec>& block, const RowTarget& row, float base, const float* zb, const float* qb,
-                        const float* yb, int64_t n) const {
+                 const float* yb, int64_t n) const {
     const Vec off = broadcast(row.off_label());
     const float keep = 1.0f - row.smoothing;
     int64_t i = 0;
@@ -109,8 +109,12 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   Swept sweep(int64_t r) const {
     const int64_t label = Soft ? -1 : a.labels[r];
     const bool counts = Soft || label != a.ignore_index;
-    RowTarget row{static_cast<float>(a.classes), a.alpha ? a.alpha[r * a.alpha_stride] : a.alpha_value, a.label_smoothing,
-                  Prior, !Soft, 0.0f};
+    RowTarget row{static_cast<float>(a.classes),
+                  a.alpha ? a.alpha[r * a.alpha_stride] : a.alpha_value,
+                  a.label_smoothing,
+                  Prior,
+                  !Soft,
+                  0.0f};
     if (!Soft && counts) row.label_logit = z.element(r, label);
     Divergence<Vec> total, block;
     float max = kMasked;
@@ -264,8 +268,8 @@ struct Scratch {
 };
 
 template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSum>
-void run_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity, float* consistency,
-              float* loss) {
+void run_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity,
+              float* consistency, float* loss) {
   static thread_local Scratch s;
   const Kernel<Divergence, Prior, Soft, LogitSum> kernel{
       a,
@@ -280,12 +284,15 @@ void run_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool 
   if (streaming) stream_fence();
 }
 
-template <template <class> class Divergence, bool MayNeedLogitSum, class... Args> void choose(const LocalLoss& a, Args... args) {
+template <template <class> class Divergence, bool MayNeedLogitSum, class... Args>
+void choose(const LocalLoss& a, Args... args) {
   const bool prior = a.prior.data, soft = a.soft.data;
   const bool logit_sum = MayNeedLogitSum && (!prior || (!soft && a.label_smoothing > 0.0f));
   auto pick = [&](auto f_hard, auto f_soft) { soft ? f_soft(a, args...) : f_hard(a, args...); };
-  if (!prior) pick(run_rows<Divergence, false, false, MayNeedLogitSum>, run_rows<Divergence, false, true, MayNeedLogitSum>);
-  else if (logit_sum) pick(run_rows<Divergence, true, false, MayNeedLogitSum>, run_rows<Divergence, true, true, MayNeedLogitSum>);
+  if (!prior)
+    pick(run_rows<Divergence, false, false, MayNeedLogitSum>, run_rows<Divergence, false, true, MayNeedLogitSum>);
+  else if (logit_sum)
+    pick(run_rows<Divergence, true, false, MayNeedLogitSum>, run_rows<Divergence, true, true, MayNeedLogitSum>);
   else pick(run_rows<Divergence, true, false, false>, run_rows<Divergence, true, true, false>);
 }
 

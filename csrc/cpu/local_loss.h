@@ -19,10 +19,10 @@ BadLabel local_loss_cpu(const LocalLoss& args, int threads);
 // The instruction set in use: "avx512", "avx2" or "baseline" (SID_KERNELS_CPU in the environment lowers it).
 const char* cpu_instruction_set();
 
-#define SID_DECLARE(isa)                                                                                              \
-  namespace isa {                                                                                                     \
-  void local_loss_rows(const LocalLoss&, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity,    \
-                       float* consistency, float* loss);                                                              \
+#define SID_DECLARE(isa)                                                                                           \
+  namespace isa {                                                                                                  \
+  void local_loss_rows(const LocalLoss&, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity, \
+                       float* consistency, float* loss);                                                           \
   }
 SID_DECLARE(baseline)
 SID_DECLARE(avx2)

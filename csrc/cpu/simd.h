@@ -45,8 +45,9 @@ inline VecI lanes() {  // 0, 1, 2, ...
 inline float exp_(float x) { return std::exp(x); }
 inline float log_(float x) { return std::log(x); }
 
-// exp of x <= 0, NaN kept: 2^n 2^f with n = round(x log2 e), |f| <= 1/2, and 2^f by a minimax polynomial (9e-8, exact at 0). Its
-// absolute error is below 1e-7 everywhere; the relative error grows with |x|, as the argument's own rounding does.
+// exp of x <= 0, NaN kept: 2^n 2^f with n = round(x log2 e), |f| <= 1/2, and 2^f by a minimax polynomial (9e-8, exact
+// at 0). Its absolute error is below 1e-7 everywhere; the relative error grows with |x|, as the argument's own rounding
+// does.
 inline Vec exp2_fraction(Vec f) {
   Vec p = broadcast(1.340725852e-3f);
   p = p * f + 9.671875100e-3f;
@@ -55,7 +56,8 @@ inline Vec exp2_fraction(Vec f) {
   p = p * f + 6.931472149e-1f;
   return p * f + 1.0f;
 }
-// log of a normal x > 0, NaN kept: e ln 2 + log m with x = 2^e m, 1 <= m < 2, by a minimax polynomial (absolute 3e-8, exact at 1).
+// log of a normal x > 0, NaN kept: e ln 2 + log m with x = 2^e m, 1 <= m < 2, by a minimax polynomial (absolute 3e-8,
+// exact at 1).
 inline Vec log_of(Vec exponent, Vec mantissa) {
   const Vec f = mantissa - 1.0f;
   Vec p = broadcast(-6.452604162e-3f);
@@ -66,7 +68,8 @@ inline Vec log_of(Vec exponent, Vec mantissa) {
   p = p * f + 3.317982474e-1f;
   p = p * f - 4.998740440e-1f;
   p = p * f + 9.999964235e-01f;
-  return (p * f + exponent * -2.12194440e-4f) + exponent * 0.693359375f;  // ln 2 in two parts: the first product is exact
+  // ln 2 in two parts, so that the product with the larger one is exact.
+  return (p * f + exponent * -2.12194440e-4f) + exponent * 0.693359375f;
 }
 #if defined(__AVX512F__)
 inline Vec exp_(Vec x) {
@@ -78,7 +81,8 @@ inline Vec exp_(Vec x) {
   return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction((Vec)y - (Vec)n), n);
 }
 inline Vec log_(Vec x) {
-  return log_of((Vec)_mm512_getexp_ps((__m512)x), (Vec)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
+  return log_of((Vec)_mm512_getexp_ps((__m512)x),
+                (Vec)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
 }
 #else
 inline Vec exp_(Vec x) {
@@ -138,10 +142,14 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 #if defined(__AVX512F__)
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-inline Vec load_first(const float* p, int n, float fill) { return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p); }
+inline Vec load_first(const float* p, int n, float fill) {
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p);
+}
 inline void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
 #elif defined(__AVX2__)
-inline __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 inline Vec load_first(const float* p, int n, float fill) {
   const __m256i mask = first(n);
   return (Vec)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));

@@ -18,8 +18,8 @@ struct Scalars {
 };
 
 template <int M, int V, class Emit>
-inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_t first, int64_t depth, const float* panel,
-                                                        Emit emit) {
+inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_t first, int64_t depth,
+                                                        const float* panel, Emit emit) {
   Vec sum[M][V] = {};
   const float* a = s.a + first * s.row;
   for (int64_t start = 0; start < depth; start += kLine) {
@@ -40,7 +40,8 @@ inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_
 }
 
 // emit(m, Vec sums[V]) for every row m of A (rows x depth) times panel (depth x V vectors).
-template <int V, class Emit> inline void product(const Scalars& s, int64_t rows, int64_t depth, const float* panel, Emit emit) {
+template <int V, class Emit>
+inline void product(const Scalars& s, int64_t rows, int64_t depth, const float* panel, Emit emit) {
   int64_t m = 0;
   for (; m + kHeldRows <= rows; m += kHeldRows) product_rows<kHeldRows, V>(s, m, depth, panel, emit);
   switch (rows - m) {

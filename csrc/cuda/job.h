@@ -15,9 +15,9 @@ struct Workspace {
 
 // What no row changes, computed by the host.
 struct Constants {
-  float smoothing, keep;  // y <- keep y + off
+  float smoothing, keep;           // y <- keep y + off
   float off, on, log_off, log_on;  // hard labels: y elsewhere and at the label
-  float uniform, log_uniform;  // the prior where there is none
+  float uniform, log_uniform;      // the prior where there is none
 };
 Constants constants_of(const LocalLoss& problem);
 

@@ -18,13 +18,13 @@ struct Plan {
   int32_t count_first = 0;  // 1: a launch of its own counts the rows that are not ignored
 };
 
-constexpr int kWarpThreads = 128;         // threads a block where a row is some lanes of a warp
-constexpr int kBlockThreads = 512;        // the most threads a block otherwise
-constexpr int kResidentThreads = 512;     // threads a multiprocessor holds at a time, at 128 registers each
-constexpr int kMaxCluster = 8;            // the most blocks a cluster may have on every device with clusters
-constexpr int kMaxBlocks = 4096;          // the most blocks a grid has
-constexpr int kCountBlocks = 64;          // blocks of the launch that counts
-constexpr int64_t kCountItself = 4096;    // up to so many labels each block counts for itself
+constexpr int kWarpThreads = 128;       // threads a block where a row is some lanes of a warp
+constexpr int kBlockThreads = 512;      // the most threads a block otherwise
+constexpr int kResidentThreads = 512;   // threads a multiprocessor holds at a time, at 128 registers each
+constexpr int kMaxCluster = 8;          // the most blocks a cluster may have on every device with clusters
+constexpr int kMaxBlocks = 4096;        // the most blocks a grid has
+constexpr int kCountBlocks = 64;        // blocks of the launch that counts
+constexpr int64_t kCountItself = 4096;  // up to so many labels each block counts for itself
 
 constexpr int pack_size(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::any ? 1 : 8; }
 // Packs of z and of q a thread holds in registers while its row is summed: 8 of 16 bytes, or 16 elements.

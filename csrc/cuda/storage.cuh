@@ -32,9 +32,7 @@ template <> struct Pair<__nv_bfloat16> {
   static SID_DEVICE float get(unsigned word, bool high) {
     return bits_as<float>(high ? word & 0xffff0000u : word << 16);
   }
-  static SID_DEVICE unsigned set(float low, float high) {
-    return bits_as<unsigned>(__floats2bfloat162_rn(low, high));
-  }
+  static SID_DEVICE unsigned set(float low, float high) { return bits_as<unsigned>(__floats2bfloat162_rn(low, high)); }
 };
 template <> struct Pair<__half> {
   using Type = __half2;

@@ -23,7 +23,9 @@ template <class T> struct View {
   int edge;       // this thread's edge element, or -1
 
   SID_DEVICE View(const Job& job, int r, int this_lane)
-      : row(r), lanes_log2(job.lanes_log2), lane(this_lane),
+      : row(r),
+        lanes_log2(job.lanes_log2),
+        lane(this_lane),
         z(job.a.logits.data, job.a.logits.stride, job.a.logits.dtype, r),
         q(job.a.prior.data, job.a.prior.stride, job.a.prior.dtype, r) {
     const int classes = static_cast<int>(job.a.classes);

@@ -26,18 +26,14 @@ SID_KERNEL(64, 1) make_mistake(const Mistake job) {
       if (thread() < 32) sync_block();
       else sync_block();
       break;
-    case 5:
-      load16(job.memory + 1);
-      break;
+    case 5: load16(job.memory + 1); break;
     case 6:  // a cluster of two has no block 2
       *in_block(shared, 2) = 0.0f;
       break;
     case 7:  // one block of the cluster does not arrive
       if (cluster_rank() == 0) sync_cluster();
       break;
-    default:
-      sync_block();
-      job.memory[thread()] = shuffle_xor(static_cast<float>(thread()), 1);
+    default: sync_block(); job.memory[thread()] = shuffle_xor(static_cast<float>(thread()), 1);
   }
 }
 }  // namespace

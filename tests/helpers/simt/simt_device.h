@@ -202,9 +202,7 @@ inline int cluster_size() { return static_cast<int>(host().blocks.size()); }
 inline void sync_warp(int line = __builtin_LINE()) {
   host().wait(host().block().warps[thread() / 32].barrier, line, "a warp's barrier");
 }
-inline void sync_block(int line = __builtin_LINE()) {
-  host().wait(host().block().barrier, line, "a block's barrier");
-}
+inline void sync_block(int line = __builtin_LINE()) { host().wait(host().block().barrier, line, "a block's barrier"); }
 inline void sync_cluster(int line = __builtin_LINE()) {
   host().wait(host().cluster_barrier, line, "a cluster's barrier");
 }
