@@ -1,7 +1,7 @@
 """Measures the fused local loss against its alternatives and a clone of the same bytes, and files it as one JSON.
 
     python bench/report.py --out bench/results/cpu.json
-    python bench/report.py --plot bench/results/cpu.json --out docs/bench.png
+    python bench/report.py --plot bench/results/cpu.json --out docs/images/bench.png
 
 Everything at one size is measured in one process, in rounds that visit every contender in turn; each is first checked
 against float64 on the inputs it is timed on. "Share of clone" is the bandwidth of the op, counting only the bytes it

@@ -1,7 +1,7 @@
 """Measures a cascade's training step and the belief head against their alternatives: time, memory and operator calls.
 
     python bench/step_report.py --out bench/results/steps-cpu.json
-    python bench/step_report.py --plot bench/results/steps-cpu.json --out docs/steps.png
+    python bench/step_report.py --plot bench/results/steps-cpu.json --out docs/images/steps.png
 
 Everything in one case is measured in one process, in rounds that visit every contender in turn; each is first checked
 against float64 on the inputs it is timed on. Peak memory is what is alive at the most during a call beyond its inputs
