@@ -1,12 +1,18 @@
-// The mathematics of one row, written once for the CPU and for CUDA (method: arXiv 2510.03273).
+// The mathematics of one row of the local loss, shared by the CPU and CUDA kernels (arXiv 2510.03273).
 //
-// F is `float` in a CUDA thread and a SIMD vector of floats on a CPU. A row is swept in pieces: each
-// element is `add`ed to sums that are relative to the largest logit so far, sums are `rescale`d when a
-// larger logit comes and `merge`d across lanes, and `finish` turns them into the row's loss and the
-// constants from which `gradient` gives dL/dz of one element. Nothing here touches memory.
+// Symbols: logits z, belief p = softmax(z), prior q, target y, each over C classes.
+// F is `float` in a CUDA thread and a SIMD vector of floats on a CPU.
 //
-// Forward and Reverse share one interface, so a kernel is written once and instantiated with either.
-// The including file provides exp_(F) for arguments <= 0 and log_(F) for F and for float.
+// A kernel processes a row in pieces:
+//   add, add_logit, add_prior, add_target   add one element to sums relative to the largest logit so far
+//   rescale                                 adjust the sums when a larger logit appears
+//   sums.merge                              combine the sums of two lanes
+//   finish                                  turn the sums of the whole row into its losses
+//   gradient                                return dL/dz of one element
+// Nothing here accesses memory.
+//
+// Forward and Reverse have the same interface, so each kernel is written once and instantiated with both.
+// The including file must define exp_(F) for arguments <= 0, and log_(F) for F and for float.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -16,13 +22,12 @@
 #endif
 
 namespace sid {
-namespace {  // one copy per translation unit: AVX-512 code must not be linked into the baseline
+namespace {  // internal linkage: the linker must not use AVX-512 code in the baseline build
 
-// The least argument a logarithm of a probability is taken at: float32's smallest normal number. So
-// 0 log 0 = 0 comes out by itself and an underflowed half-precision prior gives a large loss, not an
-// infinite one. A NaN passes through.
+// Logarithms of probabilities are taken at no less than float32's smallest normal number. This makes 0 log 0 = 0,
+// and an underflowed half-precision prior gives a large loss instead of an infinite one. NaN passes through.
 constexpr float kTiny = 1.17549435e-38f;
-constexpr float kMasked = -__builtin_huge_valf();
+constexpr float kMasked = -__builtin_huge_valf();  // the logit of a masked class
 
 template <class F> SID_HD F splat(float x) { return F{} + x; }
 
@@ -32,24 +37,24 @@ template <class F> SID_HD F log_probability(F q) {
   return log_(floored);
 }
 
-// a b, where a = 0 wins even over b = -inf: a class of no weight counts nothing, masked or not.
+// Return a * b, or 0 if a = 0 even for b = -inf: a class of weight 0 contributes nothing, masked or not.
 template <class F> SID_HD F times(F a, F b) {
   const F zero = splat<F>(0.0f);
   const F product = a * b;
   return a == zero ? zero : product;
 }
 
-// sum + a b, likewise.
+// Return sum + a * b, or sum if a = 0.
 template <class F> SID_HD F add_times(F sum, F a, F b) {
   const F next = sum + a * b;
   return a == splat<F>(0.0f) ? sum : next;
 }
 
-// Logits enter as t = z - reference(max); the reference is 0 while every logit so far is masked.
+// Logits are summed as t = z - reference(max). While every logit is masked the reference is 0, so t is not NaN.
 SID_HD float reference(float max) { return max == kMasked ? 0.0f : max; }
 
-// What is known of a row beside its elements. A kernel may pass a type of its own with these members, its
-// constants computed beforehand.
+// What the mathematics needs to know about a row besides its elements. A kernel can pass its own type with these
+// members, for example one that holds precomputed constants.
 struct RowTarget {
   float classes;  // C
   float alpha;
@@ -66,19 +71,20 @@ struct RowTarget {
   SID_HD bool needs_logit_sum() const { return !has_prior || (hard && smoothing > 0.0f); }
 };
 
-// Constants of a row's gradient. What is the same for all its elements, as a uniform prior or the target of
-// classes that are not the label, may be folded into `constant`.
+// Coefficients of a row's gradient. Terms that are equal for all elements can be folded into `constant`: a uniform
+// prior, and the target probability of the classes other than the label.
 struct Slope {
   float belief, prior, target, constant;
 };
 
 struct RowResult {
   float fidelity, consistency, loss;
-  float log_sum;  // belief of an element: exp(t - log_sum),
-  float scale;    // or exp(t) * scale
+  float log_sum;  // the belief of an element is exp(t - log_sum)
+  float scale;    // it is also exp(t) * scale
   float center;   // Forward: alpha sum(y) + (1 - alpha) sum(q); Reverse: the loss
 };
 
+// Combine fidelity and consistency into the loss.
 SID_HD RowResult weighted(float alpha, float fidelity, float consistency, float log_sum, float scale) {
   const float loss = times(alpha, fidelity) + times(1.0f - alpha, consistency);
   return {fidelity, consistency, loss, log_sum, scale, loss};
@@ -89,31 +95,33 @@ template <class F, int N> struct Sums {
   SID_HD void clear() {
     for (int i = 0; i < N; ++i) v[i] = splat<F>(0.0f);
   }
-  SID_HD void merge(const Sums& other) {  // both relative to the same maximum
+  SID_HD void merge(const Sums& other) {  // both must be relative to the same maximum
     for (int i = 0; i < N; ++i) v[i] += other.v[i];
   }
 };
 
-// exp(old - next) for a maximum that moves up; nothing has been summed while all was masked.
+// Return exp(old_max - next_max), or 1 if nothing but masked logits has been summed so far.
 SID_HD float rescale_factor(float old_max, float next_max) {
   return old_max == next_max || old_max == kMasked ? 1.0f : exp_(old_max - next_max);
 }
 
+// The forward divergence:
 // L = alpha CE(y, p) + (1 - alpha) KL(q || p)
 //   = alpha (Y lse - y.z) + (1 - alpha) (sum q log q - q.z + S lse)
 // dL/dz = (alpha Y + (1 - alpha) S) p - alpha y - (1 - alpha) q
+// with lse = logsumexp(z), Y = sum(y) and S = sum(q).
 template <class F> struct Forward {
-  // PRIOR_CROSS: sum of q (log q - t)
+  // Sums of e = exp(t), q, q (log q - t), t, 1, y and y t.
   enum { SUM, PRIOR_MASS, PRIOR_CROSS, LOGIT_SUM, COUNT, TARGET_MASS, TARGET_DOT, N };
   Sums<F, N> sums;
 
-  // Whether sum i is ever added to (the others stay 0 and need no reduction).
+  // Return whether sum i is used. The others stay 0 and need no reduction.
   static constexpr SID_HD bool uses(int i, bool prior, bool logit_sum, bool soft) {
     return i == SUM || (i <= PRIOR_CROSS ? prior : i <= COUNT ? logit_sum : soft);
   }
   SID_HD void clear() { sums.clear(); }
   SID_HD void add(F, F e) { sums.v[SUM] += e; }
-  // A lane beyond the row's end enters as t = -inf with q = y = 0, and `one` = 0 with t = 0 here:
+  // Lanes beyond the end of the row must pass t = 0 and one = 0 here, and t = -inf and q = y = 0 elsewhere.
   SID_HD void add_logit(F t, F one) { sums.v[LOGIT_SUM] += t, sums.v[COUNT] += one; }
   SID_HD void add_prior(F t, F, F q) {
     sums.v[PRIOR_MASS] += q;
@@ -130,7 +138,7 @@ template <class F> struct Forward {
     sums.v[LOGIT_SUM] -= sums.v[COUNT] * shift;
     sums.v[TARGET_DOT] -= sums.v[TARGET_MASS] * shift;
   }
-  // F = float here: the sums of the whole row.
+  // Requires F = float: the sums cover the whole row.
   template <class Row> SID_HD RowResult finish(const Row& row, float max) const {
     const auto* v = sums.v;
     const float log_sum = log_(v[SUM]);
@@ -151,19 +159,21 @@ template <class F> struct Forward {
   }
   static SID_HD void fold_prior(Slope& s, float q, float) { s.constant -= s.prior * q, s.prior = 0.0f; }
   static SID_HD void fold_target(Slope& s, float y, float) { s.constant -= s.target * y; }
-  // dL/dz of one element is the sum of these two; of the second, nothing is left where all of y was folded, and
-  // the differences of y and log y where a part was.
+  // dL/dz of one element is gradient + target_gradient. If fold_target was called with the element's own y, the second
+  // term is 0. If it was called with another y, pass the differences of y and log y.
   static SID_HD F gradient(const Slope& s, F, F p, F q) { return s.belief * p + s.constant - s.prior * q; }
   static SID_HD F target_gradient(const Slope& s, F, F y, F) { return -s.target * y; }
+  // dL/dz of one element without folding, for a row of weight 1.
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F, F p, F q, F y) {
     return r.center * p - row.alpha * y - (1.0f - row.alpha) * q;
   }
 };
 
+// The reverse divergence:
 // L = alpha KL(p || y) + (1 - alpha) KL(p || q)
-// dL/dz = p (u - sum p u),   u = log p - alpha log y - (1 - alpha) log q
+// dL/dz = p (u - sum(p u)) with u = log p - alpha log y - (1 - alpha) log q.
 template <class F> struct Reverse {
-  enum { SUM, SELF, PRIOR, TARGET, N };  // sums of e, e t, e log q, e log y
+  enum { SUM, SELF, PRIOR, TARGET, N };  // sums of e = exp(t), e t, e log q and e log y
   Sums<F, N> sums;
 
   static constexpr SID_HD bool uses(int i, bool prior, bool, bool soft) {

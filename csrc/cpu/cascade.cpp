@@ -1,6 +1,7 @@
-// The cascade on a CPU, compiled once per instruction set (SID_ISA): a tile of rows goes through all stages without
-// meeting another thread. Rows lie side by side in vectors, so the weights are read as they lie; softmax, loss and
-// gradient of the logits are the fused local loss's own row kernel.
+// The cascade on the CPU, compiled once per instruction set (SID_ISA).
+//
+// A thread takes a tile of rows through all stages, without synchronizing with other threads. One SIMD lane holds one
+// row, so the weights are read in their own layout. Softmax, loss and dlogits come from the local-loss row kernel.
 #include "cpu/cascade.h"
 
 #include <algorithm>
@@ -25,9 +26,9 @@ void transpose4(const float* from, int64_t stride, float* to, int64_t to_stride)
 #endif
 }
 
-// to[c * to_stride + r] = from[r * stride + c]
+// Set to[c * to_stride + r] = from[r * stride + c].
 void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  constexpr int64_t kBlock = 16;  // rows and columns at a time: two such blocks stay in the first-level cache
+  constexpr int64_t kBlock = 16;  // rows and columns of a block: two blocks fit the L1 cache
   for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
     for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
       const int64_t c1 = std::min(columns, c0 + kBlock), r1 = std::min(rows, r0 + kBlock);
@@ -43,7 +44,7 @@ void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns,
     }
 }
 
-// `count` floats of a vector that may reach beyond them.
+// Load or store at most `count` floats of a vector. `count` may be negative or larger than a vector.
 Vec load_part(const float* p, int64_t count) {
   return count >= kWidth ? load(p) : count <= 0 ? Vec{} : load_first(p, static_cast<int>(count % kWidth), 0.0f);
 }
@@ -52,10 +53,11 @@ void store_part(float* p, Vec v, int64_t count) {
   else if (count > 0) store_first(p, v, static_cast<int>(count % kWidth));
 }
 
+// A tile of V vectors of rows.
 template <int V> struct Tile {
   static constexpr int64_t kLanes = V * kWidth;
   const Cascade& a;
-  int64_t first, rows;  // of this tile
+  int64_t first, rows;  // the tile's first row, and its number of rows
   float scale;
   float *losses, *sums;
   float *hidden, *belief, *slope, *logits;  // (H, lanes), (C, lanes), (C, lanes), (rows, C)
@@ -63,7 +65,7 @@ template <int V> struct Tile {
   Tile(const Cascade& cascade, int64_t begin, int64_t end, float s, float* loss_rows, float* bias_sums,
        std::vector<float>& memory)
       : a(cascade), first(begin), rows(std::min(kLanes, end - begin)), scale(s), losses(loss_rows), sums(bias_sums) {
-    // On cache lines: a vector that lies across two is read twice.
+    // Align to cache lines: a vector that straddles two lines costs two reads.
     const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes + sizeof(Vec) / sizeof(float);
     if (memory.size() < needed) memory.resize(needed);
     hidden = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + sizeof(Vec) - 1) / sizeof(Vec) *
@@ -74,7 +76,7 @@ template <int V> struct Tile {
   }
 
   void start() {
-    std::fill(belief, belief + 2 * a.classes * kLanes, 0.0f);  // lanes beyond the rows stay finite
+    std::fill(belief, belief + 2 * a.classes * kLanes, 0.0f);  // keep the lanes beyond the last row finite
     const float* prior = static_cast<const float*>(a.prior.data);
     for (int64_t c = 0; c < a.classes; ++c)
       for (int64_t r = 0; r < rows; ++r)
@@ -91,7 +93,7 @@ template <int V> struct Tile {
       for (int v = 0; v < V; ++v) {
         const int64_t left = rows - v * kWidth;
         const Vec x = sum[v] + load_part(h_out + j * a.rows + v * kWidth, left) + b1[j];
-        const Vec h = x < Vec{} ? Vec{} : x;  // a NaN stays
+        const Vec h = x < Vec{} ? Vec{} : x;  // keeps NaN
         store(hidden + j * kLanes + v * kWidth, h);
         store_part(h_out + j * a.rows + v * kWidth, h, left);
       }
@@ -105,7 +107,8 @@ template <int V> struct Tile {
     const int64_t at = (i * a.rows + first) * a.classes;
     if (i + 1 < a.stages) transpose(a.beliefs + at, a.classes, rows, a.classes, belief, kLanes);
     if (!a.dhidden) return;
-    if (rows < kLanes) std::fill(slope, slope + a.classes * kLanes, 0.0f);  // lanes beyond the rows count nothing
+    if (rows < kLanes)
+      std::fill(slope, slope + a.classes * kLanes, 0.0f);  // lanes beyond the last row contribute nothing
     transpose(a.dlogits + at, a.classes, rows, a.classes, slope, kLanes);
     float* bias_sums = sums + i * (a.width + a.classes);
     float* dh_out = a.dhidden + i * a.width * a.rows + first;

@@ -1,19 +1,21 @@
-// The CPU's cascade: one entry for the binding, one symbol per instruction set behind it.
+// The cascade on the CPU: the function the binding calls, and the kernels of each instruction set.
 #pragma once
 #include "../cascade.h"
 #include "cpu/local_loss.h"
 
 namespace sid {
 
-// Runs all stages on at most `threads` threads. Labels are checked before anything is written; with a bad one nothing
-// is. Equal bits for any number of threads, but in the gradients of the biases, which are summed thread by thread.
+// Run all stages on at most `threads` threads. If a label is out of range, return it and write nothing.
+// Results have equal bits for any number of threads, except the bias gradients, which are summed by thread.
 BadLabel cascade_cpu(const Cascade& args, int threads);
 
 #define SID_DECLARE(isa)                                                                                               \
   namespace isa {                                                                                                      \
-  /* Rows [begin, end) through every stage, in tiles of `vectors` vectors of rows. `losses` (3, L, B) gets             \
-     each row's, unscaled; `sums` (L, H + C), zero before, the gradients of both biases. */                            \
+  /* Run rows [begin, end) through every stage, in tiles of `vectors` SIMD vectors of rows. */                         \
+  /* `losses` (3, L, B) receives the unscaled losses of each row. */                                                   \
+  /* The gradients of both biases are added to `sums` (L, H + C). */                                                   \
   void cascade_rows(const Cascade&, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums); \
+  /* Return the number of floats in a SIMD vector. */                                                                  \
   int row_lanes();                                                                                                     \
   }
 SID_DECLARE(baseline)

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time, checks labels, shares rows among threads, reduces the losses.
+// The CPU entry points: choose the instruction set, check labels, split rows among threads, reduce the losses.
 #include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -51,18 +51,17 @@ CascadeKernel cascade_kernel() {
   return {&baseline::cascade_rows, &baseline::row_lanes};
 }
 
-// A forked child has none of the parent's OpenMP threads, and libgomp would wait for them forever.
+// A forked child does not inherit the parent's OpenMP threads, and libgomp would wait for them forever.
 bool forked = false;
 const int kRegistered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Elements under which starting a second thread costs more than it saves (measured: 2-core AVX-512 machine).
+// Below this number of elements a second thread costs more than it saves (measured on a 2-core AVX-512 machine).
 constexpr int64_t kSerialElements = 32768;
-// Output bytes over which lines go past the caches: half of a usual last level, whose content would be lost.
+// From this number of output bytes on, stores bypass the caches: half of a typical last-level cache.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
-// From 32 MiB on, malloc gives memory fresh from the system, and entering it page by page costs as much as writing it:
-// ask for 2 MiB pages, where the system grants them on advice. Smaller blocks are reused; there advice was measured to
-// cost more than it gave.
+// From 32 MiB on, malloc returns fresh pages, and faulting them in costs as much as writing them. Ask for 2 MiB pages.
+// Smaller blocks are reused by malloc; for them the advice cost more than it saved (measured).
 constexpr uintptr_t kFreshBytes = uintptr_t{32} << 20;
 void advise_huge_pages(const MutableRows& out, int64_t rows, int64_t classes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -98,7 +97,7 @@ BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
   const bool each = a.reduction == Reduction::none, mean = a.reduction == Reduction::mean;
   const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
 
-  static thread_local std::vector<float> buffer;  // fidelity, consistency and loss of every row
+  static thread_local std::vector<float> buffer;  // fidelity, consistency and loss of each row
   float *fidelity = a.fidelity, *consistency = a.consistency, *loss = a.loss;
   if (!each) {
     if (static_cast<int64_t>(buffer.size()) < 3 * a.rows) buffer.resize(3 * a.rows);
@@ -137,13 +136,13 @@ BadLabel cascade_cpu(const Cascade& a, int threads) {
   const float scale = a.mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
   const CascadeKernel kernel = cascade_kernel();
   if (forked) threads = 1;
-  // Tiles as wide as leave one for every thread; wide ones read the weights least often.
+  // Use the widest tiles that still give every thread one: wide tiles read the weights least often.
   const int64_t lanes = kernel.lanes();
   int vectors = 4;
   while (vectors > 1 && (a.rows + vectors * lanes - 1) / (vectors * lanes) < threads) vectors /= 2;
   const int64_t tile = vectors * lanes, tiles = (a.rows + tile - 1) / tile;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tiles)));
-  static thread_local std::vector<float> buffer;  // losses of every row (3, L, B), then sums of every thread (L, H + C)
+  static thread_local std::vector<float> buffer;  // row losses (3, L, B), then each thread's bias sums (L, H + C)
   const int64_t rows = 3 * a.stages * a.rows, sums = a.stages * (a.width + a.classes);
   buffer.assign(rows + threads * sums, 0.0f);
   float* const losses = buffer.data();

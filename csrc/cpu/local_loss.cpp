@@ -1,6 +1,7 @@
-// The fused local loss on a CPU, compiled once per instruction set (SID_ISA). A row is read from memory
-// once, in blocks that stay in the first-level cache; its logits and prior are then still in the second
-// level when the belief and the gradient are written, past the caches where they would only evict.
+// The fused local loss on the CPU, compiled once per instruction set (SID_ISA).
+//
+// `sweep` reads a row from memory once, in blocks that fit the L1 cache, and computes its sums. `emit` then writes the
+// belief and dlogits while the row's logits and prior are still in the L2 cache. Large outputs bypass the caches.
 #include "cpu/local_loss.h"
 
 #include <algorithm>
@@ -14,14 +15,14 @@ namespace sid {
 namespace SID_ISA {
 namespace {
 
-// Columns of a block: 64 roundings a lane, whatever its width, before its sums join the row's; and z, q, p and dz of a
-// block are at most 16 KiB, half a usual first-level cache.
+// Columns of a block. Each lane adds 64 values before the block's sums are merged into the row's, for any vector width.
+// z, q, p and dz of a block take at most 16 KiB, half of a typical L1 cache.
 constexpr int64_t kBlock = 64 * kWidth;
 
-// float32 views of the block [start, start + n) of a row: the row itself, or a widened copy.
+// A matrix to read from, as float32: its rows themselves, or copies that are widened block by block.
 struct Reader {
   Rows rows;
-  float* scratch = nullptr;  // `classes` floats, where rows are not float32
+  float* scratch = nullptr;  // `classes` floats if the rows are not float32
 
   const float* row(int64_t r) const { return static_cast<const float*>(rows.data) + r * rows.stride; }
   const float* widen(int64_t r, int64_t start, int64_t n) const {
@@ -35,15 +36,16 @@ struct Reader {
     const uint16_t h = static_cast<const uint16_t*>(rows.data)[r * rows.stride + c];
     return rows.dtype == DType::bf16 ? bits_as<float>(uint32_t{h} << 16) : widen_f16(h);
   }
-  // Once every block of row r went through `widen`.
+  // Return the block that starts at `start`, after `widen` was called for every block of row r.
   const float* again(int64_t r, int64_t start) const { return (rows.dtype == DType::f32 ? row(r) : scratch) + start; }
 };
 
-// Where a block is written: the row itself; or memory it is then narrowed from, or forgotten in where it is not wanted.
-// (That memory stays in the first-level cache; a branch around every store was measured slower at (128, 100).)
+// A matrix to write to. If it is not float32, a block is written to scratch memory and `flush` narrows it. If the
+// output is not wanted, the block stays in the scratch memory: a branch around every store was slower at (128, 100)
+// (measured).
 struct Writer {
   MutableRows rows;
-  float* scratch = nullptr;  // kBlock floats, where rows are not float32 or not there
+  float* scratch = nullptr;  // kBlock floats if the rows are not float32 or not wanted
 
   float* row32(int64_t r) const { return static_cast<float*>(rows.data) + r * rows.stride; }
   float* block(int64_t r, int64_t start) const { return scratch ? scratch : row32(r) + start; }
@@ -54,25 +56,26 @@ struct Writer {
   }
 };
 
-size_t offset(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec); }  // from an aligned vector
+// Return the distance in bytes from the last vector-aligned address.
+size_t offset(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec); }
 
 template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSum> struct Kernel {
   const LocalLoss& a;
   Reader z, q, y;
   Writer p, dz;
   bool streaming;
-  float* exponentials;  // kBlock floats: exp(t) of a row of one block, which `emit` then need not compute again
+  float* exponentials;  // kBlock floats: exp(t) of a block, reused by `emit` if the row has only one block
 
-  // What `sweep` leaves for `emit`.
+  // The result of `sweep`, the input of `emit`.
   struct Swept {
     RowTarget row;
     RowResult result;
-    float base;     // of t = z - base
-    int64_t label;  // -1: soft target, or the row does not count
+    float base;     // t = z - base
+    int64_t label;  // -1: the target is soft, or the row is ignored
     bool counts;
   };
 
-  // Sums of one block, relative to `base`.
+  // Add n elements of a block to its sums, relative to `base`.
   void add_block(Divergence<Vec>& block, const RowTarget& row, float base, const float* zb, const float* qb,
                  const float* yb, int64_t n) const {
     const Vec off = broadcast(row.off_label());
@@ -90,7 +93,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       add(load(zb + i), Prior ? load(qb + i) : Vec{}, Soft ? load(yb + i) * keep + off : Vec{}, broadcast(1.0f));
     if (i < n) {
       const int m = static_cast<int>(n - i);
-      // Lanes beyond the row are masked classes of no prior and no target.
+      // Lanes beyond the row are masked classes with prior and target 0.
       const Vec one = load_first(kOnes, m, 0.0f);
       add(load_first(zb + i, m, kMasked), Prior ? load_first(qb + i, m, 0.0f) : Vec{},
           Soft ? (load_first(yb + i, m, 0.0f) * keep + off) * one : Vec{}, one);
@@ -124,7 +127,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const float* qb = Prior ? q.widen(r, start, n) : nullptr;
       const float* yb = Soft ? y.widen(r, start, n) : nullptr;
       const float next = std::max(max, max_block(zb, n));
-      block.clear();  // a block is summed by itself: fewer roundings in a long row
+      block.clear();  // each block is summed separately: less rounding error in long rows
       add_block(block, row, reference(next), zb, qb, yb, n);
       if (start == 0) {
         total = block;
@@ -157,20 +160,21 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       float* db = gradient ? dz.block(r, start) : nullptr;
       auto write = [&](int64_t i, int m, auto past_caches, auto again) __attribute__((always_inline)) {
         const bool full = m == kWidth;
-        // What is swept next lies behind this block in a contiguous matrix: it comes while this block is written.
+        // In a contiguous matrix, `sweep` next reads what follows this block. Prefetch it during the writes.
         __builtin_prefetch(zb + i + n);
         if (Prior) __builtin_prefetch(qb + i + n);
         const Vec t = (full ? load(zb + i) : load_first(zb + i, m, kMasked)) - base;
         const Vec belief = again ? load(exponentials + i) * result.scale : exp_(t - log_sum);
         const Vec qi = !Prior ? uniform : full ? load(qb + i) : load_first(qb + i, m, 0.0f);
         Vec yi = !Soft ? off : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
-        if (!Soft && label - start - i >= 0 && label - start - i < m)  // once a row: cheaper than a select everywhere
+        if (!Soft && label - start - i >= 0 &&
+            label - start - i < m)  // true once per row: cheaper than a select per vector
           yi = lanes() == static_cast<int32_t>(label - start - i) ? on : off;
         if (past_caches && belief_wanted) stream(pb + i, belief);
         else if (full) store(pb + i, belief);
         else store_first(pb + i, belief, m);
         if (!gradient) return;
-        // scale = 0 is a row that does not count: its gradient is 0 whatever the logits are
+        // scale = 0 marks an ignored row: its gradient is 0 even if its logits are NaN.
         const Vec g = scale == 0.0f ? Vec{} : scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi);
         if (past_caches) stream(db + i, g);
         else if (full) store(db + i, g);
@@ -196,8 +200,8 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     }
   }
 
-  // A row that fits one vector (float32): read once, computed in registers, written once.
-  // Ten classes are the common case, and there the general path is mostly bookkeeping.
+  // Compute a float32 row that fits one vector: read it once, compute in registers, write it once.
+  // Ten classes are a common case, for which the general path is mostly bookkeeping.
   template <bool Belief>
   void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, float* fidelity, float* consistency,
                   float* loss) const {
@@ -240,7 +244,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       RowTarget row{static_cast<float>(a.classes), a.alpha_value, a.label_smoothing, Prior, !Soft, 0.0f};
       const Vec one = load_first(kOnes, static_cast<int>(a.classes), 0.0f);
       const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label());
-      auto each_row = [&](auto belief) {  // chosen here: a branch in every row was measured to cost 1% at (128, 10)
+      auto each_row = [&](auto belief) {  // a branch in every row costs 1% at (128, 10) (measured)
         for (int64_t r = begin; r < end; ++r)
           one_vector<belief>(row, r, one, off, on, scale, fidelity, consistency, loss);
       };
@@ -258,6 +262,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   alignas(64) static constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 };
 
+// Memory for blocks that are widened or narrowed, kept by each thread between calls.
 struct Scratch {
   std::vector<float> z, q, y, p, dz, exponentials = std::vector<float>(kBlock);
   template <class Matrix> static float* of(std::vector<float>& v, const Matrix& m, int64_t n) {

@@ -1,26 +1,29 @@
-// The CPU's fused local loss: one entry for the binding, one symbol per instruction set behind it.
+// The local loss on the CPU: the function the binding calls, and the kernels of each instruction set.
 #pragma once
 #include "../local_loss.h"
 
 namespace sid {
 
-// Row and label of the first label that is neither ignore_index nor in [0, classes); row = -1: there is none.
+// The first label that is neither ignore_index nor in [0, classes). row = -1: all labels are valid.
 struct BadLabel {
   int64_t row = -1, label = 0;
 };
 
-// The first bad label, if there is one; otherwise the number of rows that are not ignored (all, without labels).
+// Check the labels and count the rows that are not ignored into `counted`. Without labels, every row counts.
 BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted);
 
-// Runs the whole operation on at most `threads` threads. Labels are checked before anything is written;
-// with a bad one nothing is. Equal bits for any number of threads.
+// Compute the local loss on at most `threads` threads. If a label is out of range, return it and write nothing.
+// Results have equal bits for any number of threads.
 BadLabel local_loss_cpu(const LocalLoss& args, int threads);
 
-// The instruction set in use: "avx512", "avx2" or "baseline" (SID_KERNELS_CPU in the environment lowers it).
+// Return the instruction set in use: "avx512", "avx2" or "baseline". The environment variable SID_KERNELS_CPU can
+// select a lower one than the processor supports.
 const char* cpu_instruction_set();
 
 #define SID_DECLARE(isa)                                                                                           \
   namespace isa {                                                                                                  \
+  /* Compute rows [begin, end). `scale` multiplies dlogits; `streaming` stores bypass the caches. */               \
+  /* `fidelity`, `consistency` and `loss` receive one value per row. */                                            \
   void local_loss_rows(const LocalLoss&, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity, \
                        float* consistency, float* loss);                                                           \
   }

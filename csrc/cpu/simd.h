@@ -1,6 +1,6 @@
-// A SIMD vector of floats, as wide as the instruction set of this translation unit allows: loads and
-// stores of full and partial vectors in the three storage types, exp_ and log_.
-// GCC and Clang vector extensions carry the arithmetic, so the row mathematics is the CUDA kernels' own.
+// SIMD vectors of floats, as wide as the instruction set of this translation unit allows: exp_ and log_, and loads
+// and stores of full and partial vectors in the three storage types.
+// Arithmetic uses the vector extensions of GCC and Clang, so row_math.h compiles for Vec as it does for float.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,7 +20,7 @@
 #endif
 
 namespace sid {
-namespace {  // one copy per translation unit
+namespace {  // internal linkage: each instruction set has its own copy
 
 constexpr int kWidth = SID_WIDTH;
 typedef float Vec __attribute__((vector_size(SID_WIDTH * 4)));
@@ -45,9 +45,9 @@ inline VecI lanes() {  // 0, 1, 2, ...
 inline float exp_(float x) { return std::exp(x); }
 inline float log_(float x) { return std::log(x); }
 
-// exp of x <= 0, NaN kept: 2^n 2^f with n = round(x log2 e), |f| <= 1/2, and 2^f by a minimax polynomial (9e-8, exact
-// at 0). Its absolute error is below 1e-7 everywhere; the relative error grows with |x|, as the argument's own rounding
-// does.
+// exp(x) for x <= 0 is 2^n 2^f with n = round(x log2 e) and |f| <= 1/2. NaN passes through.
+// 2^f is a minimax polynomial with relative error 9e-8, exact at 0. The absolute error of exp is below 1e-7. Its
+// relative error grows with |x|, as does the effect of rounding the argument.
 inline Vec exp2_fraction(Vec f) {
   Vec p = broadcast(1.340725852e-3f);
   p = p * f + 9.671875100e-3f;
@@ -56,8 +56,8 @@ inline Vec exp2_fraction(Vec f) {
   p = p * f + 6.931472149e-1f;
   return p * f + 1.0f;
 }
-// log of a normal x > 0, NaN kept: e ln 2 + log m with x = 2^e m, 1 <= m < 2, by a minimax polynomial (absolute 3e-8,
-// exact at 1).
+// log(x) for a normal x > 0 is e ln 2 + log(m) with x = 2^e m and 1 <= m < 2. NaN passes through.
+// log(m) is a minimax polynomial with absolute error 3e-8, exact at 1.
 inline Vec log_of(Vec exponent, Vec mantissa) {
   const Vec f = mantissa - 1.0f;
   Vec p = broadcast(-6.452604162e-3f);
@@ -73,8 +73,8 @@ inline Vec log_of(Vec exponent, Vec mantissa) {
 }
 #if defined(__AVX512F__)
 inline Vec exp_(Vec x) {
-  // maxps returns its second argument where one is NaN. What is below the normal numbers is 0: a processor takes a
-  // hundred times as long over a subnormal one, and a sharp distribution is full of them.
+  // maxps returns its second argument if either is NaN. Subnormal results become 0: arithmetic with them is about a
+  // hundred times slower, and a sharp distribution has many.
   const __m512 y = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)(x * 1.44269504088896341f));
   const __mmask16 normal = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -86,7 +86,7 @@ inline Vec log_(Vec x) {
 }
 #else
 inline Vec exp_(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec y = x * 1.44269504088896341f;
   const Vec k = y + magic;
   const Vec power = bits_as<Vec>((bits_as<VecI>(k) << 23) + 0x3f800000);  // 2^n
@@ -100,13 +100,14 @@ inline Vec log_(Vec x) {
 }
 #endif
 
-// Vector maximum that passes over NaN in b (a NaN row shows through its sums).
+// Return the larger of a and b, or a if b is NaN. (A NaN in a row reaches the result through the sums.)
 template <class V> inline V larger(V a, V b) { return b > a ? b : a; }
 #if defined(__AVX512F__)
-inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }  // the compiler makes two of it
+// One instruction; the compiler makes two of the expression above.
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
 #endif
 
-// A vector's lanes joined pairwise, half by half.
+// Reduce the lanes of a vector pairwise, halving it each time.
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec8 __attribute__((vector_size(32)));
 template <class Half, class Whole, class Join> inline Half halved(Whole x, Join join) {
@@ -164,7 +165,7 @@ inline Vec load_first(const float* p, int n, float fill) {
 inline void store_first(float* p, Vec v, int n) { std::memcpy(p, &v, sizeof(float) * n); }
 #endif
 
-// Past the caches: the line is neither read before it is written nor kept. `p` is aligned to the vector.
+// Store a vector without reading or keeping its cache line. `p` must be aligned to the vector.
 inline void stream(void* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -184,7 +185,7 @@ inline void stream_fence() {
 
 // ---- bfloat16 and float16 ------------------------------------------------------------------------
 inline Vec widen_bf16(VecH h) { return bits_as<Vec>(__builtin_convertvector(h, VecU) << 16); }
-inline VecH narrow_bf16(Vec v) {  // round to nearest even; NaN stays a (quiet) NaN
+inline VecH narrow_bf16(Vec v) {  // rounds to nearest even; NaN becomes a quiet NaN
   const VecU bits = bits_as<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecU quiet = VecU{} + 0x7fc0u;
@@ -194,14 +195,14 @@ inline VecH narrow_bf16(Vec v) {  // round to nearest even; NaN stays a (quiet) 
 inline float widen_f16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_as<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // A half's bits read as a float are 2^-112 of its value, subnormal halves included.
+  // The bits of a half, read as a float, are 2^-112 times its value. This holds for subnormal halves too.
   return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 5.192296858534828e33f));
 }
 inline uint16_t narrow_f16(float x) {
   const uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000u;
   const float a = std::fabs(x);
   if (!(a < 65520.0f)) return static_cast<uint16_t>(sign | (x != x ? 0x7e00u : 0x7c00u));
-  if (a < 6.103515625e-05f)  // subnormal: adding 0.5 rounds at 2^-24, a half's last place there
+  if (a < 6.103515625e-05f)  // subnormal: adding 0.5 rounds to multiples of 2^-24, as a half does
     return static_cast<uint16_t>(sign | (bits_as<uint32_t>(a + 0.5f) - 0x3f000000u));
   const uint32_t m = bits & 0x7fffffffu;
   return static_cast<uint16_t>(sign | ((m - 0x38000000u + 0xfffu + (m >> 13 & 1u)) >> 13));

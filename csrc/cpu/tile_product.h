@@ -1,17 +1,19 @@
-// A small matrix product for tiles of rows that lie side by side in vectors: out (M x lanes) = A (M x K) B (K x lanes).
-// A is any matrix of scalars (weights, as they lie), B a panel whose rows are V vectors. Nothing is packed.
+// A small matrix product for tiles whose rows are SIMD lanes: out (M x lanes) = A (M x K) B (K x lanes).
+// A is a matrix of scalars, such as weights in their own layout. Each row of the panel B is V vectors. No operand is
+// repacked.
 #pragma once
 #include "cpu/simd.h"
 
 namespace sid {
-namespace {  // one copy per translation unit
+namespace {  // internal linkage: each instruction set has its own copy
 
-// Rows of `out` held in registers with V vectors each: 24 sums, V rows of B and a scalar fit 32 registers; 12 fit 16.
+// Rows of `out` held in registers, V vectors each. AVX-512: 24 sums, 4 vectors of B and a scalar fit 32 registers.
+// AVX2: 12 sums, 2 vectors of B and a scalar fit 16.
 constexpr int kHeldRows = 6;
-constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr int64_t kLine = 16;  // floats in a cache line
 constexpr int kMostVectors = SID_WIDTH == 16 ? 4 : 2;
 
-// Element (m, k) of A at a[m * row + k * column].
+// The matrix A: element (m, k) is a[m * row + k * column].
 struct Scalars {
   const float* a;
   int64_t row, column;
@@ -23,7 +25,7 @@ inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_
   Vec sum[M][V] = {};
   const float* a = s.a + first * s.row;
   for (int64_t start = 0; start < depth; start += kLine) {
-    // Rows of A are short and far apart, so a processor does not see the next ones coming.
+    // Rows of A are short and far apart, so the hardware does not prefetch the next ones.
     if (s.column == 1)
       for (int m = 0; m < M; ++m) __builtin_prefetch(a + (m + M) * s.row + start);
     const int64_t end = start + kLine < depth ? start + kLine : depth;
@@ -39,7 +41,7 @@ inline __attribute__((always_inline)) void product_rows(const Scalars& s, int64_
   for (int m = 0; m < M; ++m) emit(first + m, sum[m]);
 }
 
-// emit(m, Vec sums[V]) for every row m of A (rows x depth) times panel (depth x V vectors).
+// Multiply A (rows x depth) by the panel (depth x V vectors) and call emit(m, Vec sums[V]) for each row m.
 template <int V, class Emit>
 inline void product(const Scalars& s, int64_t rows, int64_t depth, const float* panel, Emit emit) {
   int64_t m = 0;

@@ -1,6 +1,6 @@
-// The one thin layer over what only a GPU has: thread indices, shuffles, barriers, shared memory, clusters,
-// atomics, fast exp2 and log2, 16-byte accesses, the launch itself. Kernels call nothing else of CUDA's, so
-// the tests can put a host implementation of this file in its place (SID_SIMT) and run the same kernels.
+// The device layer: thread indices, shuffles, barriers, shared memory, clusters, atomics, fast exp2 and log2, 16-byte
+// accesses, and the launch. This is the only file that knows CUDA. With SID_SIMT defined, a host implementation
+// replaces it, and the tests run the same kernels on a CPU.
 #pragma once
 #include <cstdint>
 
@@ -15,17 +15,17 @@
 namespace sid {
 namespace device {
 
-// ---- who am I: all one-dimensional -----------------------------------------------------------------
+// ---- indices: grids and blocks are one-dimensional -------------------------------------------------
 SID_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 SID_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 SID_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 SID_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
 
-// ---- a warp ----------------------------------------------------------------------------------------
+// ---- warp ------------------------------------------------------------------------------------------
 template <class T> SID_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 SID_DEVICE void sync_warp() { __syncwarp(); }
 
-// ---- a block, and the cluster of blocks it is in (sm_90 on; before that a cluster is one block) -----
+// ---- block, and cluster of blocks (from sm_90 on; on older GPUs a cluster is one block) ------------
 SID_DEVICE void sync_block() { __syncthreads(); }
 SID_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
@@ -34,11 +34,11 @@ SID_DEVICE char* shared_memory() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 SID_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
 SID_DEVICE int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
-SID_DEVICE void sync_cluster() {  // orders shared memory writes to other blocks before, and reads after
+SID_DEVICE void sync_cluster() {  // makes earlier writes to other blocks' shared memory visible
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
-// The same shared variable in block `rank` of the cluster.
+// Return the address of the same shared variable in block `rank` of the cluster.
 template <class T> SID_DEVICE T* in_block(T* shared, int rank) {
   return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
 }
@@ -50,45 +50,48 @@ template <class T> SID_DEVICE T* in_block(T* shared, int) { return shared; }
 #endif
 
 // ---- memory ----------------------------------------------------------------------------------------
-// Loads are ordinary (coherent) ones: dlogits may be written where the logits were read.
+// Loads are coherent, because dlogits may overwrite the logits.
 SID_DEVICE uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
-SID_DEVICE void store16(void* p, uint4 x) { __stcs(static_cast<uint4*>(p), x); }  // streaming: not read again here
-template <class T> SID_DEVICE T load_shared_by_blocks(const T* p) { return __ldcg(p); }  // past the first-level cache
+SID_DEVICE void store16(void* p, uint4 x) { __stcs(static_cast<uint4*>(p), x); }  // streaming: no kernel reads it again
+template <class T> SID_DEVICE T load_shared_by_blocks(const T* p) { return __ldcg(p); }  // bypasses the L1 cache
 SID_DEVICE unsigned atomic_add(unsigned* p, unsigned x) { return atomicAdd(p, x); }
 SID_DEVICE void fence() { __threadfence(); }
 
-// x, of which the compiler does not know that it is x: what depends on it is computed again where it is
-// used rather than kept in registers until then.
+// Return x, but hide from the compiler that it is x. Values that depend on it are then recomputed where they are
+// used instead of being kept in registers.
 SID_DEVICE int again(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
 // ---- arithmetic ------------------------------------------------------------------------------------
-SID_DEVICE float max_or_nan(float x, float y) {  // of a NaN and a number, NaN
+SID_DEVICE float max_or_nan(float x, float y) {  // NaN if either is NaN
   float z;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
-SID_DEVICE float fast_exp2(float x) {  // within 2 ulp; results below the normal numbers are 0
+SID_DEVICE float fast_exp2(float x) {  // within 2 ulp; subnormal results become 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SID_DEVICE float fast_log2(float x) {  // of a normal number: within 2^-22, relatively outside [1/2, 2]
+// For normal x, the error is below 2^-22: absolute for x in [1/2, 2], relative elsewhere.
+SID_DEVICE float fast_log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// ---- the host's side -------------------------------------------------------------------------------
+// ---- host -------------------------------------------------------------------------------------------
+// Properties of a device.
 struct Facts {
   int multiprocessors = 0;
   bool clusters = false;
 };
+// Read the properties of a device, once per process. Return null, or an error message.
 inline const char* facts(int device, Facts* out) {
   constexpr int kDevices = 64;
-  static Facts known[kDevices];  // two threads may both fill an entry, with the same values
+  static Facts known[kDevices];  // two threads may write an entry at once, with the same values
   if (device < 0 || device >= kDevices) return "device index out of range";
   if (known[device].multiprocessors == 0) {
     int count = 0, major = 0;
@@ -102,10 +105,12 @@ inline const char* facts(int device, Facts* out) {
   return nullptr;
 }
 
+// The size of a launch: blocks in the grid, threads per block, blocks per cluster.
 struct Grid {
   int blocks, threads, cluster;
-  size_t shared;  // bytes of shared memory a block
+  size_t shared;  // bytes of shared memory per block
 };
+// Launch a kernel with one argument on `stream`. Return null, or an error message.
 template <class Job> const char* launch(void (*kernel)(Job), const Grid& grid, void* stream, const Job& job) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));

@@ -1,4 +1,4 @@
-// What the bindings call: plain C++, no CUDA type. Every function returns null, or what went wrong.
+// The functions the bindings call, in plain C++ without CUDA types. A returned string is an error message, or null.
 #pragma once
 #include <cstddef>
 
@@ -6,22 +6,23 @@
 
 namespace sid {
 
-// Bytes of device memory a launch may use. They must be zero before their first use; each launch leaves
-// them fit for the next one. Launches that may overlap in time need workspaces of their own.
+// Return the size in bytes of the device memory that a launch needs. It must be zero before the first launch, and each
+// launch leaves it ready for the next. Launches that may overlap in time need separate workspaces.
 size_t workspace_bytes();
 
-// Enqueues the fused local loss on `stream` (a cudaStream_t) of the current device, `device`.
+// Launch the fused local loss on `stream` (a cudaStream_t) of the current device, whose index is `device`.
 const char* local_loss_cuda(const LocalLoss& problem, void* workspace, void* stream, int device);
 
-// out = in * scale, row by row; scale[r * scale_stride] belongs to row r (scale_stride 0: one for all).
-// Where out is in, rows of scale 1 are not touched.
+// out = in * scale by row: row r is multiplied by scale[r * scale_stride]. A scale_stride of 0 means one scale for all.
+// If out is in, rows with scale 1 are neither read nor written.
 struct Scale {
   int64_t rows = 0, classes = 0;
   Rows in;
-  MutableRows out;  // of in's dtype
+  MutableRows out;  // has the dtype of `in`
   const float* scale = nullptr;
   int64_t scale_stride = 0;
 };
+// Launch the multiplication on `stream`. Return null, or an error message.
 const char* scale_cuda(const Scale& problem, void* stream, int device);
 
 }  // namespace sid

@@ -1,4 +1,4 @@
-// The host's side of the fused local loss: the launch plan, and the launch.
+// The host code of the fused local loss: the launch plan, and the launch.
 #include "device.cuh"
 #include "job.h"
 #include "launch.h"
@@ -9,7 +9,7 @@
 namespace sid {
 namespace {
 
-// A matrix as the plan sees it: where its rows start within 16 bytes.
+// The alignment of a matrix: where its rows start within 16 bytes.
 struct Layout {
   uint64_t address, step;  // bytes
   DType dtype;
@@ -33,7 +33,7 @@ float log_probability(float q) { return std::log(std::max(q, 1.17549435e-38f)); 
 
 Plan plan_local_loss(const LocalLoss& a, int multiprocessors, bool clusters) {
   Plan plan;
-  // 16-byte accesses need one type, and rows that start alike within 16 bytes in every matrix.
+  // 16-byte accesses need one dtype, and rows with the same offset within 16 bytes in every matrix.
   const Layout z = layout(a.logits);
   const bool alike = (!a.prior.data || layout(a.prior).starts_as(z, a.rows)) &&
                      (!a.belief.data || layout(a.belief).starts_as(z, a.rows)) &&
@@ -44,7 +44,7 @@ Plan plan_local_loss(const LocalLoss& a, int multiprocessors, bool clusters) {
   const bool whole = pack == 1 || (z.address % 16 == 0 && (a.rows <= 1 || z.step % 16 == 0) && a.classes % pack == 0);
 
   if (packs <= 32 * held) {
-    // Two packs a lane while a row needs less than a warp; one lane for each element outside whole packs.
+    // Two packs per lane while a row needs less than a warp, and one lane for each element outside whole packs.
     plan.warp = 1;
     plan.lanes = std::min(32, std::max(power_of_two((packs + 1) / 2), whole ? 1 : 2 * pack));
     plan.threads = kWarpThreads;
@@ -52,13 +52,13 @@ Plan plan_local_loss(const LocalLoss& a, int multiprocessors, bool clusters) {
     plan.blocks = static_cast<int>(std::min<int64_t>((a.rows + rows_a_block - 1) / rows_a_block,
                                                      multiprocessors * (kResidentThreads / plan.threads)));
   } else {
-    // As many threads as hold the row in their registers: first more threads, while two blocks still share a
-    // multiprocessor (one reads while the other writes), then more blocks, then blocks of the full size.
+    // Use enough threads to hold the row in registers. First add threads while two blocks still fit a
+    // multiprocessor, so that one reads while the other writes. Then add blocks, then use blocks of the full size.
     const int wanted = power_of_two((packs + held - 1) / held), most = clusters ? kMaxCluster : 1;
     plan.threads = std::min(wanted, kBlockThreads / 2);
     plan.cluster = std::min(wanted / plan.threads, most);
     plan.threads = std::min(wanted / plan.cluster, kBlockThreads);
-    // Few rows: more blocks a row, while multiprocessors are idle and each thread keeps two packs.
+    // For few rows, use more blocks per row while multiprocessors are idle and each thread keeps two packs.
     while (plan.cluster < most && a.rows * plan.cluster * 2 <= multiprocessors &&
            packs >= int64_t{4} * plan.threads * plan.cluster)
       plan.cluster *= 2;
@@ -120,7 +120,7 @@ const char* enqueue(const LocalLoss& a, const Plan& plan, void* workspace, void*
 size_t workspace_bytes() { return sizeof(Workspace); }
 
 const char* local_loss_cuda(const LocalLoss& a, void* workspace, void* stream, int device) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 24);  // an index may run past its end by a grid's step
+  constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 24);  // an index may exceed the end by the grid's step
   if (a.rows < 0 || a.rows > kMost) return "the number of rows must be at most 2^31 - 2^24";
   if (a.classes < 1 || a.classes > kMost) return "the number of classes must be at least 1 and at most 2^31 - 2^24";
   if (!a.labels == !a.soft.data && a.rows > 0) return "either labels or class probabilities must be given";

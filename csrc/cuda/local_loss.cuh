@@ -1,11 +1,12 @@
-// The fused local loss of many rows, in one launch: each of z and q is read from memory once, and the
-// belief, the gradient and the loss come out of it.
+// The local-loss kernel: one launch reads z and q and writes belief, dlogits and losses.
 //
-// A row belongs to some lanes of a warp, or to all threads of a cluster of blocks. A thread takes its packs
-// of the row (view.cuh) a round at a time, from the row's end to its start, and sums them (row_math.h). The
-// round it took last is still in its registers when the sums of all threads have been merged (merge.cuh), so
-// it writes that round's belief and gradient first, and then rereads the other rounds, if there are any, the
-// most recently read first. So a row that fits on the chip and one that does not are one path.
+// A row is processed by some lanes of a warp, or by all threads of a cluster of blocks. Each thread has packs of 16
+// bytes of the row (view.cuh) and processes them in rounds:
+//   1. Sum. Load the rounds from the last to the first, and add their elements to the thread's sums (row_math.h).
+//   2. Merge. Combine the sums of all threads of the row (merge.cuh).
+//   3. Write. Round 0 is still in registers, so its belief and dlogits are written first. Then the other rounds are
+//      loaded again in ascending order: those read most recently are most likely still in the L2 cache.
+// A row that fits in registers is read from memory once. Longer rows take the same path.
 #pragma once
 #include "merge.cuh"
 #include "view.cuh"
@@ -13,7 +14,7 @@
 namespace sid {
 namespace {
 
-// The row as row_math.h wants it. What no row changes stays in the kernel's parameters, not in registers.
+// A row as row_math.h expects it. Values that are equal for all rows stay in the kernel's parameters, not in registers.
 struct DeviceRow {
   const Job& job;
   float alpha, smoothing, label_logit;
@@ -26,7 +27,7 @@ struct DeviceRow {
   SID_DEVICE float log_uniform() const { return job.constants.log_uniform; }
 };
 
-// U target probabilities of a row, smoothed; hard labels: those of a class that is not the label.
+// Load U smoothed target probabilities of a row. For hard labels, set y to the value of a class other than the label.
 template <int U> SID_DEVICE void targets(const Job& job, int row, int element, float (&y)[U]) {
   const Rows& soft = job.a.soft;
   const int size = soft.dtype == DType::f32 ? 4 : 2;
@@ -35,7 +36,7 @@ template <int U> SID_DEVICE void targets(const Job& job, int row, int element, f
   for (int i = 0; i < U; ++i) y[i] = soft.data ? y[i] * job.constants.keep + job.constants.off : job.constants.off;
 }
 
-// Adds U elements to sums that are relative to a maximum of no less than theirs.
+// Add U elements to the sums. The maximum of the state must be at least that of the elements.
 template <int U, template <class> class Divergence>
 SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int element, const float (&z)[U],
                     const float (&q)[U]) {
@@ -67,14 +68,14 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
   const LocalLoss& a = job.a;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   float* slots = reinterpret_cast<float*>(&shared + 1);
-  const bool warp = job.plan.warp;  // a row is some lanes of a warp; otherwise, all threads of a cluster
+  const bool warp = job.plan.warp;  // a row belongs to some lanes of a warp; otherwise, to all threads of a cluster
   const int size = threads(), cluster = job.plan.cluster;
   const int lane = warp ? thread() & ((1 << job.lanes_log2) - 1) : (cluster > 1 ? cluster_rank() * size : 0) + thread();
 
   for (int i = thread(); i < kMaxGroups; i += size)
     for (double& total : shared.totals[i]) total = 0.0;
   if (thread() == 0) shared.counted = 0;
-  cluster > 1 ? sync_cluster() : sync_block();  // no block may write into another before that one has started
+  cluster > 1 ? sync_cluster() : sync_block();  // a block may write into another only after that one has started
   if (a.reduction == Reduction::mean) count_rows(job, shared, size);
   if (thread() == 0) {
     const float counted = static_cast<float>(shared.counted);
@@ -82,11 +83,11 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
   }
   sync_block();
 
-  bool odd = false;  // rows take turns with the slots
+  bool odd = false;  // successive rows alternate between two sets of slots
   Pack<T> zs[K], qs[K];
-  for (int k = 0; k < K; ++k) qs[k].zero();  // and so they stay where there is no prior
-  // Lanes of one warp go through the loop together (row_limit), for they shuffle; those beyond the last row
-  // redo its sums and write nothing.
+  for (int k = 0; k < K; ++k) qs[k].zero();  // stays zero if there is no prior
+  // The lanes of a warp shuffle, so they go through the loop together (row_limit). Lanes beyond the last row repeat its
+  // sums and write nothing.
   const int first_row = warp ? (block() * size + thread()) >> job.lanes_log2 : block() / cluster;
   for (int r = first_row; r < job.row_limit; r += job.row_step) {
     const bool active = r < a.rows;
@@ -95,7 +96,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     int label = -1, round;
     bool counts = active;
     float label_logit = 0.0f, alpha;
-    {  // ---- read and sum ----
+    {  // ---- sum ----
       const View<T> view(job, active ? r : static_cast<int>(a.rows) - 1, lane);
       round = view.rounds() - 1;
       const int64_t given = a.labels ? a.labels[view.row] : 0;
@@ -137,7 +138,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     // ---- merge ----
     if (warp) {
       state.merge_lanes(1 << job.lanes_log2);
-      sync_warp();  // all lanes have z[label] before one of them may overwrite it
+      sync_warp();  // every lane must have read z[label] before dlogits may overwrite it
     } else {
       state.merge_cluster(slots + (odd ? (1 + state.N) * (size >> 5) * cluster : 0), cluster);
       odd = !odd;
@@ -168,7 +169,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       Slope slope = Divergence<float>::slope(row, result, scale);
       if (!a.prior.data) Divergence<float>::fold_prior(slope, row.uniform(), row.log_uniform());
       if (a.labels) Divergence<float>::fold_target(slope, row.off_label(), row.log_off_label());
-      // Asked for here, used after the packs.
+      // Start these loads early; their values are used after the packs.
       const bool mends = a.dlogits.data && label >= 0 && view.owns(label), has_edge = V > 1 && view.edge >= 0;
       const float q_label = mends && a.prior.data ? view.q.load(label) : 0.0f;
       const float z_edge = has_edge ? view.z.load(view.edge) : 0.0f;
@@ -200,7 +201,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
               belief_pack.set(i + j, belief[j], belief[j + 1]), g_pack.set(i + j, g[j], g[j + 1]);
           }
           if (a.belief.data) p.store(element, belief_pack);
-          if (!counts) g_pack.zero();  // whatever the logits are
+          if (!counts) g_pack.zero();  // an ignored row, even if its logits are NaN
           if (a.dlogits.data) dz.store(element, g_pack);
         }
         if (++round >= view.rounds()) break;
@@ -217,7 +218,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
         if (a.belief.data) p.store(view.edge, belief);
         if (a.dlogits.data) dz.store(view.edge, counts ? g : 0.0f);
       }
-      // The gradient at the label was written as any other class's; the thread that wrote it mends it.
+      // The loop above treated the label like any other class. The thread that wrote that element corrects it.
       if (mends) {
         const Constants& c = job.constants;
         const float t = label_logit - base, belief = belief_of(t);
@@ -227,7 +228,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     }
   }
 
-  // ---- reduce: the block that finishes last adds up what the blocks left, in their order -------------
+  // ---- reduce: the block that finishes last adds the sums of all blocks, in a fixed order ------------
   if (a.reduction == Reduction::none) return;
   sync_block();
   double sum[3] = {};

@@ -1,4 +1,4 @@
-// The fused local loss for data of any types and alignments.
+// The local-loss kernel for mixed dtypes and any alignment.
 #include "local_loss.cuh"
 
 namespace sid {

@@ -1,4 +1,4 @@
-// The fused local loss for bfloat16.
+// The local-loss kernel for bfloat16.
 #define SID_FAST_LOG
 #include "local_loss.cuh"
 

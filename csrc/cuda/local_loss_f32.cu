@@ -1,4 +1,4 @@
-// The fused local loss for float32.
+// The local-loss kernel for float32.
 #include "local_loss.cuh"
 
 namespace sid {

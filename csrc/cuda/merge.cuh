@@ -1,4 +1,4 @@
-// From the sums of one thread to those of a row, and from those of rows to those of a block.
+// Reductions across threads: the sums of a row, the losses of a block, and the number of rows that count.
 #pragma once
 #include "device_math.cuh"
 #include "job.h"
@@ -8,7 +8,7 @@ namespace {
 
 using namespace device;
 
-// Sums of one part of a row, relative to its maximum.
+// The sums of a part of a row, relative to the part's maximum.
 template <template <class> class Divergence> struct State {
   static constexpr int N = Divergence<float>::N;
   float max;
@@ -18,11 +18,12 @@ template <template <class> class Divergence> struct State {
     max = kMasked;
     part.clear();
   }
+  // Make the sums relative to a larger maximum.
   SID_DEVICE void raise(float next) {
     part.rescale(max, next);
     max = next;
   }
-  // Sums over `lanes` (a power of two) neighbouring lanes; every lane ends with the same bits.
+  // Merge the states of `lanes` neighboring lanes; `lanes` is a power of two. All of them get equal bits.
   SID_DEVICE void merge_lanes(int lanes) {
     float next = max;
     for (int mask = lanes / 2; mask > 0; mask /= 2) next = fmaxf(next, shuffle_xor(next, mask));
@@ -32,8 +33,8 @@ template <template <class> class Divergence> struct State {
       for (int i = 0; i < N; ++i) part.sums.v[i] += shuffle_xor(part.sums.v[i], mask);
     }
   }
-  // Sums over a whole cluster. Each warp writes its sums into every block's `slots`; one barrier later all
-  // threads read them. `slots` must not be those of the row before: another block may still be reading.
+  // Merge the states of a whole cluster. Each warp writes its state into the `slots` of every block. After a barrier,
+  // all threads read the slots. They must not be the slots of the previous row, which another block may still read.
   SID_DEVICE void merge_cluster(float* slots, int cluster) {
     merge_lanes(32);
     const int warps = threads() >> 5, lane = thread() & 31, count = warps * cluster;
@@ -61,7 +62,7 @@ template <template <class> class Divergence> struct State {
   }
 };
 
-// Thread 0 gets the sums over the block, always added in the same order.
+// Sum x over the block in a fixed order. Only thread 0 gets the result.
 SID_DEVICE void sum_block(double (&x)[3], double (*scratch)[3], int warps) {
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
@@ -74,13 +75,14 @@ SID_DEVICE void sum_block(double (&x)[3], double (*scratch)[3], int warps) {
       for (int i = 0; i < 3; ++i) x[i] += scratch[w][i];
 }
 
+// Count the labels first, first + step, ... that are not ignore_index.
 SID_DEVICE unsigned count_labels(const LocalLoss& a, int first, int step) {
   unsigned n = 0;
   for (int64_t r = first; r < a.rows; r += step) n += a.labels[r] != a.ignore_index;
   return n;
 }
 
-// The number of rows `mean` divides by, into shared.counted.
+// Add up in shared.counted the number of rows that the reduction "mean" divides by.
 SID_DEVICE void count_rows(const Job& job, Shared& shared, int size) {
   unsigned mine = 0;
   if (!job.a.labels) mine = thread() == 0 ? static_cast<unsigned>(job.a.rows) : 0;

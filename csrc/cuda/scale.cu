@@ -1,5 +1,5 @@
-// Rows times a number that lies on the device: the second half of a backward pass whose gradient was computed
-// in the forward. In place, a number of 1 costs no memory traffic, and the host never looks at it.
+// Multiply rows by a scale that lies on the device. The forward pass already computes the gradient; the backward pass
+// only multiplies it by the incoming gradient. In place, a scale of 1 costs no memory traffic. The host never reads it.
 #include "launch.h"
 #include "storage.cuh"
 
@@ -10,15 +10,15 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = 256, kPacks = 4;  // threads a block; packs a lane has in flight
-constexpr int64_t kPiece = 1 << 13;        // a matrix without gaps and with one scale is cut into rows of this length
+constexpr int kThreads = 256, kPacks = 4;  // threads per block; packs a lane loads at once
+constexpr int64_t kPiece = 1 << 13;        // a contiguous matrix with one scale is split into rows of this length
 
 struct ScaleJob {
   Scale a;
   int64_t last;  // elements of the last row
 };
 
-// A warp a row.
+// Each warp processes one row at a time.
 template <class T> SID_KERNEL(kThreads, 4) scale_rows(const ScaleJob job) {
   constexpr int V = Pack<T>::V;
   const Scale& a = job.a;
@@ -33,7 +33,7 @@ template <class T> SID_KERNEL(kThreads, 4) scale_rows(const ScaleJob job) {
     const int n = static_cast<int>(r == a.rows - 1 ? job.last : a.classes);
     const uintptr_t from = reinterpret_cast<uintptr_t>(in.data), to = reinterpret_cast<uintptr_t>(out.data);
     int head = static_cast<int>((0 - from / (16 / V)) & (V - 1));
-    if (head > n || (from - to) % 16 != 0) head = n;  // element by element
+    if (head > n || (from - to) % 16 != 0) head = n;  // misaligned: element by element
     const int end = head + ((n - head) & ~(V - 1));
     for (int i = lane; i < head; i += 32) out.store(i, in.load(i) * scale);
     for (int first = head + lane * V; first < end; first += 32 * V * kPacks) {

@@ -1,5 +1,5 @@
-// How rows lie in memory: 16-byte packs of float, bfloat16 or float16, or single elements whose type is
-// known at run time only (Any). Everything is read as, and written from, float.
+// How rows are stored: packs of 16 bytes of float, bfloat16 or float16, or single elements whose dtype is known only at
+// run time (Any). Loads return float, and stores convert from float.
 #pragma once
 #include "device.cuh"
 #include "local_loss.h"
@@ -25,7 +25,7 @@ SID_DEVICE void narrow(float x, float* to) { *to = x; }
 SID_DEVICE void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 SID_DEVICE void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 
-// Two adjacent elements in one 32-bit word, the lower address in the lower half.
+// Two adjacent elements in a 32-bit word. The element with the lower address is in the low half.
 template <class T> struct Pair;
 template <> struct Pair<__nv_bfloat16> {
   using Type = __nv_bfloat162;
@@ -46,14 +46,14 @@ template <> struct Pair<__half> {
 SID_DEVICE __nv_bfloat162 greater(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
 SID_DEVICE __half2 greater(__half2 a, __half2 b) { return __hmax2(a, b); }
 
-// V elements as they lie in memory: 16 bytes.
+// V elements as stored in memory: 16 bytes.
 template <class T> struct Pack {
   static constexpr int V = 8;
   unsigned word[4];
   SID_DEVICE float get(int i) const { return Pair<T>::get(word[i / 2], i % 2); }
   SID_DEVICE void set(int i, float low, float high) { word[i / 2] = Pair<T>::set(low, high); }
   SID_DEVICE void zero() { word[0] = word[1] = word[2] = word[3] = 0; }
-  SID_DEVICE float max() const {  // of the elements that are not NaN
+  SID_DEVICE float max() const {  // ignores NaN
     using Type = typename Pair<T>::Type;
     const Type a = greater(bits_as<Type>(word[0]), bits_as<Type>(word[1]));
     const Type b = greater(bits_as<Type>(word[2]), bits_as<Type>(word[3]));
@@ -71,7 +71,7 @@ template <> struct Pack<float> {
   SID_DEVICE void zero() { word[0] = word[1] = word[2] = word[3] = 0; }
   SID_DEVICE float max() const { return fmaxf(fmaxf(get(0), get(1)), fmaxf(get(2), get(3))); }
 };
-struct Any {};  // a type named at run time
+struct Any {};  // a dtype known only at run time
 template <> struct Pack<Any> {
   static constexpr int V = 1;
   float value;
@@ -92,7 +92,7 @@ SID_DEVICE void store_as(DType dtype, void* p, int i, float x) {
   narrow(x, static_cast<__half*>(p) + i);
 }
 
-// `U` elements from element i on.
+// Load U elements, starting at element i.
 template <int U, class T> SID_DEVICE void load_some(const void* p, int i, float (&x)[U]) {
 #pragma unroll
   for (int j = 0; j < U; ++j) x[j] = widen(static_cast<const T*>(p)[i + j]);
@@ -103,7 +103,7 @@ template <int U> SID_DEVICE void load_some(DType dtype, const void* p, int i, fl
   load_some<U, __half>(p, i, x);
 }
 
-// One row (C elements) of a matrix whose type is T, or Any.
+// A row (C elements) of a matrix of type T.
 template <class T> struct Row {
   T* data;
   SID_DEVICE Row(const void* matrix, int64_t stride, DType, int64_t row)
@@ -113,7 +113,7 @@ template <class T> struct Row {
   SID_DEVICE void store(int i, const Pack<T>& pack) const {
     store16(data + i, {pack.word[0], pack.word[1], pack.word[2], pack.word[3]});
   }
-  // packs[k] from element first + k * step on, where that is below `end`.
+  // Load packs[k] from element first + k * step, if that is below `end`.
   template <int K> SID_DEVICE void load(Pack<T> (&packs)[K], int first, int step, int end) const {
 #pragma unroll
     for (int k = 0; k < K; ++k)

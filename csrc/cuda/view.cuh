@@ -1,8 +1,8 @@
-// Which elements of a row a thread works on.
+// Which elements of a row a thread processes.
 //
-// A row is dealt out in packs of V elements (16 bytes): pack j belongs to lane j modulo the number of lanes, and a
-// lane takes its packs K at a time, a `round`. A row that does not start on 16 bytes, or does not end there, has up
-// to V - 1 elements before its first pack and after its last: its edges, one to a lane.
+// A row is divided into aligned packs of V elements (16 bytes). Pack j belongs to lane j modulo the number of lanes. A
+// lane processes K packs at a time, which is a round. If a row does not start or end at a multiple of 16 bytes, up to
+// V - 1 elements before the first pack and after the last remain. Each of these edge elements belongs to one lane.
 #pragma once
 #include "job.h"
 #include "storage.cuh"
@@ -12,7 +12,7 @@ namespace {
 
 using namespace device;
 
-// One row in memory, and this thread's share of it.
+// A row in memory, and this thread's share of it.
 template <class T> struct View {
   static constexpr int V = Pack<T>::V, K = held_packs(V == 4 ? Kind::f32 : V == 1 ? Kind::any : Kind::bf16);
   static constexpr int kSpan = V * K == 16 ? 4 : V * K == 32 ? 5 : 6;
@@ -34,16 +34,18 @@ template <class T> struct View {
     end = head + ((classes - head) & ~(V - 1));
     edge = lane < head ? lane : lane - head < classes - end ? lane - head + end : -1;
   }
+  // Return the number of rounds, which is the same for all lanes.
   SID_DEVICE int rounds() const {
     const int span = (V * K) << lanes_log2;  // a power of two
     return end - head <= span ? 1 : ((end - head - 1) >> (lanes_log2 + kSpan)) + 1;
   }
-  // Element at which this thread's pack k of a round starts; not below `end`: there is none.
+  // Return the element at which this thread's pack k of a round starts. If it is not below `end`, there is no pack.
   SID_DEVICE int at(int round, int k) const { return head + (((round * K + k) << lanes_log2) + lane) * V; }
   SID_DEVICE void load(const Job& job, int round, Pack<T> (&zs)[K], Pack<T> (&qs)[K]) const {
     z.load(zs, at(round, 0), V << lanes_log2, end);
     if (job.a.prior.data) q.load(qs, at(round, 0), V << lanes_log2, end);
   }
+  // Return whether this thread processes the element.
   SID_DEVICE bool owns(int element) const {
     if (element < head || element >= end) return element == edge;
     return ((element - head) / V & ((1 << lanes_log2) - 1)) == lane;

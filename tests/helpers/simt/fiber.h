@@ -1,4 +1,4 @@
-// Switching between stacks: ucontext, or where the processor is x86-64 the same without its system calls.
+// Switch between stacks. On x86-64 this avoids the system calls of ucontext; elsewhere it uses ucontext.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,9 +11,10 @@ struct Context {
 extern "C" void simt_switch(void** from, void* to);
 
 inline void switch_to(Context& from, Context& to) { simt_switch(&from.stack_pointer, to.stack_pointer); }
+// Make the next switch to `context` call `entry` on the given stack. `entry` must not return.
 inline void prepare(Context& context, char* stack, size_t size, void (*entry)()) {
   uintptr_t top = reinterpret_cast<uintptr_t>(stack + size) & ~uintptr_t{15};
-  void** frame = reinterpret_cast<void**>(top) - 8;  // six saved registers, the entry's address, its return address
+  void** frame = reinterpret_cast<void**>(top) - 8;  // six saved registers, the entry point, its return address
   for (int i = 0; i < 8; ++i) frame[i] = nullptr;
   frame[6] = reinterpret_cast<void*>(entry);
   context.stack_pointer = frame;

@@ -1,4 +1,4 @@
-// What the tests call, by ctypes: the CUDA sources' own entry points, run by the host's fibers.
+// The functions the tests call through ctypes. They run the CUDA kernels on the host.
 #include "cuda/job.h"
 #include "cuda/launch.h"
 #include "simt_device.h"
@@ -46,6 +46,7 @@ void simt_configure(int multiprocessors, int clusters, int backwards) {
 }
 int simt_launches() { return simt::machine().launches; }
 size_t simt_workspace_bytes() { return sid::workspace_bytes(); }
+// Return the size of a structure, to check the declarations in Python.
 size_t simt_sizes(int what) {
   return what == 0 ? sizeof(sid::LocalLoss) : what == 1 ? sizeof(sid::Plan) : sizeof(sid::Scale);
 }
@@ -53,7 +54,7 @@ size_t simt_sizes(int what) {
 void simt_plan(const sid::LocalLoss* problem, int multiprocessors, int clusters, sid::Plan* plan) {
   *plan = sid::plan_local_loss(*problem, multiprocessors, clusters);
 }
-// With a plan, it is carried out; without one the launcher makes its own.
+// Run the local loss with the given plan. If it is null, the launcher computes one.
 const char* simt_local_loss(const sid::LocalLoss* problem, const sid::Plan* plan, void* workspace) {
   if (plan) return sid::enqueue(*problem, *plan, workspace, nullptr);
   return sid::local_loss_cuda(*problem, workspace, nullptr, 0);

@@ -1,7 +1,11 @@
-// The device layer (csrc/cuda/device.cuh) on the host: every thread of a cluster of blocks is a fiber, and a
-// fiber runs until it must wait for others. What on a GPU would hang, be undefined or fault is an error here:
-// a barrier or a shuffle that some threads never reach or reach elsewhere, a misaligned 16-byte access, a
-// block reaching into another's memory out of range. One launch at a time; no launch is parallel.
+// A host implementation of the device layer (csrc/cuda/device.cuh). Each thread of a cluster is a fiber, which runs
+// until it must wait for other threads. Clusters run one after another.
+//
+// Errors that hang, fault or have undefined results on a GPU end the launch with a message:
+//   a barrier or a shuffle that some threads do not reach, or reach at another line;
+//   a misaligned 16-byte access;
+//   an access to another block's shared memory that is out of range.
+// Only one launch may run at a time.
 #pragma once
 #include <vector_types.h>
 
@@ -24,6 +28,7 @@ constexpr size_t kStack = 64 << 10;
 struct Machine;
 Machine& machine();
 
+// A barrier for `size` threads. `line` is where the first thread reached it.
 struct Barrier {
   int size = 0, arrived = 0, line = 0;
   uint64_t generation = 0;
@@ -32,31 +37,33 @@ struct Barrier {
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack;
-  int thread = 0, rank = 0;  // within the block; of the block within the cluster
+  int thread = 0, rank = 0;  // index in the block; index of the block in the cluster
   bool done = false;
   const Barrier* waits_for = nullptr;
-  uint64_t generation = 0;  // of waits_for, when the wait began
-  const char* what = "";
+  uint64_t generation = 0;  // the barrier's generation when the wait began
+  const char* what = "";    // the name of the barrier, for error messages
   unsigned shuffles = 0;
 };
 
+// Values of the last two shuffles of each lane, with the line and the mask of the calls.
 struct Warp {
   Barrier barrier;
   double value[2][32];
   int line[2][32], mask[2][32];
 };
 
-struct Block {
+struct Block {  // of the cluster that is running
   std::unique_ptr<char[]> shared;
   Barrier barrier;
   std::vector<Warp> warps;
 };
 
+// The simulated GPU.
 struct Machine {
-  // Set by the tests.
+  // Settings of the tests, and the number of launches so far.
   int multiprocessors = 2;
   bool clusters = true;
-  bool backwards = false;  // run blocks, and threads between barriers, in the opposite order
+  bool backwards = false;  // run blocks, and threads between barriers, in reverse order
   int launches = 0;
 
   std::vector<Fiber> fibers;
@@ -70,12 +77,14 @@ struct Machine {
   void (*entry)(void*) = nullptr;
   void* argument = nullptr;
 
+  // Record an error and stop the current fiber.
   void fail(const std::string& message) {
     const std::string block = std::to_string(first_block + self->rank);
     if (error.empty()) error = message + " (thread " + std::to_string(self->thread) + " of block " + block + ")";
-    while (true) yield();  // never resumed
+    while (true) yield();  // the scheduler does not resume it
   }
   void yield() { switch_to(self->context, scheduler); }
+  // Block the current fiber until all threads have reached the barrier.
   void wait(Barrier& barrier, int line, const char* what) {
     if (barrier.arrived == 0) barrier.line = line;
     if (barrier.line != line)
@@ -96,7 +105,7 @@ struct Machine {
 
   static void start();
 
-  // One warp as far as it can go, so that nothing but a barrier keeps it from running ahead of the others.
+  // Run a warp as far as it can go, so that only barriers keep it from getting ahead of other warps.
   bool run_warp(int warp, bool* left) {
     bool any = false, progress = true, unfinished = false;
     while (progress && error.empty()) {
@@ -120,7 +129,7 @@ struct Machine {
     blocks.resize(cluster);
     for (Block& b : blocks) {
       b.shared.reset(new char[shared_bytes + 1]);
-      std::memset(b.shared.get(), 0xff, shared_bytes);  // NaN, so that nothing unwritten is taken for a sum
+      std::memset(b.shared.get(), 0xff, shared_bytes);  // NaN, so that reads of unwritten memory show up
       b.barrier.size = threads;
       b.warps.resize(threads / 32);
       for (Warp& w : b.warps) w.barrier.size = 32;
@@ -177,14 +186,14 @@ inline void Machine::start() {
   m.yield();
 }
 
-// In [-1, 1], the same for the same x: where the hardware's approximations lie within what is promised of them.
+// Return a pseudorandom number in [-1, 1] that depends only on x. It models the error of the hardware's approximations.
 inline float somewhere(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits *= 2654435761u;
   return static_cast<float>(bits >> 8) / 8388608.0f - 1.0f;
 }
-constexpr float kPromise = 2.4e-7f;  // 2^-22
+constexpr float kPromise = 2.4e-7f;  // 2^-22, the largest documented error
 
 }  // namespace simt
 
@@ -210,7 +219,7 @@ inline void sync_cluster(int line = __builtin_LINE()) {
 template <class T> T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
   simt::Machine& m = host();
   simt::Warp& warp = m.block().warps[thread() / 32];
-  const int parity = m.self->shuffles++ & 1;  // a lane is one shuffle ahead of another at most
+  const int parity = m.self->shuffles++ & 1;  // lanes are at most one shuffle apart
   const int lane = thread() % 32, from = lane ^ mask;
   if (from < 0 || from > 31) m.fail("simt: a shuffle from a lane that is not there");
   warp.value[parity][lane] = value, warp.line[parity][lane] = line, warp.mask[parity][lane] = mask;
@@ -248,11 +257,11 @@ inline unsigned atomic_add(unsigned* p, unsigned x) {
 inline void fence() {}
 inline int again(int x) { return x; }
 inline float max_or_nan(float x, float y) { return x < y ? y : x; }
-inline float fast_exp2(float x) {  // relative error, none where the result is a power of two
+inline float fast_exp2(float x) {  // relative error; exact if the result is a power of two
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : x == floorf(x) ? y : y + y * simt::somewhere(x) * simt::kPromise;
 }
-inline float fast_log2(float x) {  // absolute error between 1/2 and 2, relative elsewhere, none at 1
+inline float fast_log2(float x) {  // absolute error between 1/2 and 2, relative elsewhere; exact at 1
   const float y = log2f(x), size = x > 0.5f && x < 2.0f ? 1.0f : y;
   return x == 1.0f || !std::isfinite(y) ? y : y + size * simt::somewhere(x) * simt::kPromise;
 }
