@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import write_image_folder
 
+from helpers.image_sets import write_image_folder
 from sid_trainer import build_network
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"

@@ -5,8 +5,8 @@ The other files run on a GPU too, through the fixture `backend`; here is what ha
 
 import pytest
 import torch
-from gpu_cases import call, equal_bits, on_gpu
 
+from helpers.gpu_cases import call, equal_bits, on_gpu
 from sid_kernels import fused_local_loss
 
 pytestmark = pytest.mark.gpu

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gpu_cases import call, equal_bits, needs_memory, on_gpu
-from oracle import assert_within_budget, make_case
-from test_accuracy import run
 
 from conftest import Backend
+from helpers.gpu_cases import call, equal_bits, needs_memory, on_gpu
+from helpers.local_loss import run
+from helpers.oracle import assert_within_budget, make_case
 from sid_kernels import fused_local_loss
 from sid_kernels.local_loss import dispatch as backends
 

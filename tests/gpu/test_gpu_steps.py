@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cascade_oracle import assert_within_budget, make_case
-from test_belief_head import Problem
-from test_belief_head import assert_within_budget as head_within_budget
 
+from helpers.cascade_oracle import assert_within_budget, make_case
+from helpers.head_oracle import Problem
+from helpers.head_oracle import assert_within_budget as head_within_budget
 from sid_kernels import CascadeWeights, PriorHead, belief_head_and_grad, refine_cascade_and_grad
 from sid_trainer import SIDNetwork, Stage, StageHead, sid_step, stacked_stages
 

@@ -13,12 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sid_kernels import CascadeWeights
+from sid_kernels import CascadeWeights, refine_cascade_and_grad
 
 TINY = torch.finfo(torch.float32).tiny
 NAMES = ("loss", "stage_loss", "fidelity", "consistency", "belief", "logits", "features", *CascadeWeights._fields)
 # Roundings of what a result is summed from, beyond PyTorch's own error. Stages amplify what those before were off by.
 ROUNDINGS = 32
+
+
+OPTIONS = [
+    {},
+    {"soft": True, "alpha": "stages"},
+    {"label_smoothing": 0.1, "reduction": "sum"},
+    {"ignored": 4, "prior": True},
+    {"divergence": "reverse", "label_smoothing": 0.1, "alpha": "stages"},
+    {"divergence": "reverse", "soft": True, "prior": True},
+]
+SIZES = [
+    (1, 1, 1, 1, 2),
+    (3, 9, 7, 5, 4),
+    (2, 70, 33, 12, 1),
+    (4, 130, 64, 16, 10),
+    (2, 33, 40, 7, 100),
+    (2, 65, 48, 20, 1000),
+]
 
 
 @dataclass
@@ -133,3 +151,10 @@ def assert_within_budget(found: dict[str, Tensor], case: Case) -> None:
         # One rounding more where a result is stored in half precision
         allowed = allowed + (ROUNDINGS if dtype.itemsize >= 4 else 2) * torch.finfo(dtype).eps / 2 * scale + 1e-30
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e} (largest {scale:.2e})"
+
+
+def run(case: Case, backend="auto") -> dict[str, Tensor]:
+    result, dfeatures, gradients = refine_cascade_and_grad(
+        case.features, case.weights, case.target, case.alpha, prior=case.prior, backend=backend, **case.options
+    )
+    return result._asdict() | {"features": dfeatures} | gradients._asdict()

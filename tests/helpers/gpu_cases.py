@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracle import make_case
 
+from helpers.oracle import make_case
 from sid_kernels import local_loss_and_grad
 
 

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from killed import _context, _run, assert_same, rows_of, sid, state_of
-
+from helpers.killed import _context, _run, assert_same, rows_of, sid, state_of
 from sid_trainer.runs.build import PROCESSES
 
 STEP = "sid_trainer.training.trainer.Trainer.one_step"

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from oracle import Case
 from torch import Tensor
+
+from helpers.oracle import Case
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "simt"
 ADDRESS_SANITIZER = os.environ.get("SID_SIMT_ASAN") == "1"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = ("f32", "bf16", "f16", "any")
+KIND_DTYPES = dict(zip(KINDS, (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16), strict=True))
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -237,3 +239,17 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
     library.simt_configure(2, 1, 0)
     error = library.simt_scale(byref(a))
     assert error is None, error.decode()
+
+
+def plan(kind, lanes, *, threads=None, cluster=1, blocks=2, count_first=0):
+    """lanes of a warp a row; with threads: a cluster of blocks of so many threads a row."""
+    warp = threads is None
+    threads = 128 if warp else threads
+    lanes = lanes if warp else threads
+    return Plan(KINDS.index(kind), int(warp), lanes, threads, cluster, blocks * cluster, count_first)
+
+
+def chosen(problem, multiprocessors=132, clusters=1) -> Plan:
+    result = Plan()
+    load().simt_plan(byref(problem), multiprocessors, clusters, byref(result))
+    return result

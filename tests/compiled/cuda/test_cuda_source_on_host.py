@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import simt_library as simt
 import torch
-from oracle import Case, assert_within_budget, make_case, oracle
+
+from helpers import simt_library as simt
+from helpers.oracle import Case, assert_within_budget, make_case, oracle
 
 WHY_NOT = simt.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"CUDA sources cannot be compiled here: {WHY_NOT}")
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "any": torch.bfloat16}
 PACK = {"f32": 4, "bf16": 8, "f16": 8, "any": 1}
 HELD = {"f32": 8, "bf16": 8, "f16": 8, "any": 16}
 DIVERGENCES = ("forward", "reverse")
@@ -29,14 +29,6 @@ DIVERGENCES = ("forward", "reverse")
 def compiled():
     """Once: if the sources do not compile, every test says so without trying again."""
     return simt.load()
-
-
-def plan(kind, lanes, *, threads=None, cluster=1, blocks=2, count_first=0):
-    """lanes of a warp a row; with threads: a cluster of blocks of so many threads a row."""
-    warp = threads is None
-    threads = 128 if warp else threads
-    lanes = lanes if warp else threads
-    return simt.Plan(simt.KINDS.index(kind), int(warp), lanes, threads, cluster, blocks * cluster, count_first)
 
 
 def check(case, *arguments, **options) -> simt.Output:
@@ -62,23 +54,25 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_every_kernel(kind, divergence, variant):
     """Lanes of a warp and clusters; rows held wholly and in part; heads and tails; all options."""
-    options = dict(dtype=DTYPES[kind], divergence=divergence, **VARIANTS[variant])
+    options = dict(dtype=simt.KIND_DTYPES[kind], divergence=divergence, **VARIANTS[variant])
     if divergence == "reverse" and not options.get("soft"):
         options.setdefault("label_smoothing", 0.1)
     v, held = PACK[kind], HELD[kind]
     for lanes, classes in ((1, v), (2, 2 * held * v), (2, 5 * held * v), (16, 77), (32, 3 * 32 * held * v // 2 + 5)):
-        check(make_case(5, classes, seed=lanes, **options), plan(kind, lanes))
+        check(make_case(5, classes, seed=lanes, **options), simt.plan(kind, lanes))
     for threads, cluster, classes in ((64, 1, 64 * held * v), (32, 2, 2 * 32 * held * v + 13), (32, 4, 999)):
-        check(make_case(3, classes, seed=cluster, **options), plan(kind, 0, threads=threads, cluster=cluster))
+        check(make_case(3, classes, seed=cluster, **options), simt.plan(kind, 0, threads=threads, cluster=cluster))
 
 
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_clusters(kind):
     for cluster in (1, 2, 4, 8):
         for divergence in DIVERGENCES:
-            case = make_case(3, 2500, dtype=DTYPES[kind], divergence=divergence, label_smoothing=0.1, seed=cluster)
-            check(case, plan(kind, 0, threads=64, cluster=cluster))
-    check(make_case(2, 41000, dtype=DTYPES[kind]), plan(kind, 0, threads=512, cluster=8, blocks=1))
+            case = make_case(
+                3, 2500, dtype=simt.KIND_DTYPES[kind], divergence=divergence, label_smoothing=0.1, seed=cluster
+            )
+            check(case, simt.plan(kind, 0, threads=64, cluster=cluster))
+    check(make_case(2, 41000, dtype=simt.KIND_DTYPES[kind]), simt.plan(kind, 0, threads=512, cluster=8, blocks=1))
 
 
 @pytest.mark.parametrize("kind", ("f32", "bf16", "f16"))
@@ -87,21 +81,15 @@ def test_every_misalignment(kind):
     v = PACK[kind]
     for shift in range(v):
         for classes in (1, 2, v - 1, v, v + 1, 3 * v + 3, 257):
-            case = make_case(3, classes, dtype=DTYPES[kind], label_smoothing=0.1, seed=shift)
+            case = make_case(3, classes, dtype=simt.KIND_DTYPES[kind], label_smoothing=0.1, seed=shift)
             case.logits, case.prior = simt.shifted(case.logits, shift), simt.shifted(case.prior, shift)
             a, _ = simt.problem_of(case, None, True, shift)
-            assert chosen(a).kind == simt.KINDS.index(kind)
+            assert simt.chosen(a).kind == simt.KINDS.index(kind)
             check(case, shift=shift)
-            check(case, plan(kind, 0, threads=32, cluster=2), shift=shift)
+            check(case, simt.plan(kind, 0, threads=32, cluster=2), shift=shift)
 
 
-def chosen(problem, multiprocessors=132, clusters=1) -> simt.Plan:
-    result = simt.Plan()
-    simt.load().simt_plan(ctypes.byref(problem), multiprocessors, clusters, ctypes.byref(result))
-    return result
-
-
-@pytest.mark.parametrize("logits", DTYPES.values())
+@pytest.mark.parametrize("logits", simt.KIND_DTYPES.values())
 @pytest.mark.parametrize("prior", (torch.float32, torch.float16))
 def test_mixed_dtypes_and_strides(logits, prior):
     for soft in (torch.float32, torch.bfloat16, torch.float16):
@@ -119,9 +107,9 @@ def test_mixed_dtypes_and_strides(logits, prior):
 
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_out_may_be_the_logits(kind):
-    for p in (plan(kind, 16), plan(kind, 0, threads=32, cluster=2)):
+    for p in (simt.plan(kind, 16), simt.plan(kind, 0, threads=32, cluster=2)):
         for classes in (64, 1037):
-            case = make_case(5, classes, dtype=DTYPES[kind], label_smoothing=0.1, ignored=0.3)
+            case = make_case(5, classes, dtype=simt.KIND_DTYPES[kind], label_smoothing=0.1, ignored=0.3)
             apart, alias = simt.run(case, p), simt.run(case, p, alias=True)
             for name, value in apart._asdict().items():
                 assert simt.bits(value).equal(simt.bits(getattr(alias, name))), name
@@ -140,7 +128,7 @@ def test_masked_and_extreme_rows(kind, divergence):
     """-inf logits without and with mass, a row of nothing else, NaN, large logits, a prior of zeros: row by row."""
     soft = torch.rand(9, 100).softmax(-1)
     soft[0, 7:90], soft[1, 40:] = 0.0, 0.0
-    case = make_case(9, 100, dtype=DTYPES[kind], divergence=divergence, reduction="none")
+    case = make_case(9, 100, dtype=simt.KIND_DTYPES[kind], divergence=divergence, reduction="none")
     z, q = case.logits, case.prior
     case.target = soft.to(z.dtype)
     z[0, 7:90], q[0, 7:90] = -torch.inf, 0.0  # masked classes
@@ -150,7 +138,7 @@ def test_masked_and_extreme_rows(kind, divergence):
     z[4] += 30000.0 if z.dtype is torch.float16 else 1e6
     z[5] *= 50.0
     q[6], q[6, 5] = 0.0, 1.0  # certain
-    for p in (None, plan(kind, 16), plan(kind, 0, threads=32, cluster=4)):
+    for p in (None, simt.plan(kind, 16), simt.plan(kind, 0, threads=32, cluster=4)):
         result = simt.run(case, p)
         assert_within_budget(result, result.dlogits, only_finite(case, result))
     z[3], z[7, 11], z[8, 99] = -torch.inf, torch.nan, torch.inf
@@ -173,7 +161,7 @@ def only_finite(case, result):
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_labels_out_of_range(kind):
     for bad in (-1, 100, -(2**40), 2**40):
-        case = make_case(4, 100, dtype=DTYPES[kind], reduction="none", label_smoothing=0.1)
+        case = make_case(4, 100, dtype=simt.KIND_DTYPES[kind], reduction="none", label_smoothing=0.1)
         truth = simt.run(case)
         case.target[2] = bad
         result = simt.run(case)
@@ -204,14 +192,18 @@ def test_counting_launch():
     before = simt.load().simt_launches()
     check(case, multiprocessors=16)
     assert simt.load().simt_launches() - before == 4  # two launches, in each of two orders
-    check(make_case(70, 9, ignored=0.5), plan("any", 8, count_first=1))
+    check(make_case(70, 9, ignored=0.5), simt.plan("any", 8, count_first=1))
 
 
 def test_workspace_is_left_as_found():
     """Launches share a workspace: counts, tickets and partial sums of one do not reach the next."""
     library = simt.load()
     workspace = torch.zeros(library.simt_workspace_bytes(), dtype=torch.uint8)
-    plans = plan("any", 8, blocks=7, count_first=1), plan("any", 32, blocks=1), plan("any", 0, threads=32, blocks=3)
+    plans = (
+        simt.plan("any", 8, blocks=7, count_first=1),
+        simt.plan("any", 32, blocks=1),
+        simt.plan("any", 0, threads=32, blocks=3),
+    )
     for rows, p in zip((70, 3, 40), plans, strict=True):
         case = make_case(rows, 60, ignored=0.3, seed=rows)
         a, result = simt.problem_of(case, None, True, 0)
@@ -233,7 +225,7 @@ def test_row_offsets_beyond_32_bits():
         far = Case(case.logits, case.prior, case.target)
         setattr(far, name, apart)
         check(far)
-        check(far, plan("any", 8))
+        check(far, simt.plan("any", 8))
     soft = Case(case.logits, case.prior, whole.as_strided((2, classes), (stride, 1)))
     check(soft)
 
@@ -279,7 +271,7 @@ def test_the_plan(clusters):
                 where = simt.Rows(matrix.data_ptr() // 64 * 64, classes, simt.DTYPES[dtype])
                 a = simt.LocalLoss(rows, classes, where, where, 64)
                 a.belief, a.dlogits, a.reduction = where, where, simt.REDUCTIONS["mean"]
-                p = chosen(a, 132, clusters)
+                p = simt.chosen(a, 132, clusters)
                 assert p.kind == simt.KINDS.index(kind)
                 for n in (p.lanes, p.threads, p.cluster):
                     assert n & (n - 1) == 0 and n > 0

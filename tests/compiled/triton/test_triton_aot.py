@@ -16,7 +16,7 @@ from sid_kernels.local_loss import triton_launch as triton_kernels
 if triton_kernels.INTERPRETING:
     pytest.skip("TRITON_INTERPRET=1: this process interprets, it cannot compile", allow_module_level=True)
 
-import triton_variants as tv
+from helpers import triton_variants as tv
 
 # Bytes of shared memory a program may have: of sm_86 and sm_89, the least of those from sm_80 on, and of gfx942.
 SHARED = {"sm": 99 * 1024, "gf": 64 * 1024}

@@ -10,7 +10,6 @@ import pytest
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
-KERNEL_TESTS = [str(TESTS / "kernels" / name) for name in ("local_loss", "belief_head", "cascade")]
 
 
 def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.CompletedProcess:
@@ -18,9 +17,7 @@ def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.Complet
         "TRITON_INTERPRET": "1" if interpret else "0",
         "TRITON_CACHE_DIR": str(folder),
         "OMP_NUM_THREADS": "1",  # tiny tensors
-        "PYTHONPATH": os.pathsep.join(
-            [str(TESTS.parent), str(TESTS / "helpers"), *KERNEL_TESTS, str(HERE), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     environment.pop("PYTEST_ADDOPTS", None)
     return subprocess.run(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import make_case
-from test_accuracy import DTYPES
-from test_without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_same_but_for_the_belief, problem
 
+from helpers.grids import DTYPES
+from helpers.oracle import make_case
+from helpers.without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_equal_except_belief, problem
 from sid_kernels.local_loss import triton_kernels as triton_rows
 from sid_kernels.local_loss import triton_launch as triton_kernels
 from sid_kernels.local_loss.triton_launch import Plan
@@ -30,12 +30,12 @@ def test_every_kind(monkeypatch, kernel, dtype, divergence, target, prior):
             **TARGETS[target], **PRIORS[prior],
         )  # fmt: skip
         beside = triton_kernels.run(problem(case))
-        assert_same_but_for_the_belief(triton_kernels.run(problem(case, need_belief=False)), beside)
+        assert_equal_except_belief(triton_kernels.run(problem(case, need_belief=False)), beside)
         loss_alone = triton_kernels.run(problem(case, need_grad=False, need_belief=False))
-        assert_same_but_for_the_belief(loss_alone, beside._replace(dlogits=None))
+        assert_equal_except_belief(loss_alone, beside._replace(dlogits=None))
         over = triton_kernels.run(problem(case, out=case.logits, need_belief=False))
         assert over.dlogits.data_ptr() == case.logits.data_ptr()
-        assert_same_but_for_the_belief(over, beside)
+        assert_equal_except_belief(over, beside)
 
 
 def test_no_rows():

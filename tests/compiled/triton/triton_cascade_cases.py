@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
-import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
-from oracle import ROUNDINGS, Case, oracle
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
+from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
+from helpers.grids import DTYPES, KINDS, TARGETS
+from helpers.oracle import ROUNDINGS, Case, oracle
 from sid_kernels.cascade import triton_launch as triton_cascade
 from sid_kernels.cascade.problem import CascadePass, CascadeProblem, CascadeWeights
 from sid_kernels.local_loss import triton_launch as triton_kernels
@@ -20,8 +21,6 @@ from sid_kernels.local_loss import triton_launch as triton_kernels
 assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(
@@ -110,15 +109,6 @@ def check(problem: CascadeProblem) -> CascadePass:
         worst = ((x - truth).abs() - allowed).max()
         assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
     return got
-
-
-TARGETS = {
-    "hard": dict(ignored=0.3),
-    "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),
-    "soft": dict(soft=True),
-    "soft smoothed": dict(soft=True, label_smoothing=0.2),
-}
-KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]
 
 
 @pytest.mark.parametrize("divergence,target", KINDS)

@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
-import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Case, assert_within_budget, make_case, oracle
 
+from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
+from helpers.grids import DTYPES, KINDS, TARGETS
+from helpers.oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
 from sid_kernels.local_loss import triton_launch as triton_kernels
 from sid_kernels.local_loss.problem import make_problem
@@ -22,7 +23,6 @@ assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP = (Plan(2**62, 1, 16, 1, (64, 64, 64), looped=True),)  # chunks of 16: three of them, the last cut short, at C = 37
 
 
@@ -50,17 +50,7 @@ def check(case: Case, **options):
     return result
 
 
-TARGETS = {
-    "hard": dict(ignored=0.3),
-    "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),
-    "soft": dict(soft=True),
-    "soft smoothed": dict(soft=True, label_smoothing=0.2),
-}
 PRIORS = ("same", "none", "other")
-
-
-# Hard labels without smoothing are undefined in the reverse divergence.
-KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -8,19 +8,18 @@ import math
 
 import pytest
 import torch
-import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
-from oracle import ROUNDINGS, Case, make_case, oracle
-from sid_kernels.fused_belief_head.problem import HeadPass, HeadProblem
 from torch.nn.functional import linear
 
+from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
+from helpers.grids import DTYPES, KINDS, TARGETS
+from helpers.oracle import ROUNDINGS, Case, make_case, oracle
 from sid_kernels.belief_head import triton_launch as triton_head
+from sid_kernels.belief_head.problem import HeadPass, HeadProblem
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
 assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make(
@@ -82,15 +81,6 @@ def check(problem: HeadProblem) -> HeadPass:
         worst = ((x - truth).abs() - allowed).max()
         assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
     return got
-
-
-TARGETS = {
-    "hard": dict(ignored=0.3),
-    "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),
-    "soft": dict(soft=True),
-    "soft smoothed": dict(soft=True, label_smoothing=0.2),
-}
-KINDS = [(d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")]
 
 
 @pytest.mark.parametrize("divergence,target", KINDS)

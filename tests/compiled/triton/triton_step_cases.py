@@ -2,11 +2,11 @@
 test_triton_interpreter.py; pytest does not collect this file by itself."""
 
 import pytest
-import test_belief_head as heads
-import test_cascade as cascades
-import triton_interpreter  # noqa: F401  (its mends)
-from cascade_oracle import assert_within_budget, make_case
 
+from helpers import cascade_oracle as cascades
+from helpers import head_oracle as heads
+from helpers import triton_interpreter  # noqa: F401  (its mends)
+from helpers.cascade_oracle import assert_within_budget, make_case
 from sid_kernels.belief_head import triton_launch as triton_head
 from sid_kernels.cascade import dispatch as cascade
 from sid_kernels.cascade import triton_launch as triton_cascade

@@ -2,36 +2,12 @@
 
 import pytest
 import torch
-from cascade_oracle import NAMES, Case, assert_within_budget, make_case, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.cascade_oracle import NAMES, OPTIONS, SIZES, Case, assert_within_budget, make_case, run, truth
 from sid_kernels import CascadeWeights, fused_local_loss, refine_cascade, refine_cascade_and_grad
 from sid_kernels.cascade import cpu as cascade_cpu
 from sid_kernels.cascade import dispatch as cascade
-
-OPTIONS = [
-    {},
-    {"soft": True, "alpha": "stages"},
-    {"label_smoothing": 0.1, "reduction": "sum"},
-    {"ignored": 4, "prior": True},
-    {"divergence": "reverse", "label_smoothing": 0.1, "alpha": "stages"},
-    {"divergence": "reverse", "soft": True, "prior": True},
-]
-SIZES = [
-    (1, 1, 1, 1, 2),
-    (3, 9, 7, 5, 4),
-    (2, 70, 33, 12, 1),
-    (4, 130, 64, 16, 10),
-    (2, 33, 40, 7, 100),
-    (2, 65, 48, 20, 1000),
-]
-
-
-def run(case: Case, backend="auto") -> dict[str, torch.Tensor]:
-    result, dfeatures, gradients = refine_cascade_and_grad(
-        case.features, case.weights, case.target, case.alpha, prior=case.prior, backend=backend, **case.options
-    )
-    return result._asdict() | {"features": dfeatures} | gradients._asdict()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

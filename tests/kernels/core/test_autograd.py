@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from oracle import make_case
 
+from helpers.oracle import make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import make_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from helpers.oracle import make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 LOCAL_LOSS = torch.ops.sid_kernels.local_loss.default

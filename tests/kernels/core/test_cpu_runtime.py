@@ -1,18 +1,16 @@
 """The CPU backend at run time: instruction sets, threads, forks, the interpreter lock, streaming stores, huge strides."""
 
 import os
-import subprocess
 import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from huge import lazily_reserved
-from oracle import assert_within_budget, make_case
 
+from helpers.huge import lazily_reserved
+from helpers.oracle import assert_within_budget, make_case
+from helpers.processes import fresh_process
 from sid_kernels import LocalLoss, fused_local_loss, local_loss_and_grad
 from sid_kernels.local_loss import dispatch as backends
 from sid_kernels.local_loss.problem import make_problem
@@ -20,18 +18,7 @@ from sid_kernels.local_loss.problem import make_problem
 _missing = backends.unavailable("cpu")
 pytestmark = pytest.mark.skipif(_missing is not None, reason=f"backend cpu: {_missing}")
 
-HELPERS = Path(__file__).parents[2] / "helpers"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fresh_process(code, timeout=120, **environment):
-    """Run code in a new interpreter that can import the test helpers; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=HELPERS, timeout=timeout, capture_output=True, text=True,
-        env=os.environ | {"SID_KERNELS_CPU": "avx512"} | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.strip()
 
 
 def call(case, **more):
@@ -63,10 +50,10 @@ def threads():
 
 ALL_KINDS = """
     import itertools, torch
-    from oracle import assert_within_budget, make_case
+    from helpers.oracle import assert_within_budget, make_case
     from sid_kernels import local_loss_and_grad
     from sid_kernels.local_loss import cpu
-    from test_without_belief import problem
+    from helpers.without_belief import problem
     torch.set_num_threads(1)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for dtype, prior, soft, divergence, classes in itertools.product(
@@ -166,7 +153,7 @@ def test_the_lock_is_let_go(threads):
 # Bytes are compared: PyTorch's own threads, which torch.equal would use, do not survive a fork.
 FORK = """
     import os, torch
-    from oracle import make_case
+    from helpers.oracle import make_case
     from sid_kernels import local_loss_and_grad
     torch.set_num_threads(2)
     case = make_case(200, 1000)
@@ -190,7 +177,7 @@ def test_forked_child_computes():
 
 LOADER = """
     import torch
-    from oracle import make_case
+    from helpers.oracle import make_case
     from sid_kernels import local_loss_and_grad
     from torch.utils.data import DataLoader, Dataset
     torch.set_num_threads(2)

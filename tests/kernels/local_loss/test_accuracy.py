@@ -7,31 +7,13 @@ import itertools
 
 import pytest
 import torch
-from oracle import Case, assert_within_budget, make_case, oracle
 
+from helpers.grids import DTYPES, KINDS, TARGETS
+from helpers.local_loss import run
+from helpers.oracle import assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TARGETS = {
-    "hard": dict(ignored=0.25),
-    "hard smoothed": dict(ignored=0.25, label_smoothing=0.1),
-    "soft": dict(soft=True),
-    "soft smoothed": dict(soft=True, label_smoothing=0.2),
-}
-KINDS = [
-    (d, t) for d in ("forward", "reverse") for t in TARGETS if (d, t) != ("reverse", "hard")
-]  # that one is undefined
 BORDERS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 1023, 1024, 1025, 2049)  # of vectors and of blocks
-
-
-def run(case: Case, backend, **more):
-    """Run on the backend and device, and hold the result to the budget."""
-    on = case.to(backend.device)
-    result, dlogits = local_loss_and_grad(
-        on.logits, on.prior, on.target, on.alpha, backend=backend.name, **on.options, **more
-    )
-    assert_within_budget(result, dlogits, case)
-    return result, dlogits
 
 
 @pytest.mark.parametrize("prior", ("same", "none", "other dtype"))

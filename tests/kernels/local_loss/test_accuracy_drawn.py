@@ -7,8 +7,10 @@ pytest.importorskip("hypothesis", reason="hypothesis draws these cases and is no
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import make_case
-from test_accuracy import DTYPES, run
+
+from helpers.grids import DTYPES
+from helpers.local_loss import run
+from helpers.oracle import make_case
 
 SMALL = st.one_of(st.integers(1, 70), st.sampled_from((127, 128, 129, 255, 257)))
 LARGE = st.one_of(st.integers(900, 3000), st.sampled_from((1023, 1024, 1025, 2047, 2048, 2049)))

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from oracle import Case, assert_within_budget, make_case
-from test_accuracy import DTYPES, run
 
+from helpers.grids import DTYPES
+from helpers.local_loss import run
+from helpers.oracle import Case, assert_within_budget, make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 INF, NAN = math.inf, math.nan

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from oracle import Case, assert_within_budget, make_case
-from test_accuracy import DTYPES, run
 
+from helpers.grids import DTYPES
+from helpers.local_loss import run
+from helpers.oracle import Case, assert_within_budget, make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
 DIVERGENCES = ("forward", "reverse")

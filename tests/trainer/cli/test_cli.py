@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from image_sets import write_image_folder, write_mnist
 
+from helpers.image_sets import write_image_folder, write_mnist
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import dataset_of, main
 from sid_trainer.data.datasets import ImageData, Split

@@ -4,9 +4,9 @@ import json
 import statistics
 
 import pytest
-from image_sets import write_image_folder
-from killed import assert_same, rows_of, sid, state_of
 
+from helpers.image_sets import write_image_folder
+from helpers.killed import assert_same, rows_of, sid, state_of
 from sid_trainer.cli import main
 from sid_trainer.runs.build import evaluated
 

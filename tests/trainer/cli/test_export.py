@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_sets import write_image_folder
 
+from helpers.image_sets import write_image_folder
 from sid_trainer import build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import load_digits

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from image_sets import write_image_folder
 
+from helpers.image_sets import write_image_folder
 from sid_trainer.data import batches as trainer_batches
 from sid_trainer.data.batches import Batches, cropped_and_flipped, pixel_statistics
 from sid_trainer.data.datasets import DataError, Split, load_data

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_sets import write_cifar, write_image_folder, write_mnist, write_tiny_imagenet
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from helpers.image_sets import write_cifar, write_image_folder, write_mnist, write_tiny_imagenet
 from sid_trainer.data import datasets as trainer_data
 from sid_trainer.data import image_folder
 from sid_trainer.data.datasets import DATASETS, DataError, ImageFiles, load_data

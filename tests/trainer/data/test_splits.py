@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from image_sets import write_image_folder
 
+from helpers.image_sets import write_image_folder
 from sid_trainer.data.datasets import DataError, ImageData, Split, load_data
 from sid_trainer.data.splits import with_label_noise, with_subset, with_validation
 

@@ -13,8 +13,9 @@ from functools import partial
 
 import pytest
 import torch
-from killed import assert_same, sid, state_of
-from ranks import (
+
+from helpers.killed import assert_same, sid, state_of
+from helpers.ranks import (
     STEP,
     assert_same_run,
     finish,
@@ -28,7 +29,6 @@ from ranks import (
     wait_until,
     workers,
 )  # fmt: skip
-
 from sid_trainer.training.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("SID_KILLS", 2))

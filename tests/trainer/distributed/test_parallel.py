@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import rows_of, sid, state_of
-from ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
 
+from helpers.killed import rows_of, sid, state_of
+from helpers.ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
 from sid_trainer.data.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data.datasets import Split
 from sid_trainer.distributed.rendezvous import Place, leave, speaks

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from killed import assert_same, sid, state_of
-from ranks import STEP, assert_same_run, finish, left, ranks, start, trained
 from torch import nn
 
+from helpers.killed import assert_same, sid, state_of
+from helpers.ranks import STEP, assert_same_run, finish, left, ranks, start, trained
 from sid_trainer import build_network
 from sid_trainer.distributed.pipeline import Layout, Link, layouts
 from sid_trainer.distributed.rendezvous import Place, Reports

@@ -5,13 +5,11 @@ import torch
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these cases and is not installed")
 
-import cascade_oracle
-import test_belief_head as head_cases
-import test_cascade as cascade_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_runtime import fresh_process
 
+from helpers import cascade_oracle, head_oracle
+from helpers.processes import fresh_process
 from sid_kernels.belief_head import dispatch as head
 from sid_kernels.cascade import dispatch as cascade
 
@@ -48,7 +46,7 @@ def test_cascades(stages, rows, width, dim, classes, prior, alpha, reduction, gr
             stages, rows, width, dim, classes, prior=prior, alpha=alpha, reduction=reduction, seed=seed,
             **settled(rows=rows, **kinds),
         )  # fmt: skip
-        cascade_oracle.assert_within_budget(cascade_cases.run(case), case)
+        cascade_oracle.assert_within_budget(cascade_oracle.run(case), case)
     finally:
         cascade.GROUP_BYTES = before
 
@@ -57,25 +55,24 @@ def test_cascades(stages, rows, width, dim, classes, prior, alpha, reduction, gr
 @given(
     rows=st.integers(0, 40), width=st.integers(1, 40),
     classes=st.one_of(st.integers(1, 40), st.sampled_from((129, 1000, 1025))),
-    prior=st.sampled_from(head_cases.PRIORS), alpha=st.sampled_from((0.0, 1.0, 0.5, "rows")), bias=st.booleans(),
+    prior=st.sampled_from(head_oracle.PRIORS), alpha=st.sampled_from((0.0, 1.0, 0.5, "rows")), bias=st.booleans(),
     reduction=st.sampled_from(("mean", "sum", "none")), chunk=st.sampled_from((1, 3000, head.CHUNK_BYTES["cpu"])),
     dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16)), **OPTIONS,
 )  # fmt: skip
 def test_heads(rows, width, classes, prior, alpha, bias, reduction, chunk, dtype, seed, **kinds):
     before, head.CHUNK_BYTES["cpu"] = head.CHUNK_BYTES["cpu"], chunk
     try:
-        problem = head_cases.Problem(
+        problem = head_oracle.Problem(
             rows, width, classes, dtype=dtype, prior=prior, alpha=alpha, bias=bias, reduction=reduction, seed=seed,
             **settled(rows=rows, **kinds),
         )  # fmt: skip
-        head_cases.assert_within_budget(problem.run(), problem)
+        head_oracle.assert_within_budget(problem.run(), problem)
     finally:
         head.CHUNK_BYTES["cpu"] = before
 
 
 ON_ANY = """
-    from cascade_oracle import assert_within_budget, make_case
-    from test_cascade import OPTIONS, SIZES, run
+    from helpers.cascade_oracle import OPTIONS, SIZES, assert_within_budget, make_case, run
     from sid_kernels.local_loss import cpu
     for sizes in [*SIZES[:5], (2, 17, 9, 3, 16), (2, 8, 9, 3, 8), (2, 5, 4, 3, 33)]:
         for options in OPTIONS:

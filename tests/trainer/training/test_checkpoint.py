@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import assert_same, rows_of, state_of
 
+from helpers.killed import assert_same, rows_of, state_of
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import ImageData, Split

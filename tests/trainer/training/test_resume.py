@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from killed import assert_same, rows_of, sid, state_of
 from torch import nn
 
+from helpers.killed import assert_same, rows_of, sid, state_of
 from sid_trainer import TrainConfig, Trainer, cut
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.checkpoint import load_checkpoint

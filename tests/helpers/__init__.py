@@ -1,0 +1,1 @@
+"""What tests of several folders share: oracles, grids of cases, runs of `sid` in other processes."""

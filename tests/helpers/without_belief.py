@@ -1,0 +1,26 @@
+"""The cases on which a call without a belief is compared with one that has it, and the comparison."""
+
+import torch
+
+from sid_kernels.local_loss.problem import Result, make_problem
+
+SIZES = ((5, 1), (9, 10), (5, 37), (3, 1000), (2, 5000))
+DIVERGENCES = ("forward", "reverse")
+TARGETS = {"hard": dict(label_smoothing=0.1, ignored=0.3), "soft": dict(soft=True)}
+PRIORS = {"same": dict(), "none": dict(prior=False), "other dtype": dict(prior_dtype=torch.float16)}
+
+
+def problem(case, out=None, need_grad=True, need_belief=True):
+    o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
+    return make_problem(case.logits, case.prior, case.target, case.alpha, *o.values(), out, need_grad, need_belief)
+
+
+def assert_equal_except_belief(without: Result, beside: Result):
+    """Bit for bit."""
+    assert without.belief is None and beside.belief is not None
+    for name in ("loss", "fidelity", "consistency", "dlogits"):
+        one, other = getattr(without, name), getattr(beside, name)
+        if one is None or other is None:
+            assert one is other, name
+        else:
+            assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
