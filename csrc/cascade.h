@@ -9,8 +9,8 @@ namespace sid {
 //   h_i = relu(hidden_weight[i] (p_{i-1}, f) + hidden_bias[i])
 //   z_i = logits_weight[i] h_i + logits_bias[i],  p_i = softmax(z_i)
 // and learns from the local loss of z_i with prior p_{i-1}. Everything is float32; columns are adjacent.
-struct Cascade {
-  int64_t stages = 0, rows = 0, classes = 0, width = 0;  // L, B, C, H
+struct CascadeProblem {
+  int64_t stages = 0, rows = 0, classes = 0, hidden_dim = 0;  // L, B, C, H
 
   const float* hidden_weight = nullptr;  // (L, H, hidden_weight_stride); the first C columns act on the belief
   int64_t hidden_weight_stride = 0;      // C + D

@@ -22,7 +22,7 @@ struct MutableRows {
   DType dtype = DType::f32;
 };
 
-struct LocalLoss {
+struct LocalLossProblem {
   int64_t rows = 0, classes = 0;
 
   Rows logits;                      // z

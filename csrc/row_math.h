@@ -73,21 +73,21 @@ struct RowTarget {
 
 // Coefficients of a row's gradient. Terms that are equal for all elements can be folded into `constant`: a uniform
 // prior, and the target probability of the classes other than the label.
-struct Slope {
+struct GradientCoefficients {
   float belief, prior, target, constant;
 };
 
 struct RowResult {
-  float fidelity, consistency, loss;
+  float loss, fidelity, consistency;
   float log_sum;  // the belief of an element is exp(t - log_sum)
   float scale;    // it is also exp(t) * scale
   float center;   // Forward: alpha sum(y) + (1 - alpha) sum(q); Reverse: the loss
 };
 
 // Combine fidelity and consistency into the loss.
-SID_HD RowResult weighted(float alpha, float fidelity, float consistency, float log_sum, float scale) {
+SID_HD RowResult combine_losses(float alpha, float fidelity, float consistency, float log_sum, float scale) {
   const float loss = times(alpha, fidelity) + times(1.0f - alpha, consistency);
-  return {fidelity, consistency, loss, log_sum, scale, loss};
+  return {loss, fidelity, consistency, log_sum, scale, loss};
 }
 
 template <class F, int N> struct Sums {
@@ -149,20 +149,23 @@ template <class F> struct Forward {
       target_mass = 1.0f;
       target_dot = times(1.0f - row.smoothing, row.label_logit - reference(max)) + times(row.off_label(), v[LOGIT_SUM]);
     }
-    RowResult r = weighted(row.alpha, target_mass * log_sum - target_dot, prior_cross + prior_mass * log_sum, log_sum,
-                           1.0f / v[SUM]);
+    RowResult r = combine_losses(row.alpha, target_mass * log_sum - target_dot, prior_cross + prior_mass * log_sum,
+                                 log_sum, 1.0f / v[SUM]);
     r.center = row.alpha * target_mass + (1.0f - row.alpha) * prior_mass;
     return r;
   }
-  template <class Row> static SID_HD Slope slope(const Row& row, const RowResult& r, float scale) {
+  template <class Row>
+  static SID_HD GradientCoefficients gradient_coefficients(const Row& row, const RowResult& r, float scale) {
     return {r.center * scale, (1.0f - row.alpha) * scale, row.alpha * scale, 0.0f};
   }
-  static SID_HD void fold_prior(Slope& s, float q, float) { s.constant -= s.prior * q, s.prior = 0.0f; }
-  static SID_HD void fold_target(Slope& s, float y, float) { s.constant -= s.target * y; }
+  static SID_HD void fold_prior(GradientCoefficients& k, float q, float) { k.constant -= k.prior * q, k.prior = 0.0f; }
+  static SID_HD void fold_target(GradientCoefficients& k, float y, float) { k.constant -= k.target * y; }
   // dL/dz of one element is gradient + target_gradient. If fold_target was called with the element's own y, the second
   // term is 0. If it was called with another y, pass the differences of y and log y.
-  static SID_HD F gradient(const Slope& s, F, F p, F q) { return s.belief * p + s.constant - s.prior * q; }
-  static SID_HD F target_gradient(const Slope& s, F, F y, F) { return -s.target * y; }
+  static SID_HD F gradient(const GradientCoefficients& k, F, F p, F q) {
+    return k.belief * p + k.constant - k.prior * q;
+  }
+  static SID_HD F target_gradient(const GradientCoefficients& k, F, F y, F) { return -k.target * y; }
   // dL/dz of one element without folding, for a row of weight 1.
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F, F p, F q, F y) {
     return r.center * p - row.alpha * y - (1.0f - row.alpha) * q;
@@ -205,17 +208,22 @@ template <class F> struct Reverse {
       const float off = row.log_off_label(), on = row.log_on_label();
       target = off + (on - off) * exp_(row.label_logit - reference(max) - log_sum);
     }
-    return weighted(row.alpha, self - target, self - prior, log_sum, scale);
+    return combine_losses(row.alpha, self - target, self - prior, log_sum, scale);
   }
-  template <class Row> static SID_HD Slope slope(const Row& row, const RowResult& r, float scale) {
+  template <class Row>
+  static SID_HD GradientCoefficients gradient_coefficients(const Row& row, const RowResult& r, float scale) {
     return {scale, 1.0f - row.alpha, row.alpha, -r.log_sum - r.center};
   }
-  static SID_HD void fold_prior(Slope& s, float, float log_q) { s.constant -= s.prior * log_q, s.prior = 0.0f; }
-  static SID_HD void fold_target(Slope& s, float, float log_y) { s.constant -= s.target * log_y; }
-  static SID_HD F gradient(const Slope& s, F t, F p, F q) {
-    return times(s.belief * p, t + s.constant - s.prior * log_probability(q));
+  static SID_HD void fold_prior(GradientCoefficients& k, float, float log_q) {
+    k.constant -= k.prior * log_q, k.prior = 0.0f;
   }
-  static SID_HD F target_gradient(const Slope& s, F p, F, F log_y) { return -s.target * s.belief * p * log_y; }
+  static SID_HD void fold_target(GradientCoefficients& k, float, float log_y) { k.constant -= k.target * log_y; }
+  static SID_HD F gradient(const GradientCoefficients& k, F t, F p, F q) {
+    return times(k.belief * p, t + k.constant - k.prior * log_probability(q));
+  }
+  static SID_HD F target_gradient(const GradientCoefficients& k, F p, F, F log_y) {
+    return -k.target * k.belief * p * log_y;
+  }
   template <class Row> static SID_HD F gradient(const Row& row, const RowResult& r, F t, F p, F q, F y) {
     const F u = t - r.log_sum - row.alpha * log_probability(y) - (1.0f - row.alpha) * log_probability(q);
     return times(p, u - r.center);

@@ -22,12 +22,13 @@ inline Matrix matrix(const pybind11::tuple& t) {
   return {t[0].cast<uintptr_t>(), t[1].cast<int64_t>(), t[2].cast<int>()};
 }
 
-inline LocalLoss local_loss_arguments(int64_t rows, int64_t classes, const pybind11::tuple& logits,
-                                      const pybind11::tuple& prior, uintptr_t labels, const pybind11::tuple& soft,
-                                      uintptr_t alpha, int64_t alpha_stride, float alpha_value, float label_smoothing,
-                                      int64_t ignore_index, bool reverse, int reduction, const pybind11::tuple& belief,
-                                      const pybind11::tuple& dlogits, uintptr_t loss, uintptr_t fidelity,
-                                      uintptr_t consistency) {
+inline LocalLossProblem local_loss_arguments(int64_t rows, int64_t classes, const pybind11::tuple& logits,
+                                             const pybind11::tuple& prior, uintptr_t labels,
+                                             const pybind11::tuple& soft, uintptr_t alpha, int64_t alpha_stride,
+                                             float alpha_value, float label_smoothing, int64_t ignore_index,
+                                             bool reverse, int reduction, const pybind11::tuple& belief,
+                                             const pybind11::tuple& dlogits, uintptr_t loss, uintptr_t fidelity,
+                                             uintptr_t consistency) {
   auto in = [](const pybind11::tuple& t) {
     const Matrix m = matrix(t);
     return Rows{pointer<const void>(m.address), m.stride, static_cast<DType>(m.dtype)};
@@ -36,7 +37,7 @@ inline LocalLoss local_loss_arguments(int64_t rows, int64_t classes, const pybin
     const Matrix m = matrix(t);
     return MutableRows{pointer<void>(m.address), m.stride, static_cast<DType>(m.dtype)};
   };
-  LocalLoss a;
+  LocalLossProblem a;
   a.rows = rows;
   a.classes = classes;
   a.logits = in(logits);

@@ -12,7 +12,7 @@ PYBIND11_MODULE(_C, m) {
            const py::tuple& soft, uintptr_t alpha, int64_t alpha_stride, float alpha_value, float label_smoothing,
            int64_t ignore_index, bool reverse, int reduction, const py::tuple& belief, const py::tuple& dlogits,
            uintptr_t loss, uintptr_t fidelity, uintptr_t consistency, int threads) -> py::object {
-          const sid::LocalLoss args = sid::local_loss_arguments(
+          const sid::LocalLossProblem args = sid::local_loss_arguments(
               rows, classes, logits, prior, labels, soft, alpha, alpha_stride, alpha_value, label_smoothing,
               ignore_index, reverse, reduction, belief, dlogits, loss, fidelity, consistency);
           sid::BadLabel bad;
@@ -27,7 +27,7 @@ PYBIND11_MODULE(_C, m) {
         });
   // -> as above. Addresses of float32 arrays, shaped as csrc/cascade.h says; labels int64.
   m.def("cascade",
-        [](int64_t stages, int64_t rows, int64_t classes, int64_t width, uintptr_t hidden_weight,
+        [](int64_t stages, int64_t rows, int64_t classes, int64_t hidden_dim, uintptr_t hidden_weight,
            int64_t hidden_weight_stride, uintptr_t hidden_bias, uintptr_t logits_weight, uintptr_t logits_bias,
            const py::tuple& prior, uintptr_t labels, const py::tuple& soft, uintptr_t alpha, float alpha_value,
            float label_smoothing, int64_t ignore_index, bool reverse, bool mean, uintptr_t hidden, uintptr_t dhidden,
@@ -38,8 +38,8 @@ PYBIND11_MODULE(_C, m) {
             const sid::Matrix x = sid::matrix(t);
             return sid::Rows{pointer<const void>(x.address), x.stride, static_cast<sid::DType>(x.dtype)};
           };
-          sid::Cascade a;
-          a.stages = stages, a.rows = rows, a.classes = classes, a.width = width;
+          sid::CascadeProblem a;
+          a.stages = stages, a.rows = rows, a.classes = classes, a.hidden_dim = hidden_dim;
           a.hidden_weight = pointer<const float>(hidden_weight), a.hidden_weight_stride = hidden_weight_stride;
           a.hidden_bias = pointer<const float>(hidden_bias);
           a.logits_weight = pointer<const float>(logits_weight), a.logits_bias = pointer<const float>(logits_bias);

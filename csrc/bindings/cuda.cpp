@@ -18,7 +18,7 @@ PYBIND11_MODULE(_cuda, m) {
                          float alpha_value, float label_smoothing, int64_t ignore_index, bool reverse, int reduction,
                          const py::tuple& belief, const py::tuple& dlogits, uintptr_t loss, uintptr_t fidelity,
                          uintptr_t consistency, uintptr_t workspace, uintptr_t stream, int device) {
-    const sid::LocalLoss args = sid::local_loss_arguments(
+    const sid::LocalLossProblem args = sid::local_loss_arguments(
         rows, classes, logits, prior, labels, soft, alpha, alpha_stride, alpha_value, label_smoothing, ignore_index,
         reverse, reduction, belief, dlogits, loss, fidelity, consistency);
     if (!workspace) throw std::invalid_argument("sid_kernels: null pointer for the workspace");

@@ -53,112 +53,132 @@ void store_part(float* p, Vec v, int64_t count) {
   else if (count > 0) store_first(p, v, static_cast<int>(count % kWidth));
 }
 
-// A tile of V vectors of rows.
+// A tile of V vectors of rows, and its buffers.
 template <int V> struct Tile {
   static constexpr int64_t kLanes = V * kWidth;
-  const Cascade& a;
-  int64_t first, rows;  // the tile's first row, and its number of rows
-  float scale;
-  float *losses, *sums;
-  float *hidden, *belief, *slope, *logits;  // (H, lanes), (C, lanes), (C, lanes), (rows, C)
+  const CascadeProblem& problem;
+  const int64_t hidden_dim = problem.hidden_dim, classes = problem.classes;  // H, C
+  int64_t first, rows;         // the tile's first row, and its number of rows
+  float scale;                 // factor of dlogits
+  float *losses, *bias_sums;   // outputs, see cascade_rows
+  float *hidden, *belief;      // (H, lanes), (C, lanes)
+  float *transposed, *logits;  // (C, lanes): logits, then dlogits; (rows, C)
 
-  Tile(const Cascade& cascade, int64_t begin, int64_t end, float s, float* loss_rows, float* bias_sums,
+  Tile(const CascadeProblem& cascade, int64_t begin, int64_t end, float dlogits_scale, float* row_losses, float* sums,
        std::vector<float>& memory)
-      : a(cascade), first(begin), rows(std::min(kLanes, end - begin)), scale(s), losses(loss_rows), sums(bias_sums) {
-    // Align to cache lines: a vector that straddles two lines costs two reads.
-    const size_t needed = (a.width + 2 * a.classes) * kLanes + kLanes * a.classes + sizeof(Vec) / sizeof(float);
+      : problem(cascade),
+        first(begin),
+        rows(std::min(kLanes, end - begin)),
+        scale(dlogits_scale),
+        losses(row_losses),
+        bias_sums(sums) {
+    const size_t needed = (hidden_dim + 3 * classes) * kLanes + kWidth;
     if (memory.size() < needed) memory.resize(needed);
-    hidden = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + sizeof(Vec) - 1) / sizeof(Vec) *
-                                      sizeof(Vec));
-    belief = hidden + a.width * kLanes;
-    slope = belief + a.classes * kLanes;
-    logits = slope + a.classes * kLanes;
+    // Align to cache lines: a vector that straddles two lines costs two reads.
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    hidden = reinterpret_cast<float*>((address + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
+    belief = hidden + hidden_dim * kLanes;
+    transposed = belief + classes * kLanes;
+    logits = transposed + classes * kLanes;
   }
 
+  // Set the belief to the prior of the first stage.
   void start() {
-    std::fill(belief, belief + 2 * a.classes * kLanes, 0.0f);  // keep the lanes beyond the last row finite
-    const float* prior = static_cast<const float*>(a.prior.data);
-    for (int64_t c = 0; c < a.classes; ++c)
+    std::fill(belief, belief + 2 * classes * kLanes, 0.0f);  // keep the lanes beyond the last row finite
+    const float* prior = static_cast<const float*>(problem.prior.data);
+    const float uniform = 1.0f / static_cast<float>(classes);
+    for (int64_t c = 0; c < classes; ++c)
       for (int64_t r = 0; r < rows; ++r)
-        belief[c * kLanes + r] = prior ? prior[(first + r) * a.prior.stride + c] : 1.0f / static_cast<float>(a.classes);
+        belief[c * kLanes + r] = prior ? prior[(first + r) * problem.prior.stride + c] : uniform;
   }
 
-  void stage(int64_t i) {
-    const float* w1 = a.hidden_weight + i * a.width * a.hidden_weight_stride;
-    const float* w2 = a.logits_weight + i * a.classes * a.width;
-    const float *b1 = a.hidden_bias + i * a.width, *b2 = a.logits_bias + i * a.classes;
-    float* h_out = a.hidden + i * a.width * a.rows + first;
+  void run_stage(int64_t i) {
+    const float* w1 = problem.hidden_weight + i * hidden_dim * problem.hidden_weight_stride;
+    const float* w2 = problem.logits_weight + i * classes * hidden_dim;
+    const float *b1 = problem.hidden_bias + i * hidden_dim, *b2 = problem.logits_bias + i * classes;
+    float* h_out = problem.hidden + i * hidden_dim * problem.rows + first;
 
-    product<V>({w1, a.hidden_weight_stride, 1}, a.width, a.classes, belief, [&](int64_t j, const Vec* sum) {
+    auto write_hidden = [&](int64_t j, const Vec* sum) {
       for (int v = 0; v < V; ++v) {
         const int64_t left = rows - v * kWidth;
-        const Vec x = sum[v] + load_part(h_out + j * a.rows + v * kWidth, left) + b1[j];
+        const Vec x = sum[v] + load_part(h_out + j * problem.rows + v * kWidth, left) + b1[j];
         const Vec h = x < Vec{} ? Vec{} : x;  // keeps NaN
         store(hidden + j * kLanes + v * kWidth, h);
-        store_part(h_out + j * a.rows + v * kWidth, h, left);
+        store_part(h_out + j * problem.rows + v * kWidth, h, left);
       }
-    });
-    product<V>({w2, a.width, 1}, a.classes, a.width, hidden, [&](int64_t c, const Vec* sum) {
-      for (int v = 0; v < V; ++v) store(slope + c * kLanes + v * kWidth, sum[v] + b2[c]);
-    });
-    float* z = i + 1 == a.stages ? a.logits + first * a.classes : logits;
-    transpose(slope, kLanes, a.classes, rows, z, a.classes);
-    loss(i, z);
-    const int64_t at = (i * a.rows + first) * a.classes;
-    if (i + 1 < a.stages) transpose(a.beliefs + at, a.classes, rows, a.classes, belief, kLanes);
-    if (!a.dhidden) return;
-    if (rows < kLanes)
-      std::fill(slope, slope + a.classes * kLanes, 0.0f);  // lanes beyond the last row contribute nothing
-    transpose(a.dlogits + at, a.classes, rows, a.classes, slope, kLanes);
-    float* bias_sums = sums + i * (a.width + a.classes);
-    float* dh_out = a.dhidden + i * a.width * a.rows + first;
-    product<V>({w2, 1, a.width}, a.width, a.classes, slope, [&](int64_t j, const Vec* sum) {
+    };
+    auto write_logits = [&](int64_t c, const Vec* sum) {
+      for (int v = 0; v < V; ++v) store(transposed + c * kLanes + v * kWidth, sum[v] + b2[c]);
+    };
+    product<V>({w1, problem.hidden_weight_stride, 1}, hidden_dim, classes, belief, write_hidden);
+    product<V>({w2, hidden_dim, 1}, classes, hidden_dim, hidden, write_logits);
+    float* z = i + 1 == problem.stages ? problem.logits + first * classes : logits;
+    transpose(transposed, kLanes, classes, rows, z, classes);
+    compute_loss(i, z);
+    const int64_t offset = (i * problem.rows + first) * classes;
+    if (i + 1 < problem.stages) transpose(problem.beliefs + offset, classes, rows, classes, belief, kLanes);
+    if (problem.dhidden) run_backward(i, w2, problem.dlogits + offset);
+  }
+
+  // Compute dhidden and the bias gradients of stage i from dlogits (rows, C).
+  void run_backward(int64_t i, const float* w2, const float* dlogits) {
+    // Lanes beyond the last row contribute nothing.
+    if (rows < kLanes) std::fill(transposed, transposed + classes * kLanes, 0.0f);
+    transpose(dlogits, classes, rows, classes, transposed, kLanes);
+    float* sums = bias_sums + i * (hidden_dim + classes);
+    float* dh_out = problem.dhidden + i * hidden_dim * problem.rows + first;
+    auto write_dhidden = [&](int64_t j, const Vec* sum) {
       Vec total{};
       for (int v = 0; v < V; ++v) {
         const Vec h = load(hidden + j * kLanes + v * kWidth), dh = h <= Vec{} ? Vec{} : sum[v];
-        store_part(dh_out + j * a.rows + v * kWidth, dh, rows - v * kWidth);
+        store_part(dh_out + j * problem.rows + v * kWidth, dh, rows - v * kWidth);
         total += dh;
       }
-      bias_sums[j] += sum_lanes(total);
-    });
-    for (int64_t c = 0; c < a.classes; ++c) {
+      sums[j] += sum_lanes(total);
+    };
+    product<V>({w2, 1, hidden_dim}, hidden_dim, classes, transposed, write_dhidden);
+    for (int64_t c = 0; c < classes; ++c) {
       Vec total{};
-      for (int v = 0; v < V; ++v) total += load(slope + c * kLanes + v * kWidth);
-      bias_sums[a.width + c] += sum_lanes(total);
+      for (int v = 0; v < V; ++v) total += load(transposed + c * kLanes + v * kWidth);
+      sums[hidden_dim + c] += sum_lanes(total);
     }
   }
 
-  void loss(int64_t i, const float* z) const {
-    LocalLoss problem;
-    const int64_t row = i * a.rows + first;
-    problem.rows = rows;
-    problem.classes = a.classes;
-    problem.logits = {z, a.classes, DType::f32};
-    if (i) problem.prior = {a.beliefs + (row - a.rows) * a.classes, a.classes, DType::f32};
-    else if (a.prior.data)
-      problem.prior = {static_cast<const float*>(a.prior.data) + first * a.prior.stride, a.prior.stride, DType::f32};
-    if (a.labels) problem.labels = a.labels + first;
-    if (a.soft.data)
-      problem.soft = {static_cast<const char*>(a.soft.data) + first * a.soft.stride * size_of(a.soft.dtype),
-                      a.soft.stride, a.soft.dtype};
-    problem.alpha_value = a.alpha ? a.alpha[i] : a.alpha_value;
-    problem.label_smoothing = a.label_smoothing;
-    problem.ignore_index = a.ignore_index;
-    problem.reverse = a.reverse;
-    problem.belief = {a.beliefs + row * a.classes, a.classes, DType::f32};
-    if (a.dhidden) problem.dlogits = {a.dlogits + row * a.classes, a.classes, DType::f32};
+  // Compute belief, losses and dlogits of stage i from its logits z (rows, C).
+  void compute_loss(int64_t i, const float* z) const {
+    const int64_t row = i * problem.rows + first;  // in the arrays (L, B, ...)
+    const Rows &prior = problem.prior, &soft = problem.soft;
+    LocalLossProblem stage;
+    stage.rows = rows;
+    stage.classes = classes;
+    stage.logits = {z, classes, DType::f32};
+    if (i) stage.prior = {problem.beliefs + (row - problem.rows) * classes, classes, DType::f32};
+    else if (prior.data)
+      stage.prior = {static_cast<const float*>(prior.data) + first * prior.stride, prior.stride, DType::f32};
+    if (problem.labels) stage.labels = problem.labels + first;
+    if (soft.data) {
+      const char* data = static_cast<const char*>(soft.data) + first * soft.stride * size_of(soft.dtype);
+      stage.soft = {data, soft.stride, soft.dtype};
+    }
+    stage.alpha_value = problem.alpha ? problem.alpha[i] : problem.alpha_value;
+    stage.label_smoothing = problem.label_smoothing;
+    stage.ignore_index = problem.ignore_index;
+    stage.reverse = problem.reverse;
+    stage.belief = {problem.beliefs + row * classes, classes, DType::f32};
+    if (problem.dhidden) stage.dlogits = {problem.dlogits + row * classes, classes, DType::f32};
     float* loss = losses + row;
-    float *fidelity = loss + a.stages * a.rows, *consistency = fidelity + a.stages * a.rows;
-    local_loss_rows(problem, 0, rows, scale, false, fidelity, consistency, loss);
+    const int64_t all_rows = problem.stages * problem.rows;
+    local_loss_rows(stage, 0, rows, scale, false, {loss, loss + all_rows, loss + 2 * all_rows});
   }
 };
 
-template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float scale, float* losses, float* sums) {
+template <int V>
+void run(const CascadeProblem& problem, int64_t begin, int64_t end, float scale, float* losses, float* sums) {
   static thread_local std::vector<float> memory;
   for (int64_t first = begin; first < end; first += Tile<V>::kLanes) {
-    Tile<V> tile(a, first, end, scale, losses, sums, memory);
+    Tile<V> tile(problem, first, end, scale, losses, sums, memory);
     tile.start();
-    for (int64_t i = 0; i < a.stages; ++i) tile.stage(i);
+    for (int64_t i = 0; i < problem.stages; ++i) tile.run_stage(i);
   }
 }
 
@@ -166,10 +186,11 @@ template <int V> void run(const Cascade& a, int64_t begin, int64_t end, float sc
 
 int row_lanes() { return kWidth; }
 
-void cascade_rows(const Cascade& a, int64_t begin, int64_t end, int vectors, float scale, float* losses, float* sums) {
-  if (vectors >= 4 && kMostVectors >= 4) run<kMostVectors>(a, begin, end, scale, losses, sums);
-  else if (vectors >= 2) run<2>(a, begin, end, scale, losses, sums);
-  else run<1>(a, begin, end, scale, losses, sums);
+void cascade_rows(const CascadeProblem& problem, int64_t begin, int64_t end, int vectors, float scale, float* losses,
+                  float* sums) {
+  if (vectors >= 4 && kMaxVectors >= 4) run<kMaxVectors>(problem, begin, end, scale, losses, sums);
+  else if (vectors >= 2) run<2>(problem, begin, end, scale, losses, sums);
+  else run<1>(problem, begin, end, scale, losses, sums);
 }
 
 }  // namespace SID_ISA

@@ -90,78 +90,89 @@ BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int6
   return {};
 }
 
-BadLabel local_loss_cpu(const LocalLoss& a, int threads) {
+BadLabel local_loss_cpu(const LocalLossProblem& problem, int threads) {
   int64_t counted;
-  const BadLabel bad = count_labels(a.labels, a.rows, a.classes, a.ignore_index, &counted);
+  const BadLabel bad = count_labels(problem.labels, problem.rows, problem.classes, problem.ignore_index, &counted);
   if (bad.row >= 0) return bad;
-  const bool each = a.reduction == Reduction::none, mean = a.reduction == Reduction::mean;
+  const bool per_row = problem.reduction == Reduction::none, mean = problem.reduction == Reduction::mean;
   const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
 
-  static thread_local std::vector<float> buffer;  // fidelity, consistency and loss of each row
-  float *fidelity = a.fidelity, *consistency = a.consistency, *loss = a.loss;
-  if (!each) {
-    if (static_cast<int64_t>(buffer.size()) < 3 * a.rows) buffer.resize(3 * a.rows);
-    fidelity = buffer.data(), consistency = fidelity + a.rows, loss = consistency + a.rows;
+  static thread_local std::vector<float> buffer;  // loss, fidelity and consistency of each row
+  RowLosses losses{problem.loss, problem.fidelity, problem.consistency};
+  if (!per_row) {
+    if (static_cast<int64_t>(buffer.size()) < 3 * problem.rows) buffer.resize(3 * problem.rows);
+    losses = {buffer.data(), buffer.data() + problem.rows, buffer.data() + 2 * problem.rows};
   }
-  const int64_t elements = a.rows * a.classes;
+  const int64_t elements = problem.rows * problem.classes;
   const auto bytes = [](const MutableRows& out) { return out.data ? size_of(out.dtype) : 0; };
-  const int64_t written = elements * (bytes(a.belief) + bytes(a.dlogits));
-  const bool streaming = written >= kStreamingBytes && a.dlogits.data != a.logits.data;
-  if (written >= static_cast<int64_t>(kFreshBytes))
-    advise_huge_pages(a.belief, a.rows, a.classes), advise_huge_pages(a.dlogits, a.rows, a.classes);
+  const int64_t written = elements * (bytes(problem.belief) + bytes(problem.dlogits));
+  const bool streaming = written >= kStreamingBytes && problem.dlogits.data != problem.logits.data;
+  if (written >= static_cast<int64_t>(kFreshBytes)) {
+    advise_huge_pages(problem.belief, problem.rows, problem.classes);
+    advise_huge_pages(problem.dlogits, problem.rows, problem.classes);
+  }
   const RowsKernel kernel = rows_kernel();
   if (forked || elements < kSerialElements) threads = 1;
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, a.rows)));
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, problem.rows)));
   if (threads == 1) {
-    kernel(a, 0, a.rows, scale, streaming, fidelity, consistency, loss);
+    kernel(problem, 0, problem.rows, scale, streaming, losses);
   } else {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; ++t)
-      kernel(a, a.rows * t / threads, a.rows * (t + 1) / threads, scale, streaming, fidelity, consistency, loss);
+      kernel(problem, problem.rows * t / threads, problem.rows * (t + 1) / threads, scale, streaming, losses);
   }
-  if (!each) {
-    double f = 0.0, c = 0.0, l = 0.0;
-    for (int64_t r = 0; r < a.rows; ++r) f += fidelity[r], c += consistency[r], l += loss[r];
-    *a.fidelity = static_cast<float>(f * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
-    *a.consistency = static_cast<float>(c * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
-    *a.loss = static_cast<float>(l * (mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0));
+  if (!per_row) {
+    double loss = 0.0, fidelity = 0.0, consistency = 0.0;
+    for (int64_t r = 0; r < problem.rows; ++r) {
+      loss += losses.loss[r];
+      fidelity += losses.fidelity[r];
+      consistency += losses.consistency[r];
+    }
+    const double factor = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+    *problem.loss = static_cast<float>(loss * factor);
+    *problem.fidelity = static_cast<float>(fidelity * factor);
+    *problem.consistency = static_cast<float>(consistency * factor);
   }
   return {};
 }
 
-BadLabel cascade_cpu(const Cascade& a, int threads) {
+BadLabel cascade_cpu(const CascadeProblem& problem, int threads) {
+  const int64_t rows = problem.rows, classes = problem.classes, hidden_dim = problem.hidden_dim;
   int64_t counted;
-  const BadLabel bad = count_labels(a.labels, a.rows, a.classes, a.ignore_index, &counted);
+  const BadLabel bad = count_labels(problem.labels, rows, classes, problem.ignore_index, &counted);
   if (bad.row >= 0) return bad;
-  const float scale = a.mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
+  const float scale = problem.mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
   const CascadeKernel kernel = cascade_kernel();
   if (forked) threads = 1;
   // Use the widest tiles that still give every thread one: wide tiles read the weights least often.
   const int64_t lanes = kernel.lanes();
   int vectors = 4;
-  while (vectors > 1 && (a.rows + vectors * lanes - 1) / (vectors * lanes) < threads) vectors /= 2;
-  const int64_t tile = vectors * lanes, tiles = (a.rows + tile - 1) / tile;
+  while (vectors > 1 && (rows + vectors * lanes - 1) / (vectors * lanes) < threads) vectors /= 2;
+  const int64_t tile = vectors * lanes, tiles = (rows + tile - 1) / tile;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tiles)));
+
+  const int64_t biases = hidden_dim + classes;    // of a stage
   static thread_local std::vector<float> buffer;  // row losses (3, L, B), then each thread's bias sums (L, H + C)
-  const int64_t rows = 3 * a.stages * a.rows, sums = a.stages * (a.width + a.classes);
-  buffer.assign(rows + threads * sums, 0.0f);
-  float* const losses = buffer.data();
+  buffer.assign((3 * rows + threads * biases) * problem.stages, 0.0f);
+  float *const losses = buffer.data(), *const sums = losses + 3 * problem.stages * rows;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int t = 0; t < threads; ++t)
-    kernel.rows(a, std::min(a.rows, tiles * t / threads * tile), std::min(a.rows, tiles * (t + 1) / threads * tile),
-                vectors, scale, losses, losses + rows + t * sums);
-  for (int64_t i = 0; i < 3 * a.stages; ++i) {
-    double total = 0.0;
-    for (int64_t r = 0; r < a.rows; ++r) total += losses[i * a.rows + r];
-    a.losses[i] = static_cast<float>(a.mean ? total / std::max<int64_t>(counted, 1) : total);
+  for (int t = 0; t < threads; ++t) {
+    const int64_t begin = std::min(rows, tiles * t / threads * tile);
+    const int64_t end = std::min(rows, tiles * (t + 1) / threads * tile);
+    kernel.rows(problem, begin, end, vectors, scale, losses, sums + t * problem.stages * biases);
   }
-  if (!a.dhidden) return {};
-  for (int64_t i = 0; i < a.stages; ++i)
-    for (int64_t j = 0; j < a.width + a.classes; ++j) {
+  for (int64_t i = 0; i < 3 * problem.stages; ++i) {
+    double total = 0.0;
+    for (int64_t r = 0; r < rows; ++r) total += losses[i * rows + r];
+    problem.losses[i] = static_cast<float>(problem.mean ? total / std::max<int64_t>(counted, 1) : total);
+  }
+  if (!problem.dhidden) return {};
+  for (int64_t i = 0; i < problem.stages; ++i)
+    for (int64_t j = 0; j < biases; ++j) {
       float total = 0.0f;
-      for (int t = 0; t < threads; ++t) total += losses[rows + t * sums + i * (a.width + a.classes) + j];
-      *(j < a.width ? a.hidden_bias_gradient + i * a.width + j : a.logits_bias_gradient + i * a.classes + j - a.width) =
-          total;
+      for (int t = 0; t < threads; ++t) total += sums[(t * problem.stages + i) * biases + j];
+      if (j < hidden_dim) problem.hidden_bias_gradient[i * hidden_dim + j] = total;
+      else problem.logits_bias_gradient[i * classes + j - hidden_dim] = total;
     }
   return {};
 }

@@ -1,7 +1,8 @@
 // The fused local loss on the CPU, compiled once per instruction set (SID_ISA).
 //
-// `sweep` reads a row from memory once, in blocks that fit the L1 cache, and computes its sums. `emit` then writes the
-// belief and dlogits while the row's logits and prior are still in the L2 cache. Large outputs bypass the caches.
+// `sum_row` reads a row from memory once, in blocks that fit the L1 cache, and computes its sums. `write_row` then
+// writes the belief and dlogits while the row's logits and prior are still in the L2 cache. Large outputs bypass the
+// caches.
 #include "cpu/local_loss.h"
 
 #include <algorithm>
@@ -37,7 +38,7 @@ struct Reader {
     return rows.dtype == DType::bf16 ? bits_as<float>(uint32_t{h} << 16) : widen_f16(h);
   }
   // Return the block that starts at `start`, after `widen` was called for every block of row r.
-  const float* again(int64_t r, int64_t start) const { return (rows.dtype == DType::f32 ? row(r) : scratch) + start; }
+  const float* reread(int64_t r, int64_t start) const { return (rows.dtype == DType::f32 ? row(r) : scratch) + start; }
 };
 
 // A matrix to write to. If it is not float32, a block is written to scratch memory and `flush` narrows it. If the
@@ -57,17 +58,23 @@ struct Writer {
 };
 
 // Return the distance in bytes from the last vector-aligned address.
-size_t offset(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec); }
+size_t misalignment(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec); }
+
+void set_losses(const RowLosses& losses, int64_t r, const RowResult& result, bool counts) {
+  losses.loss[r] = counts ? result.loss : 0.0f;
+  losses.fidelity[r] = counts ? result.fidelity : 0.0f;
+  losses.consistency[r] = counts ? result.consistency : 0.0f;
+}
 
 template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSum> struct Kernel {
-  const LocalLoss& a;
+  const LocalLossProblem& problem;
   Reader z, q, y;
   Writer p, dz;
   bool streaming;
-  float* exponentials;  // kBlock floats: exp(t) of a block, reused by `emit` if the row has only one block
+  float* exponentials;  // kBlock floats: exp(t) of a block, reused by `write_row` if the row has only one block
 
-  // The result of `sweep`, the input of `emit`.
-  struct Swept {
+  // The result of `sum_row`, the input of `write_row`.
+  struct SummedRow {
     RowTarget row;
     RowResult result;
     float base;     // t = z - base
@@ -109,20 +116,20 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     return max_lanes(larger(m0, m1));
   }
 
-  Swept sweep(int64_t r) const {
-    const int64_t label = Soft ? -1 : a.labels[r];
-    const bool counts = Soft || label != a.ignore_index;
-    RowTarget row{static_cast<float>(a.classes),
-                  a.alpha ? a.alpha[r * a.alpha_stride] : a.alpha_value,
-                  a.label_smoothing,
+  SummedRow sum_row(int64_t r) const {
+    const int64_t label = Soft ? -1 : problem.labels[r];
+    const bool counts = Soft || label != problem.ignore_index;
+    RowTarget row{static_cast<float>(problem.classes),
+                  problem.alpha ? problem.alpha[r * problem.alpha_stride] : problem.alpha_value,
+                  problem.label_smoothing,
                   Prior,
                   !Soft,
                   0.0f};
     if (!Soft && counts) row.label_logit = z.element(r, label);
     Divergence<Vec> total, block;
     float max = kMasked;
-    for (int64_t start = 0; start < a.classes; start += kBlock) {
-      const int64_t n = std::min(kBlock, a.classes - start);
+    for (int64_t start = 0; start < problem.classes; start += kBlock) {
+      const int64_t n = std::min(kBlock, problem.classes - start);
       const float* zb = z.widen(r, start, n);
       const float* qb = Prior ? q.widen(r, start, n) : nullptr;
       const float* yb = Soft ? y.widen(r, start, n) : nullptr;
@@ -143,34 +150,34 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     return {row, scalar.finish(row, max), reference(max), counts ? label : -1, counts};
   }
 
-  void emit(const Swept& s, int64_t r, float scale) const {
+  void write_row(const SummedRow& s, int64_t r, float scale) const {
     const RowTarget row = s.row;
     const RowResult result = s.result;
     const float base = s.base, log_sum = result.log_sum, keep = 1.0f - row.smoothing;
     const int64_t label = s.label;
     const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label()), uniform = broadcast(1.0f / row.classes);
-    const bool belief_wanted = p.rows.data != nullptr, gradient = dz.rows.data != nullptr;
-    if (!belief_wanted && !gradient) return;
-    for (int64_t start = 0; start < a.classes; start += kBlock) {
-      const int64_t n = std::min(kBlock, a.classes - start);
-      const float* zb = z.again(r, start);
-      const float* qb = Prior ? q.again(r, start) : nullptr;
-      const float* yb = Soft ? y.again(r, start) : nullptr;
+    const bool need_belief = p.rows.data != nullptr, gradient = dz.rows.data != nullptr;
+    if (!need_belief && !gradient) return;
+    for (int64_t start = 0; start < problem.classes; start += kBlock) {
+      const int64_t n = std::min(kBlock, problem.classes - start);
+      const float* zb = z.reread(r, start);
+      const float* qb = Prior ? q.reread(r, start) : nullptr;
+      const float* yb = Soft ? y.reread(r, start) : nullptr;
       float* pb = p.block(r, start);
       float* db = gradient ? dz.block(r, start) : nullptr;
-      auto write = [&](int64_t i, int m, auto past_caches, auto again) __attribute__((always_inline)) {
+      auto write = [&](int64_t i, int m, auto past_caches, auto has_exponentials) __attribute__((always_inline)) {
         const bool full = m == kWidth;
-        // In a contiguous matrix, `sweep` next reads what follows this block. Prefetch it during the writes.
+        // In a contiguous matrix, `sum_row` next reads what follows this block. Prefetch it during the writes.
         __builtin_prefetch(zb + i + n);
         if (Prior) __builtin_prefetch(qb + i + n);
         const Vec t = (full ? load(zb + i) : load_first(zb + i, m, kMasked)) - base;
-        const Vec belief = again ? load(exponentials + i) * result.scale : exp_(t - log_sum);
+        const Vec belief = has_exponentials ? load(exponentials + i) * result.scale : exp_(t - log_sum);
         const Vec qi = !Prior ? uniform : full ? load(qb + i) : load_first(qb + i, m, 0.0f);
         Vec yi = !Soft ? off : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
         if (!Soft && label - start - i >= 0 &&
             label - start - i < m)  // true once per row: cheaper than a select per vector
           yi = lanes() == static_cast<int32_t>(label - start - i) ? on : off;
-        if (past_caches && belief_wanted) stream(pb + i, belief);
+        if (past_caches && need_belief) stream(pb + i, belief);
         else if (full) store(pb + i, belief);
         else store_first(pb + i, belief, m);
         if (!gradient) return;
@@ -180,21 +187,21 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
         else if (full) store(db + i, g);
         else store_first(db + i, g, m);
       };
-      auto write_block = [&](auto again) __attribute__((always_inline)) {
+      auto write_block = [&](auto has_exponentials) __attribute__((always_inline)) {
         constexpr std::true_type yes{};
         constexpr std::false_type no{};
         int64_t i = 0;
-        const float* out = belief_wanted ? pb : db;
-        if (streaming && (!gradient || offset(out) == offset(db))) {
-          const int64_t head = (sizeof(Vec) - offset(out)) % sizeof(Vec) / sizeof(float);
-          if (head && head < n) write(0, static_cast<int>(head), no, again), i = head;
-          if (offset(out + i) == 0)
-            for (; i + kWidth <= n; i += kWidth) write(i, kWidth, yes, again);
+        const float* out = need_belief ? pb : db;
+        if (streaming && (!gradient || misalignment(out) == misalignment(db))) {
+          const int64_t head = (sizeof(Vec) - misalignment(out)) % sizeof(Vec) / sizeof(float);
+          if (head && head < n) write(0, static_cast<int>(head), no, has_exponentials), i = head;
+          if (misalignment(out + i) == 0)
+            for (; i + kWidth <= n; i += kWidth) write(i, kWidth, yes, has_exponentials);
         }
-        for (; i + kWidth <= n; i += kWidth) write(i, kWidth, no, again);
-        if (i < n) write(i, static_cast<int>(n - i), no, again);
+        for (; i + kWidth <= n; i += kWidth) write(i, kWidth, no, has_exponentials);
+        if (i < n) write(i, static_cast<int>(n - i), no, has_exponentials);
       };
-      a.classes <= kBlock ? write_block(std::true_type{}) : write_block(std::false_type{});
+      problem.classes <= kBlock ? write_block(std::true_type{}) : write_block(std::false_type{});
       p.flush(r, start, n);
       if (gradient) dz.flush(r, start, n);
     }
@@ -203,13 +210,12 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   // Compute a float32 row that fits one vector: read it once, compute in registers, write it once.
   // Ten classes are a common case, for which the general path is mostly bookkeeping.
   template <bool Belief>
-  void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, float* fidelity, float* consistency,
-                  float* loss) const {
-    const int m = static_cast<int>(a.classes);
+  void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, const RowLosses& losses) const {
+    const int m = static_cast<int>(problem.classes);
     const float* zr = z.row(r);
-    const int64_t label = Soft ? -1 : a.labels[r];
-    const bool counts = Soft || label != a.ignore_index;
-    if (a.alpha) row.alpha = a.alpha[r * a.alpha_stride];
+    const int64_t label = Soft ? -1 : problem.labels[r];
+    const bool counts = Soft || label != problem.ignore_index;
+    if (problem.alpha) row.alpha = problem.alpha[r * problem.alpha_stride];
     if (!Soft) row.label_logit = counts ? zr[label] : 0.0f;
     const Vec zi = load_first(zr, m, kMasked), qi = Prior ? load_first(q.row(r), m, 0.0f) : broadcast(row.uniform());
     const VecI at_label = lanes() == static_cast<int32_t>(label);
@@ -232,30 +238,27 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const Vec g = scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi);
       store_first(dz.row32(r), counts ? g : Vec{}, m);
     }
-    fidelity[r] = counts ? result.fidelity : 0.0f;
-    consistency[r] = counts ? result.consistency : 0.0f;
-    loss[r] = counts ? result.loss : 0.0f;
+    set_losses(losses, r, result, counts);
   }
 
-  void run(int64_t begin, int64_t end, float scale, float* fidelity, float* consistency, float* loss) const {
+  void run(int64_t begin, int64_t end, float scale, const RowLosses& losses) const {
     const auto float32 = [](DType t, const void* data) { return !data || t == DType::f32; };
-    if (a.classes <= kWidth && float32(a.logits.dtype, this) && float32(a.prior.dtype, a.prior.data) &&
-        float32(a.soft.dtype, a.soft.data) && float32(a.belief.dtype, a.belief.data)) {
-      RowTarget row{static_cast<float>(a.classes), a.alpha_value, a.label_smoothing, Prior, !Soft, 0.0f};
-      const Vec one = load_first(kOnes, static_cast<int>(a.classes), 0.0f);
+    if (problem.classes <= kWidth && float32(problem.logits.dtype, this) &&
+        float32(problem.prior.dtype, problem.prior.data) && float32(problem.soft.dtype, problem.soft.data) &&
+        float32(problem.belief.dtype, problem.belief.data)) {
+      RowTarget row{
+          static_cast<float>(problem.classes), problem.alpha_value, problem.label_smoothing, Prior, !Soft, 0.0f};
+      const Vec one = load_first(kOnes, static_cast<int>(problem.classes), 0.0f);
       const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label());
       auto each_row = [&](auto belief) {  // a branch in every row costs 1% at (128, 10) (measured)
-        for (int64_t r = begin; r < end; ++r)
-          one_vector<belief>(row, r, one, off, on, scale, fidelity, consistency, loss);
+        for (int64_t r = begin; r < end; ++r) one_vector<belief>(row, r, one, off, on, scale, losses);
       };
-      return a.belief.data ? each_row(std::true_type{}) : each_row(std::false_type{});
+      return problem.belief.data ? each_row(std::true_type{}) : each_row(std::false_type{});
     }
     for (int64_t r = begin; r < end; ++r) {
-      const Swept s = sweep(r);
-      emit(s, r, s.counts ? scale : 0.0f);
-      fidelity[r] = s.counts ? s.result.fidelity : 0.0f;
-      consistency[r] = s.counts ? s.result.consistency : 0.0f;
-      loss[r] = s.counts ? s.result.loss : 0.0f;
+      const SummedRow s = sum_row(r);
+      write_row(s, r, s.counts ? scale : 0.0f);
+      set_losses(losses, r, s.result, s.counts);
     }
   }
 
@@ -273,27 +276,27 @@ struct Scratch {
 };
 
 template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSum>
-void run_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity,
-              float* consistency, float* loss) {
+void run_rows(const LocalLossProblem& problem, int64_t begin, int64_t end, float scale, bool streaming,
+              const RowLosses& losses) {
   static thread_local Scratch s;
   const Kernel<Divergence, Prior, Soft, LogitSum> kernel{
-      a,
-      {a.logits, Scratch::of(s.z, a.logits, a.classes)},
-      {a.prior, Prior ? Scratch::of(s.q, a.prior, a.classes) : nullptr},
-      {a.soft, Soft ? Scratch::of(s.y, a.soft, a.classes) : nullptr},
-      {a.belief, Scratch::of(s.p, a.belief, kBlock)},
-      {a.dlogits, Scratch::of(s.dz, a.dlogits, kBlock)},
+      problem,
+      {problem.logits, Scratch::of(s.z, problem.logits, problem.classes)},
+      {problem.prior, Prior ? Scratch::of(s.q, problem.prior, problem.classes) : nullptr},
+      {problem.soft, Soft ? Scratch::of(s.y, problem.soft, problem.classes) : nullptr},
+      {problem.belief, Scratch::of(s.p, problem.belief, kBlock)},
+      {problem.dlogits, Scratch::of(s.dz, problem.dlogits, kBlock)},
       streaming,
       s.exponentials.data()};
-  kernel.run(begin, end, scale, fidelity, consistency, loss);
+  kernel.run(begin, end, scale, losses);
   if (streaming) stream_fence();
 }
 
 template <template <class> class Divergence, bool MayNeedLogitSum, class... Args>
-void choose(const LocalLoss& a, Args... args) {
-  const bool prior = a.prior.data, soft = a.soft.data;
-  const bool logit_sum = MayNeedLogitSum && (!prior || (!soft && a.label_smoothing > 0.0f));
-  auto pick = [&](auto f_hard, auto f_soft) { soft ? f_soft(a, args...) : f_hard(a, args...); };
+void choose(const LocalLossProblem& problem, Args... args) {
+  const bool prior = problem.prior.data, soft = problem.soft.data;
+  const bool logit_sum = MayNeedLogitSum && (!prior || (!soft && problem.label_smoothing > 0.0f));
+  auto pick = [&](auto f_hard, auto f_soft) { soft ? f_soft(problem, args...) : f_hard(problem, args...); };
   if (!prior)
     pick(run_rows<Divergence, false, false, MayNeedLogitSum>, run_rows<Divergence, false, true, MayNeedLogitSum>);
   else if (logit_sum)
@@ -303,10 +306,10 @@ void choose(const LocalLoss& a, Args... args) {
 
 }  // namespace
 
-void local_loss_rows(const LocalLoss& a, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity,
-                     float* consistency, float* loss) {
-  if (a.reverse) choose<Reverse, false>(a, begin, end, scale, streaming, fidelity, consistency, loss);
-  else choose<Forward, true>(a, begin, end, scale, streaming, fidelity, consistency, loss);
+void local_loss_rows(const LocalLossProblem& problem, int64_t begin, int64_t end, float scale, bool streaming,
+                     const RowLosses& losses) {
+  if (problem.reverse) choose<Reverse, false>(problem, begin, end, scale, streaming, losses);
+  else choose<Forward, true>(problem, begin, end, scale, streaming, losses);
 }
 
 }  // namespace SID_ISA

@@ -12,20 +12,24 @@ struct BadLabel {
 // Check the labels and count the rows that are not ignored into `counted`. Without labels, every row counts.
 BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted);
 
+// Where the losses of each row go: (rows) values each.
+struct RowLosses {
+  float *loss, *fidelity, *consistency;
+};
+
 // Compute the local loss on at most `threads` threads. If a label is out of range, return it and write nothing.
 // Results have equal bits for any number of threads.
-BadLabel local_loss_cpu(const LocalLoss& args, int threads);
+BadLabel local_loss_cpu(const LocalLossProblem& problem, int threads);
 
 // Return the instruction set in use: "avx512", "avx2" or "baseline". The environment variable SID_KERNELS_CPU can
 // select a lower one than the processor supports.
 const char* cpu_instruction_set();
 
-#define SID_DECLARE(isa)                                                                                           \
-  namespace isa {                                                                                                  \
-  /* Compute rows [begin, end). `scale` multiplies dlogits; `streaming` stores bypass the caches. */               \
-  /* `fidelity`, `consistency` and `loss` receive one value per row. */                                            \
-  void local_loss_rows(const LocalLoss&, int64_t begin, int64_t end, float scale, bool streaming, float* fidelity, \
-                       float* consistency, float* loss);                                                           \
+#define SID_DECLARE(isa)                                                                                 \
+  namespace isa {                                                                                        \
+  /* Compute rows [begin, end). `scale` multiplies dlogits; `streaming` stores bypass the caches. */     \
+  void local_loss_rows(const LocalLossProblem&, int64_t begin, int64_t end, float scale, bool streaming, \
+                       const RowLosses&);                                                                \
   }
 SID_DECLARE(baseline)
 SID_DECLARE(avx2)

@@ -110,7 +110,7 @@ inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a
 // Reduce the lanes of a vector pairwise, halving it each time.
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec8 __attribute__((vector_size(32)));
-template <class Half, class Whole, class Join> inline Half halved(Whole x, Join join) {
+template <class Half, class Whole, class Join> inline Half halve(Whole x, Join join) {
   Half half[2];
   static_assert(sizeof half == sizeof x, "");
   std::memcpy(half, &x, sizeof x);
@@ -118,9 +118,9 @@ template <class Half, class Whole, class Join> inline Half halved(Whole x, Join 
 }
 template <class Join> inline float fold(Vec x, Join join) {
 #if SID_WIDTH == 16
-  const Vec4 v = halved<Vec4>(halved<Vec8>(x, join), join);
+  const Vec4 v = halve<Vec4>(halve<Vec8>(x, join), join);
 #elif SID_WIDTH == 8
-  const Vec4 v = halved<Vec4>(x, join);
+  const Vec4 v = halve<Vec4>(x, join);
 #else
   const Vec4 v = x;
 #endif

@@ -11,7 +11,7 @@ namespace {  // internal linkage: each instruction set has its own copy
 // AVX2: 12 sums, 2 vectors of B and a scalar fit 16.
 constexpr int kHeldRows = 6;
 constexpr int64_t kLine = 16;  // floats in a cache line
-constexpr int kMostVectors = SID_WIDTH == 16 ? 4 : 2;
+constexpr int kMaxVectors = SID_WIDTH == 16 ? 4 : 2;
 
 // The matrix A: element (m, k) is a[m * row + k * column].
 struct Scalars {

@@ -59,7 +59,7 @@ SID_DEVICE void fence() { __threadfence(); }
 
 // Return x, but hide from the compiler that it is x. Values that depend on it are then recomputed where they are
 // used instead of being kept in registers.
-SID_DEVICE int again(int x) {
+SID_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -84,24 +84,24 @@ SID_DEVICE float fast_log2(float x) {
 
 // ---- host -------------------------------------------------------------------------------------------
 // Properties of a device.
-struct Facts {
+struct DeviceProperties {
   int multiprocessors = 0;
   bool clusters = false;
 };
 // Read the properties of a device, once per process. Return null, or an error message.
-inline const char* facts(int device, Facts* out) {
+inline const char* device_properties(int device, DeviceProperties* out) {
   constexpr int kDevices = 64;
-  static Facts known[kDevices];  // two threads may write an entry at once, with the same values
+  static DeviceProperties properties[kDevices];  // two threads may write an entry at once, with the same values
   if (device < 0 || device >= kDevices) return "device index out of range";
-  if (known[device].multiprocessors == 0) {
+  if (properties[device].multiprocessors == 0) {
     int count = 0, major = 0;
     cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (e != cudaSuccess) return cudaGetLastError(), cudaGetErrorString(e);
-    known[device].clusters = major >= 9;
-    known[device].multiprocessors = count;
+    properties[device].clusters = major >= 9;
+    properties[device].multiprocessors = count;
   }
-  *out = known[device];
+  *out = properties[device];
   return nullptr;
 }
 

@@ -11,7 +11,7 @@ namespace sid {
 size_t workspace_bytes();
 
 // Launch the fused local loss on `stream` (a cudaStream_t) of the current device, whose index is `device`.
-const char* local_loss_cuda(const LocalLoss& problem, void* workspace, void* stream, int device);
+const char* local_loss_cuda(const LocalLossProblem& problem, void* workspace, void* stream, int device);
 
 // out = in * scale by row: row r is multiplied by scale[r * scale_stride]. A scale_stride of 0 means one scale for all.
 // If out is in, rows with scale 1 are neither read nor written.

@@ -29,7 +29,7 @@ struct DeviceRow {
 
 // Load U smoothed target probabilities of a row. For hard labels, set y to the value of a class other than the label.
 template <int U> SID_DEVICE void targets(const Job& job, int row, int element, float (&y)[U]) {
-  const Rows& soft = job.a.soft;
+  const Rows& soft = job.problem.soft;
   const int size = soft.dtype == DType::f32 ? 4 : 2;
   if (soft.data) load_some(soft.dtype, static_cast<const char*>(soft.data) + row * soft.stride * size, element, y);
 #pragma unroll
@@ -38,7 +38,7 @@ template <int U> SID_DEVICE void targets(const Job& job, int row, int element, f
 
 // Add U elements to the sums. The maximum of the state must be at least that of the elements.
 template <int U, template <class> class Divergence>
-SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int element, const float (&z)[U],
+SID_DEVICE void add(const Job& job, RowState<Divergence>& state, int row, int element, const float (&z)[U],
                     const float (&q)[U]) {
   float t[U], e[U];
 #pragma unroll
@@ -47,7 +47,7 @@ SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int eleme
     e[i] = exp_(t[i]);
     state.part.add(t[i], e[i]);
   }
-  if (job.a.prior.data) {
+  if (job.problem.prior.data) {
 #pragma unroll
     for (int i = 0; i < U; ++i) state.part.add_prior(t[i], e[i], q[i]);
   }
@@ -55,7 +55,7 @@ SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int eleme
 #pragma unroll
     for (int i = 0; i < U; ++i) state.part.add_logit(t[i], 1.0f);
   }
-  if (job.a.soft.data) {
+  if (job.problem.soft.data) {
     float y[U];
     targets(job, row, element, y);
 #pragma unroll
@@ -65,8 +65,8 @@ SID_DEVICE void add(const Job& job, State<Divergence>& state, int row, int eleme
 
 template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 1) local_loss(const Job job) {
   constexpr int V = View<T>::V, K = View<T>::K, U = V < 4 ? V : 4;
-  const LocalLoss& a = job.a;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const LocalLossProblem& problem = job.problem;
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(shared_memory());
   float* slots = reinterpret_cast<float*>(&shared + 1);
   const bool warp = job.plan.warp;  // a row belongs to some lanes of a warp; otherwise, to all threads of a cluster
   const int size = threads(), cluster = job.plan.cluster;
@@ -76,59 +76,59 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     for (double& total : shared.totals[i]) total = 0.0;
   if (thread() == 0) shared.counted = 0;
   cluster > 1 ? sync_cluster() : sync_block();  // a block may write into another only after that one has started
-  if (a.reduction == Reduction::mean) count_rows(job, shared, size);
+  if (problem.reduction == Reduction::mean) count_rows(job, shared, size);
   if (thread() == 0) {
     const float counted = static_cast<float>(shared.counted);
-    shared.weight = a.reduction != Reduction::mean ? 1.0f : counted > 0.0f ? 1.0f / counted : 0.0f;
+    shared.weight = problem.reduction != Reduction::mean ? 1.0f : counted > 0.0f ? 1.0f / counted : 0.0f;
   }
   sync_block();
 
-  bool odd = false;  // successive rows alternate between two sets of slots
+  bool second_slots = false;  // successive rows alternate between two sets of slots
   Pack<T> zs[K], qs[K];
   for (int k = 0; k < K; ++k) qs[k].zero();  // stays zero if there is no prior
   // The lanes of a warp shuffle, so they go through the loop together (row_limit). Lanes beyond the last row repeat its
   // sums and write nothing.
   const int first_row = warp ? (block() * size + thread()) >> job.lanes_log2 : block() / cluster;
   for (int r = first_row; r < job.row_limit; r += job.row_step) {
-    const bool active = r < a.rows;
-    State<Divergence> state;
+    const bool active = r < problem.rows;
+    RowState<Divergence> state;
     state.clear();
     int label = -1, round;
     bool counts = active;
     float label_logit = 0.0f, alpha;
     {  // ---- sum ----
-      const View<T> view(job, active ? r : static_cast<int>(a.rows) - 1, lane);
+      const View<T> view(job, active ? r : static_cast<int>(problem.rows) - 1, lane);
       round = view.rounds() - 1;
-      const int64_t given = a.labels ? a.labels[view.row] : 0;
-      alpha = a.alpha ? a.alpha[view.row * a.alpha_stride] : a.alpha_value;
+      const int64_t given_label = problem.labels ? problem.labels[view.row] : 0;
+      alpha = problem.alpha ? problem.alpha[view.row * problem.alpha_stride] : problem.alpha_value;
       view.load(job, round, zs, qs);
-      if (a.labels) {
-        counts = active && given != a.ignore_index;
-        if (counts && given >= 0 && given < a.classes) label = static_cast<int>(given);
+      if (problem.labels) {
+        counts = active && given_label != problem.ignore_index;
+        if (counts && given_label >= 0 && given_label < problem.classes) label = static_cast<int>(given_label);
         if (counts) label_logit = label >= 0 ? view.z.load(label) : NAN;
       }
       if (V > 1 && view.edge >= 0) {
-        const float z[1] = {view.z.load(view.edge)}, q[1] = {a.prior.data ? view.q.load(view.edge) : 0.0f};
-        state.raise(fmaxf(z[0], kMasked));
+        const float z[1] = {view.z.load(view.edge)}, q[1] = {problem.prior.data ? view.q.load(view.edge) : 0.0f};
+        state.raise_max(fmaxf(z[0], kMasked));
         add(job, state, view.row, view.edge, z, q);
       }
       while (true) {
         float next = state.max;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          if (view.at(round, k) >= view.end) break;
+          if (view.element(round, k) >= view.end) break;
           next = fmaxf(next, zs[k].max());
         }
-        state.raise(next);
+        state.raise_max(next);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          if (view.at(round, k) >= view.end) break;
+          if (view.element(round, k) >= view.end) break;
 #pragma unroll
           for (int i = 0; i < V; i += U) {
             float z[U], q[U];
 #pragma unroll
             for (int j = 0; j < U; ++j) z[j] = zs[k].get(i + j), q[j] = qs[k].get(i + j);
-            add(job, state, view.row, view.at(round, k) + i, z, q);
+            add(job, state, view.row, view.element(round, k) + i, z, q);
           }
         }
         if (round == 0) break;
@@ -140,44 +140,46 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       state.merge_lanes(1 << job.lanes_log2);
       sync_warp();  // every lane must have read z[label] before dlogits may overwrite it
     } else {
-      state.merge_cluster(slots + (odd ? (1 + state.N) * (size >> 5) * cluster : 0), cluster);
-      odd = !odd;
+      state.merge_cluster(slots + (second_slots ? (1 + state.N) * (size >> 5) * cluster : 0), cluster);
+      second_slots = !second_slots;
     }
-    const bool wrong = a.labels && counts && label < 0;
-    const DeviceRow row{job, alpha, job.constants.smoothing, label_logit, a.prior.data != nullptr, a.labels != nullptr};
+    const bool invalid_label = problem.labels && counts && label < 0;
+    const DeviceRow row{
+        job, alpha, job.constants.smoothing, label_logit, problem.prior.data != nullptr, problem.labels != nullptr};
     RowResult result = state.part.finish(row, state.max);
-    if (wrong) result.loss = result.fidelity = result.consistency = NAN;
+    if (invalid_label) result.loss = result.fidelity = result.consistency = NAN;
     if (!active) continue;
     if (lane == 0) {
-      const float values[3] = {counts ? result.fidelity : 0.0f, counts ? result.consistency : 0.0f,
-                               counts ? result.loss : 0.0f};
-      if (a.reduction == Reduction::none) {
-        a.fidelity[r] = values[0], a.consistency[r] = values[1], a.loss[r] = values[2];
+      const float values[3] = {counts ? result.loss : 0.0f, counts ? result.fidelity : 0.0f,
+                               counts ? result.consistency : 0.0f};
+      if (problem.reduction == Reduction::none) {
+        problem.loss[r] = values[0], problem.fidelity[r] = values[1], problem.consistency[r] = values[2];
       } else {
         double* total = shared.totals[warp ? thread() >> job.lanes_log2 : 0];
         for (int i = 0; i < 3; ++i) total[i] += values[i];
       }
     }
-    if (!a.belief.data && !a.dlogits.data) continue;
+    if (!problem.belief.data && !problem.dlogits.data) continue;
     {  // ---- write ----
-      const View<T> view(job, again(r), lane);
-      const Row<T> p(a.belief.data, a.belief.stride, a.belief.dtype, view.row);
-      const Row<T> dz(a.dlogits.data, a.dlogits.stride, a.dlogits.dtype, view.row);
-      const float base = reference(state.max), scale = wrong ? NAN : shared.weight;
+      const View<T> view(job, opaque(r), lane);
+      const Row<T> p(problem.belief.data, problem.belief.stride, problem.belief.dtype, view.row);
+      const Row<T> dz(problem.dlogits.data, problem.dlogits.stride, problem.dlogits.dtype, view.row);
+      const float base = reference(state.max), scale = invalid_label ? NAN : shared.weight;
       const float log2_sum = result.log_sum * kLog2e;
       auto belief_of = [&](float t) { return fast_exp2(fmaf(t, kLog2e, -log2_sum)); };
-      Slope slope = Divergence<float>::slope(row, result, scale);
-      if (!a.prior.data) Divergence<float>::fold_prior(slope, row.uniform(), row.log_uniform());
-      if (a.labels) Divergence<float>::fold_target(slope, row.off_label(), row.log_off_label());
+      GradientCoefficients coefficients = Divergence<float>::gradient_coefficients(row, result, scale);
+      if (!problem.prior.data) Divergence<float>::fold_prior(coefficients, row.uniform(), row.log_uniform());
+      if (problem.labels) Divergence<float>::fold_target(coefficients, row.off_label(), row.log_off_label());
       // Start these loads early; their values are used after the packs.
-      const bool mends = a.dlogits.data && label >= 0 && view.owns(label), has_edge = V > 1 && view.edge >= 0;
-      const float q_label = mends && a.prior.data ? view.q.load(label) : 0.0f;
+      const bool corrects_label = problem.dlogits.data && label >= 0 && view.owns(label);
+      const bool has_edge = V > 1 && view.edge >= 0;
+      const float q_label = corrects_label && problem.prior.data ? view.q.load(label) : 0.0f;
       const float z_edge = has_edge ? view.z.load(view.edge) : 0.0f;
-      const float q_edge = has_edge && a.prior.data ? view.q.load(view.edge) : 0.0f;
+      const float q_edge = has_edge && problem.prior.data ? view.q.load(view.edge) : 0.0f;
       while (true) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          const int element = view.at(round, k);
+          const int element = view.element(round, k);
           if (element >= view.end) break;
           Pack<T> belief_pack, g_pack;
 #pragma unroll
@@ -187,49 +189,50 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
             for (int j = 0; j < U; ++j) {
               const float t = zs[k].get(i + j) - base;
               belief[j] = belief_of(t);
-              g[j] = Divergence<float>::gradient(slope, t, belief[j], qs[k].get(i + j));
+              g[j] = Divergence<float>::gradient(coefficients, t, belief[j], qs[k].get(i + j));
             }
-            if (a.soft.data && a.dlogits.data) {
+            if (problem.soft.data && problem.dlogits.data) {
               float y[U];
               targets(job, view.row, element + i, y);
 #pragma unroll
               for (int j = 0; j < U; ++j)
-                g[j] += Divergence<float>::target_gradient(slope, belief[j], y[j], log_probability(y[j]));
+                g[j] += Divergence<float>::target_gradient(coefficients, belief[j], y[j], log_probability(y[j]));
             }
 #pragma unroll
             for (int j = 0; j < U; j += 2)
               belief_pack.set(i + j, belief[j], belief[j + 1]), g_pack.set(i + j, g[j], g[j + 1]);
           }
-          if (a.belief.data) p.store(element, belief_pack);
+          if (problem.belief.data) p.store(element, belief_pack);
           if (!counts) g_pack.zero();  // an ignored row, even if its logits are NaN
-          if (a.dlogits.data) dz.store(element, g_pack);
+          if (problem.dlogits.data) dz.store(element, g_pack);
         }
         if (++round >= view.rounds()) break;
         view.load(job, round, zs, qs);
       }
       if (has_edge) {
         const float t = z_edge - base, belief = belief_of(t);
-        float g = Divergence<float>::gradient(slope, t, belief, q_edge);
-        if (a.soft.data) {
+        float g = Divergence<float>::gradient(coefficients, t, belief, q_edge);
+        if (problem.soft.data) {
           float y[1];
           targets(job, view.row, view.edge, y);
-          g += Divergence<float>::target_gradient(slope, belief, y[0], log_probability(y[0]));
+          g += Divergence<float>::target_gradient(coefficients, belief, y[0], log_probability(y[0]));
         }
-        if (a.belief.data) p.store(view.edge, belief);
-        if (a.dlogits.data) dz.store(view.edge, counts ? g : 0.0f);
+        if (problem.belief.data) p.store(view.edge, belief);
+        if (problem.dlogits.data) dz.store(view.edge, counts ? g : 0.0f);
       }
       // The loop above treated the label like any other class. The thread that wrote that element corrects it.
-      if (mends) {
+      if (corrects_label) {
         const Constants& c = job.constants;
         const float t = label_logit - base, belief = belief_of(t);
-        dz.store(label, Divergence<float>::gradient(slope, t, belief, q_label) +
-                            Divergence<float>::target_gradient(slope, belief, c.on - c.off, c.log_on - c.log_off));
+        dz.store(label,
+                 Divergence<float>::gradient(coefficients, t, belief, q_label) +
+                     Divergence<float>::target_gradient(coefficients, belief, c.on - c.off, c.log_on - c.log_off));
       }
     }
   }
 
   // ---- reduce: the block that finishes last adds the sums of all blocks, in a fixed order ------------
-  if (a.reduction == Reduction::none) return;
+  if (problem.reduction == Reduction::none) return;
   sync_block();
   double sum[3] = {};
   if (thread() < kMaxGroups)
@@ -238,31 +241,31 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
   if (thread() == 0) {
     for (int i = 0; i < 3; ++i) job.workspace->partial[block()][i] = sum[i];
     fence();
-    shared.last = atomic_add(&job.workspace->ticket, 1u) == static_cast<unsigned>(blocks() - 1);
+    shared.is_last = atomic_add(&job.workspace->ticket, 1u) == static_cast<unsigned>(blocks() - 1);
   }
   sync_block();
-  if (!shared.last) return;
+  if (!shared.is_last) return;
   fence();
   for (int i = 0; i < 3; ++i) sum[i] = 0.0;
   for (int b = thread(); b < blocks(); b += size)
     for (int i = 0; i < 3; ++i) sum[i] += load_shared_by_blocks(&job.workspace->partial[b][i]);
   sum_block(sum, shared.scratch, size >> 5);
   if (thread() == 0) {
-    const double divisor = a.reduction == Reduction::mean && shared.counted ? shared.counted : 1.0;
-    *a.fidelity = static_cast<float>(sum[0] / divisor);
-    *a.consistency = static_cast<float>(sum[1] / divisor);
-    *a.loss = static_cast<float>(sum[2] / divisor);
+    const double divisor = problem.reduction == Reduction::mean && shared.counted ? shared.counted : 1.0;
+    *problem.loss = static_cast<float>(sum[0] / divisor);
+    *problem.fidelity = static_cast<float>(sum[1] / divisor);
+    *problem.consistency = static_cast<float>(sum[2] / divisor);
     job.workspace->ticket = 0;
   }
 }
 
 template <class T, template <class> class Divergence> const char* enqueue_as(const Job& job, void* stream) {
-  const Plan& plan = job.plan;
+  const LaunchPlan& plan = job.plan;
   const Grid grid{plan.blocks, plan.threads, plan.cluster, shared_bytes(plan, Divergence<float>::N)};
   return launch(local_loss<T, Divergence>, grid, stream, job);
 }
 template <class T> const char* enqueue_as(const Job& job, void* stream) {
-  return job.a.reverse ? enqueue_as<T, Reverse>(job, stream) : enqueue_as<T, Forward>(job, stream);
+  return job.problem.reverse ? enqueue_as<T, Reverse>(job, stream) : enqueue_as<T, Forward>(job, stream);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 using namespace device;
 
 // The sums of a part of a row, relative to the part's maximum.
-template <template <class> class Divergence> struct State {
+template <template <class> class Divergence> struct RowState {
   static constexpr int N = Divergence<float>::N;
   float max;
   Divergence<float> part;
@@ -19,7 +19,7 @@ template <template <class> class Divergence> struct State {
     part.clear();
   }
   // Make the sums relative to a larger maximum.
-  SID_DEVICE void raise(float next) {
+  SID_DEVICE void raise_max(float next) {
     part.rescale(max, next);
     max = next;
   }
@@ -27,7 +27,7 @@ template <template <class> class Divergence> struct State {
   SID_DEVICE void merge_lanes(int lanes) {
     float next = max;
     for (int mask = lanes / 2; mask > 0; mask /= 2) next = fmaxf(next, shuffle_xor(next, mask));
-    raise(next);
+    raise_max(next);
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
 #pragma unroll
       for (int i = 0; i < N; ++i) part.sums.v[i] += shuffle_xor(part.sums.v[i], mask);
@@ -49,13 +49,13 @@ template <template <class> class Divergence> struct State {
     const int lanes = count < 32 ? count : 32;
     clear();
     for (int s = lane & (lanes - 1); s < count; s += lanes) {
-      State other;
+      RowState other;
       other.max = slots[s];
 #pragma unroll
       for (int i = 0; i < N; ++i) other.part.sums.v[i] = slots[(1 + i) * count + s];
       const float next = fmaxf(max, other.max);
-      raise(next);
-      other.raise(next);
+      raise_max(next);
+      other.raise_max(next);
       part.sums.merge(other.part.sums);
     }
     merge_lanes(lanes);
@@ -76,20 +76,20 @@ SID_DEVICE void sum_block(double (&x)[3], double (*scratch)[3], int warps) {
 }
 
 // Count the labels first, first + step, ... that are not ignore_index.
-SID_DEVICE unsigned count_labels(const LocalLoss& a, int first, int step) {
+SID_DEVICE unsigned count_labels(const LocalLossProblem& problem, int first, int step) {
   unsigned n = 0;
-  for (int64_t r = first; r < a.rows; r += step) n += a.labels[r] != a.ignore_index;
+  for (int64_t r = first; r < problem.rows; r += step) n += problem.labels[r] != problem.ignore_index;
   return n;
 }
 
 // Add up in shared.counted the number of rows that the reduction "mean" divides by.
-SID_DEVICE void count_rows(const Job& job, Shared& shared, int size) {
-  unsigned mine = 0;
-  if (!job.a.labels) mine = thread() == 0 ? static_cast<unsigned>(job.a.rows) : 0;
-  else if (!job.plan.count_first) mine = count_labels(job.a, thread(), size);
+SID_DEVICE void count_rows(const Job& job, SharedMemory& shared, int size) {
+  unsigned count = 0;
+  if (!job.problem.labels) count = thread() == 0 ? static_cast<unsigned>(job.problem.rows) : 0;
+  else if (!job.plan.count_first) count = count_labels(job.problem, thread(), size);
   else
-    for (int i = thread(); i < kCountBlocks; i += size) mine += job.workspace->counted[i];
-  if (mine) atomic_add(&shared.counted, mine);
+    for (int i = thread(); i < kCountBlocks; i += size) count += job.workspace->counted[i];
+  if (count) atomic_add(&shared.counted, count);
   sync_block();
 }
 

@@ -26,9 +26,9 @@ template <class T> struct View {
       : row(r),
         lanes_log2(job.lanes_log2),
         lane(this_lane),
-        z(job.a.logits.data, job.a.logits.stride, job.a.logits.dtype, r),
-        q(job.a.prior.data, job.a.prior.stride, job.a.prior.dtype, r) {
-    const int classes = static_cast<int>(job.a.classes);
+        z(job.problem.logits.data, job.problem.logits.stride, job.problem.logits.dtype, r),
+        q(job.problem.prior.data, job.problem.prior.stride, job.problem.prior.dtype, r) {
+    const int classes = static_cast<int>(job.problem.classes);
     head = V == 1 ? 0 : static_cast<int>((0 - reinterpret_cast<uintptr_t>(z.data) / (16 / V)) & (V - 1));
     if (head > classes) head = classes;
     end = head + ((classes - head) & ~(V - 1));
@@ -40,10 +40,10 @@ template <class T> struct View {
     return end - head <= span ? 1 : ((end - head - 1) >> (lanes_log2 + kSpan)) + 1;
   }
   // Return the element at which this thread's pack k of a round starts. If it is not below `end`, there is no pack.
-  SID_DEVICE int at(int round, int k) const { return head + (((round * K + k) << lanes_log2) + lane) * V; }
+  SID_DEVICE int element(int round, int k) const { return head + (((round * K + k) << lanes_log2) + lane) * V; }
   SID_DEVICE void load(const Job& job, int round, Pack<T> (&zs)[K], Pack<T> (&qs)[K]) const {
-    z.load(zs, at(round, 0), V << lanes_log2, end);
-    if (job.a.prior.data) q.load(qs, at(round, 0), V << lanes_log2, end);
+    z.load(zs, element(round, 0), V << lanes_log2, end);
+    if (job.problem.prior.data) q.load(qs, element(round, 0), V << lanes_log2, end);
   }
   // Return whether this thread processes the element.
   SID_DEVICE bool owns(int element) const {

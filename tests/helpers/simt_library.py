@@ -1,4 +1,4 @@
-"""The CUDA sources compiled for the host (tests/simt) and called through ctypes, on CPU tensors."""
+"""The CUDA sources compiled for the host (tests/helpers/simt) and called through ctypes, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Rows(Structure):
     _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_int32)]
 
 
-class LocalLoss(Structure):  # csrc/local_loss.h
+class LocalLossProblem(Structure):  # csrc/local_loss.h
     _fields_ = [
         ("rows", c_int64),
         ("classes", c_int64),
@@ -66,7 +66,7 @@ class LocalLoss(Structure):  # csrc/local_loss.h
     ]
 
 
-class Plan(Structure):  # csrc/cuda/plan.h
+class LaunchPlan(Structure):  # csrc/cuda/plan.h
     _fields_ = [(name, c_int32) for name in ("kind", "warp", "lanes", "threads", "cluster", "blocks", "count_first")]
 
 
@@ -142,9 +142,9 @@ def load() -> ctypes.CDLL:
     for name in ("simt_local_loss", "simt_scale", "simt_mistake"):
         getattr(library, name).restype = c_char_p
     library.simt_workspace_bytes.restype = library.simt_sizes.restype = c_size_t
-    library.simt_local_loss.argtypes = [POINTER(LocalLoss), POINTER(Plan), c_void_p]
+    library.simt_local_loss.argtypes = [POINTER(LocalLossProblem), POINTER(LaunchPlan), c_void_p]
     library.simt_mistake.argtypes = [c_int32, c_void_p]
-    for i, structure in enumerate((LocalLoss, Plan, Scale)):
+    for i, structure in enumerate((LocalLossProblem, LaunchPlan, Scale)):
         assert library.simt_sizes(i) == ctypes.sizeof(structure), structure
     return library
 
@@ -164,7 +164,7 @@ def shifted(x: Tensor, shift: int) -> Tensor:
 
 def problem_of(
     case: Case, out: Tensor | None, need_grad: bool, shift: int, need_belief: bool = True
-) -> tuple[LocalLoss, Output]:
+) -> tuple[LocalLossProblem, Output]:
     """The launcher's argument, and where its results go."""
     z, q, target, alpha = case.logits, case.prior, case.target, case.alpha
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
@@ -174,7 +174,7 @@ def problem_of(
     shape = (z.shape[0],) if o["reduction"] == "none" else ()
     loss, fidelity, consistency = (torch.full(shape, torch.nan) for _ in range(3))
     tensor = isinstance(alpha, Tensor)
-    a = LocalLoss(
+    a = LocalLossProblem(
         z.shape[0],
         z.shape[1],
         rows_of(z),
@@ -199,7 +199,7 @@ def problem_of(
 
 def run(
     case: Case,
-    plan: Plan | None = None,
+    plan: LaunchPlan | None = None,
     *,
     alias=False,
     need_grad=True,
@@ -246,10 +246,10 @@ def plan(kind, lanes, *, threads=None, cluster=1, blocks=2, count_first=0):
     warp = threads is None
     threads = 128 if warp else threads
     lanes = lanes if warp else threads
-    return Plan(KINDS.index(kind), int(warp), lanes, threads, cluster, blocks * cluster, count_first)
+    return LaunchPlan(KINDS.index(kind), int(warp), lanes, threads, cluster, blocks * cluster, count_first)
 
 
-def chosen(problem, multiprocessors=132, clusters=1) -> Plan:
-    result = Plan()
+def chosen(problem, multiprocessors=132, clusters=1) -> LaunchPlan:
+    result = LaunchPlan()
     load().simt_plan(byref(problem), multiprocessors, clusters, byref(result))
     return result

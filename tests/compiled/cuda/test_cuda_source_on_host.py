@@ -1,4 +1,4 @@
-"""Every CUDA kernel's own source, executed on the host (tests/simt) and held to the float64 truth.
+"""Every CUDA kernel's own source, executed on the host (tests/helpers/simt) and held to the float64 truth.
 
 Each run is made twice, with threads and blocks in opposite orders, and must give the same bits (simt_library.run).
 """
@@ -269,7 +269,7 @@ def test_the_plan(clusters):
         for rows in (1, 16, 128, 8192, 65536, 2**24):
             for classes in (1, 2, 4, 10, 100, 1000, 1024, 1025, 4096, 32000, 50257, 128256, 262144, 10**6):
                 where = simt.Rows(matrix.data_ptr() // 64 * 64, classes, simt.DTYPES[dtype])
-                a = simt.LocalLoss(rows, classes, where, where, 64)
+                a = simt.LocalLossProblem(rows, classes, where, where, 64)
                 a.belief, a.dlogits, a.reduction = where, where, simt.REDUCTIONS["mean"]
                 p = simt.chosen(a, 132, clusters)
                 assert p.kind == simt.KINDS.index(kind)

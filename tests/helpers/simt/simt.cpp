@@ -48,14 +48,14 @@ int simt_launches() { return simt::machine().launches; }
 size_t simt_workspace_bytes() { return sid::workspace_bytes(); }
 // Return the size of a structure, to check the declarations in Python.
 size_t simt_sizes(int what) {
-  return what == 0 ? sizeof(sid::LocalLoss) : what == 1 ? sizeof(sid::Plan) : sizeof(sid::Scale);
+  return what == 0 ? sizeof(sid::LocalLossProblem) : what == 1 ? sizeof(sid::LaunchPlan) : sizeof(sid::Scale);
 }
 
-void simt_plan(const sid::LocalLoss* problem, int multiprocessors, int clusters, sid::Plan* plan) {
+void simt_plan(const sid::LocalLossProblem* problem, int multiprocessors, int clusters, sid::LaunchPlan* plan) {
   *plan = sid::plan_local_loss(*problem, multiprocessors, clusters);
 }
 // Run the local loss with the given plan. If it is null, the launcher computes one.
-const char* simt_local_loss(const sid::LocalLoss* problem, const sid::Plan* plan, void* workspace) {
+const char* simt_local_loss(const sid::LocalLossProblem* problem, const sid::LaunchPlan* plan, void* workspace) {
   if (plan) return sid::enqueue(*problem, *plan, workspace, nullptr);
   return sid::local_loss_cuda(*problem, workspace, nullptr, 0);
 }

@@ -187,13 +187,13 @@ inline void Machine::start() {
 }
 
 // Return a pseudorandom number in [-1, 1] that depends only on x. It models the error of the hardware's approximations.
-inline float somewhere(float x) {
+inline float error_fraction(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits *= 2654435761u;
   return static_cast<float>(bits >> 8) / 8388608.0f - 1.0f;
 }
-constexpr float kPromise = 2.4e-7f;  // 2^-22, the largest documented error
+constexpr float kMaxError = 2.4e-7f;  // 2^-22, the largest documented error
 
 }  // namespace simt
 
@@ -237,15 +237,15 @@ template <class T> T* in_block(T* shared, int rank) {
   return reinterpret_cast<T*>(host().blocks[rank].shared.get() + offset);
 }
 
-inline void aligned(const void* p) {
+inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) host().fail("simt: a misaligned 16-byte access");
 }
 inline uint4 load16(const void* p) {
-  aligned(p);
+  check_aligned(p);
   return *static_cast<const uint4*>(p);
 }
 inline void store16(void* p, uint4 x) {
-  aligned(p);
+  check_aligned(p);
   *static_cast<uint4*>(p) = x;
 }
 template <class T> T load_shared_by_blocks(const T* p) { return *p; }
@@ -255,22 +255,22 @@ inline unsigned atomic_add(unsigned* p, unsigned x) {
   return old;
 }
 inline void fence() {}
-inline int again(int x) { return x; }
+inline int opaque(int x) { return x; }
 inline float max_or_nan(float x, float y) { return x < y ? y : x; }
 inline float fast_exp2(float x) {  // relative error; exact if the result is a power of two
   const float y = exp2f(x);
-  return y < 1.17549435e-38f ? 0.0f : x == floorf(x) ? y : y + y * simt::somewhere(x) * simt::kPromise;
+  return y < 1.17549435e-38f ? 0.0f : x == floorf(x) ? y : y + y * simt::error_fraction(x) * simt::kMaxError;
 }
 inline float fast_log2(float x) {  // absolute error between 1/2 and 2, relative elsewhere; exact at 1
   const float y = log2f(x), size = x > 0.5f && x < 2.0f ? 1.0f : y;
-  return x == 1.0f || !std::isfinite(y) ? y : y + size * simt::somewhere(x) * simt::kPromise;
+  return x == 1.0f || !std::isfinite(y) ? y : y + size * simt::error_fraction(x) * simt::kMaxError;
 }
 
-struct Facts {
+struct DeviceProperties {
   int multiprocessors = 0;
   bool clusters = false;
 };
-inline const char* facts(int, Facts* out) {
+inline const char* device_properties(int, DeviceProperties* out) {
   *out = {host().multiprocessors, host().clusters};
   return nullptr;
 }
