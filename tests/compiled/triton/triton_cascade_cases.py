@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
-from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import ROUNDINGS, Case, oracle
 from sid_kernels.cascade import triton_launch as triton_cascade

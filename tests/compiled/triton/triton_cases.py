@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad

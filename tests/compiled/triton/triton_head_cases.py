@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from helpers import triton_interpreter  # noqa: F401, what the interpreter does unlike a GPU is mended
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import ROUNDINGS, Case, make_case, oracle
 from sid_kernels.belief_head import triton_launch as triton_head

@@ -5,7 +5,6 @@ import pytest
 
 from helpers import cascade_oracle as cascades
 from helpers import head_oracle as heads
-from helpers import triton_interpreter  # noqa: F401  (its mends)
 from helpers.cascade_oracle import assert_within_budget, make_case
 from sid_kernels.belief_head import triton_launch as triton_head
 from sid_kernels.cascade import dispatch as cascade
