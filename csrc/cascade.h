@@ -1,41 +1,41 @@
-// A cascade of equal belief stages as plain data: what its kernel is told (method: arXiv 2510.03273, "shared" layout).
-// It knows no Python and no PyTorch.
+// A cascade of equal belief stages as plain data: the input of its kernel (arXiv 2510.03273, "shared" layout).
+// It depends neither on Python nor on PyTorch.
 #pragma once
 #include "local_loss.h"
 
 namespace sid {
 
-// Stage i reads features f and the belief of the stage before it:
+// Inputs and outputs of a cascade. Stage i reads the features f and the belief of the previous stage:
 //   h_i = relu(hidden_weight[i] (p_{i-1}, f) + hidden_bias[i])
 //   z_i = logits_weight[i] h_i + logits_bias[i],  p_i = softmax(z_i)
-// and learns from the local loss of z_i with prior p_{i-1}. Everything is float32; columns are adjacent.
+// Its loss is the local loss of z_i with prior p_{i-1}. All arrays are float32, except soft targets and labels.
 struct CascadeProblem {
   int64_t stages = 0, rows = 0, classes = 0, hidden_dim = 0;  // L, B, C, H
 
-  const float* hidden_weight = nullptr;  // (L, H, hidden_weight_stride); the first C columns act on the belief
+  const float* hidden_weight = nullptr;  // (L, H, hidden_weight_stride); the first C columns multiply the belief
   int64_t hidden_weight_stride = 0;      // C + D
   const float* hidden_bias = nullptr;    // (L, H)
   const float* logits_weight = nullptr;  // (L, C, H)
   const float* logits_bias = nullptr;    // (L, C)
 
   Rows prior;                       // p_0 (B, C), float32; no data: uniform
-  const int64_t* labels = nullptr;  // (B) hard labels, or
-  Rows soft;                        // (B, C) class probabilities
-  const float* alpha = nullptr;     // (L); null: alpha_value for every stage
+  const int64_t* labels = nullptr;  // (B) hard labels; null: soft targets
+  Rows soft;                        // (B, C) class probabilities; no data: hard labels
+  const float* alpha = nullptr;     // (L); null: every stage has alpha_value
   float alpha_value = 0.5f;
   float label_smoothing = 0.0f;
   int64_t ignore_index = -100;
   bool reverse = false;
-  bool mean = true;  // losses and gradients are divided by the number of rows that count
+  bool mean = true;  // divide losses and gradients by the number of rows that are not ignored
 
-  float* hidden = nullptr;                // (L, H, B): the features' part of the first layer comes in, h_i goes out
-  float* dhidden = nullptr;               // (L, H, B): gradient before the ReLU; null: no gradients are wanted
+  float* hidden = nullptr;                // (L, H, B): in: the features' part of the first layer; out: h_i
+  float* dhidden = nullptr;               // (L, H, B): gradient before the ReLU; null: compute no gradients
   float* beliefs = nullptr;               // (L, B, C)
-  float* dlogits = nullptr;               // (L, B, C), where dhidden is wanted
-  float* logits = nullptr;                // (B, C) of the last stage
-  float* losses = nullptr;                // (3, L): loss, fidelity and consistency, reduced
-  float* hidden_bias_gradient = nullptr;  // (L, H), where gradients are wanted
-  float* logits_bias_gradient = nullptr;  // (L, C)
+  float* dlogits = nullptr;               // (L, B, C); needed if dhidden is given
+  float* logits = nullptr;                // (B, C): logits of the last stage
+  float* losses = nullptr;                // (3, L): reduced loss, fidelity and consistency
+  float* hidden_bias_gradient = nullptr;  // (L, H); needed if dhidden is given
+  float* logits_bias_gradient = nullptr;  // (L, C); needed if dhidden is given
 };
 
 }  // namespace sid

@@ -1,5 +1,5 @@
-// The fused local loss as plain data: what a launcher is told, the same for the CPU and for CUDA.
-// It knows no Python, no PyTorch and no CUDA type.
+// The fused local loss as plain data: the input of the CPU and CUDA kernels (arXiv 2510.03273).
+// It depends neither on Python nor on PyTorch or CUDA.
 #pragma once
 #include <cstdint>
 
@@ -8,38 +8,41 @@ namespace sid {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };
 
+// Return the size of an element in bytes.
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
-// A matrix of `rows` x `classes`; columns are adjacent, rows are `stride` elements apart (any stride).
+// A matrix (rows, classes) to read. Columns are adjacent, and rows are `stride` elements apart. Any stride is allowed.
 struct Rows {
   const void* data = nullptr;
   int64_t stride = 0;
   DType dtype = DType::f32;
 };
+// A matrix (rows, classes) to write.
 struct MutableRows {
   void* data = nullptr;
   int64_t stride = 0;
   DType dtype = DType::f32;
 };
 
+// Inputs and outputs of the local loss of a stage, for rows of logits z with belief p = softmax(z).
 struct LocalLossProblem {
   int64_t rows = 0, classes = 0;
 
   Rows logits;                      // z
-  Rows prior;                       // q; no data: uniform, nothing is read
-  const int64_t* labels = nullptr;  // (rows) hard labels, or
-  Rows soft;                        // (rows, classes) class probabilities
-  const float* alpha = nullptr;     // element of row r at alpha[r * alpha_stride]; null: alpha_value
-  int64_t alpha_stride = 0;         // 0: one alpha for every row, 1: one a row
+  Rows prior;                       // q; no data: uniform, without memory traffic
+  const int64_t* labels = nullptr;  // (rows) hard labels; null: soft targets
+  Rows soft;                        // (rows, classes) class probabilities; no data: hard labels
+  const float* alpha = nullptr;     // row r has alpha[r * alpha_stride]; null: every row has alpha_value
+  int64_t alpha_stride = 0;         // 0: one alpha for all rows, 1: one per row
   float alpha_value = 0.5f;
-  float label_smoothing = 0.0f;  // y <- (1 - s) y + s / classes
-  int64_t ignore_index = -100;   // rows with this label have loss 0 and gradient 0
+  float label_smoothing = 0.0f;  // s: the target becomes (1 - s) y + s / classes
+  int64_t ignore_index = -100;   // rows with this label are ignored: loss 0 and gradient 0
   bool reverse = false;          // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
   Reduction reduction = Reduction::mean;
 
-  MutableRows belief;     // p = softmax(z), written for every row; no data: not wanted
-  MutableRows dlogits;    // gradient of the reduced loss; no data: not wanted. May alias logits exactly.
-  float* loss = nullptr;  // reduction none: (rows) values each; otherwise one value each
+  MutableRows belief;     // p, written for every row, even ignored ones; no data: not wanted
+  MutableRows dlogits;    // gradient of the reduced loss; no data: not wanted; may be the logits' memory
+  float* loss = nullptr;  // each output has (rows) values for reduction none, otherwise one
   float* fidelity = nullptr;
   float* consistency = nullptr;
 };

@@ -1,4 +1,4 @@
-"""The CUDA sources compiled for the host (tests/helpers/simt) and called through ctypes, on CPU tensors."""
+"""Run the CUDA kernels on the host: compile them with the shim in tests/helpers/simt and call them on CPU tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 class Output(NamedTuple):
-    """What one launch wrote."""
+    """The outputs of a launch."""
 
     loss: Tensor
     fidelity: Tensor
@@ -82,11 +82,11 @@ class Scale(Structure):  # csrc/cuda/launch.h
 
 
 @functools.cache
-def headers() -> Path | None:
-    """CUDA's own host-side headers: the toolkit's, or those that come with pip packages."""
+def find_headers() -> Path | None:
+    """Return the folder of CUDA's headers, from a toolkit or a pip package, or None."""
     packages = Path(sysconfig.get_paths()["purelib"])
     toolkit = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    if nvcc := shutil.which("nvcc"):  # it may be a wrapper, so it is asked where it lives
+    if nvcc := shutil.which("nvcc"):  # nvcc may be a wrapper; ask it for the toolkit's path
         said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         toolkit += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", said, re.M)]
     folders = [t / "include" for t in toolkit] + sorted(packages.glob("nvidia/*/include"))
@@ -96,20 +96,21 @@ def headers() -> Path | None:
 
 
 def why_not() -> str | None:
+    """Return why the kernels cannot be compiled here, or None."""
     if shutil.which("g++") is None:
         return "no g++"
-    return None if headers() else "no CUDA headers (cuda_bf16.h) in a toolkit or a pip package"
+    return None if find_headers() else "no CUDA headers (cuda_bf16.h) in a toolkit or a pip package"
 
 
 def build(sanitize: bool) -> Path:
-    """Compile the kernels and the host's device layer into a library, kept under build/ until a source changes."""
+    """Compile the kernels and the shim into a library. It is kept in build/simt until a source changes."""
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted(HERE.glob("*.cpp"))
     read = sorted(p for d in ("csrc", "csrc/cuda", "tests/helpers/simt") for p in (ROOT / d).iterdir() if p.is_file())
     flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-DSID_SIMT", "-Wall"]
     flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     flags += ["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else []
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr((flags, version, str(headers()))).encode())
+    key = hashlib.sha256(repr((flags, version, str(find_headers()))).encode())
     for path in read:
         key.update(path.read_bytes())
     folder = ROOT / "build/simt" / key.hexdigest()[:16]
@@ -117,7 +118,14 @@ def build(sanitize: bool) -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(headers()), "-idirafter", str(HERE / "fallback")]
+    includes = [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{HERE}",
+        "-isystem",
+        str(find_headers()),
+        "-idirafter",
+        str(HERE / "fallback"),
+    ]
 
     def compile_one(source: Path) -> Path:
         object_file = folder / f"{source.stem}.{os.getpid()}.o"
@@ -138,6 +146,7 @@ def build(sanitize: bool) -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
+    """Compile the library if needed, load it, and check the structures' sizes."""
     library = ctypes.CDLL(str(build(ADDRESS_SANITIZER)))
     for name in ("simt_local_loss", "simt_scale", "simt_mistake"):
         getattr(library, name).restype = c_char_p
@@ -154,18 +163,19 @@ def rows_of(x: Tensor | None) -> Rows:
 
 
 def like(x: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
-    """Room for a matrix of x's shape, contiguous, its first element `shift` elements into its memory; all NaN."""
+    """Return a contiguous matrix of NaN, shaped like x, that starts `shift` elements after an aligned address."""
     return torch.full((x.numel() + shift,), torch.nan, dtype=dtype)[shift:].view(x.shape)
 
 
-def shifted(x: Tensor, shift: int) -> Tensor:
+def copy_shifted(x: Tensor, shift: int) -> Tensor:
+    """Copy x to memory that starts `shift` elements after an aligned address."""
     return like(x, x.dtype, shift).copy_(x)
 
 
 def problem_of(
     case: Case, out: Tensor | None, need_grad: bool, shift: int, need_belief: bool = True
 ) -> tuple[LocalLossProblem, Output]:
-    """The launcher's argument, and where its results go."""
+    """Return the launcher's argument, and the outputs that the launch will write."""
     z, q, target, alpha = case.logits, case.prior, case.target, case.alpha
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     soft = target.dtype.is_floating_point
@@ -208,14 +218,18 @@ def run(
     multiprocessors=2,
     clusters=True,
 ) -> Output:
-    """Twice: threads and blocks in one order, then in the opposite one. The bits must be the same."""
+    """Run the local loss twice, with threads and blocks in opposite orders, and check that the bits are equal.
+
+    plan: how to launch; None: as the launcher chooses for `multiprocessors` and `clusters`. alias: dlogits overwrite
+    the logits. shift: see `like`.
+    """
     library = load()
     workspace = torch.zeros(library.simt_workspace_bytes(), dtype=torch.uint8)
     results = []
     for backwards in (0, 1):
         now = Case(case.logits.clone() if alias else case.logits, case.prior, case.target, case.alpha, case.options)
         if alias:
-            now.logits = shifted(case.logits, shift)
+            now.logits = copy_shifted(case.logits, shift)
         a, result = problem_of(now, now.logits if alias else None, need_grad, shift, need_belief)
         library.simt_configure(multiprocessors, int(clusters), backwards)
         error = library.simt_local_loss(byref(a), None if plan is None else byref(plan), workspace.data_ptr())
@@ -230,10 +244,12 @@ def run(
 
 
 def bits(x: Tensor) -> Tensor:
+    """Return the bits of x as integers, so that NaN equals NaN."""
     return x.contiguous().view(torch.int32 if x.dtype is torch.float32 else torch.int16)
 
 
 def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Write x * factor to `out`. factor: () or (rows)."""
     library = load()
     a = Scale(x.shape[0], x.shape[1], rows_of(x), rows_of(out), factor.data_ptr(), factor.dim())
     library.simt_configure(2, 1, 0)
@@ -242,14 +258,15 @@ def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
 
 
 def plan(kind, lanes, *, threads=None, cluster=1, blocks=2, count_first=0):
-    """lanes of a warp a row; with threads: a cluster of blocks of so many threads a row."""
+    """Return a plan in which a row belongs to `lanes` lanes of a warp or, if `threads` is given, to a cluster."""
     warp = threads is None
     threads = 128 if warp else threads
     lanes = lanes if warp else threads
     return LaunchPlan(KINDS.index(kind), int(warp), lanes, threads, cluster, blocks * cluster, count_first)
 
 
-def chosen(problem, multiprocessors=132, clusters=1) -> LaunchPlan:
+def choose_plan(problem, multiprocessors=132, clusters=1) -> LaunchPlan:
+    """Return the plan that the launcher chooses for a problem."""
     result = LaunchPlan()
     load().simt_plan(byref(problem), multiprocessors, clusters, byref(result))
     return result

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled ahead of time for every architecture that is shipped; what the binaries say of them."""
+"""Compile the CUDA kernels ahead of time for each supported architecture and check registers and spills."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = ("80", "90", "100")
-# Kernels a source holds: the loss of two divergences for one type, the count of rows, the scale for three types.
+# The number of kernels in each source: two divergences per storage type, the counting kernel, three scale kernels.
 KERNELS = {
     "local_loss_f32": 2,
     "local_loss_bf16": 2,
@@ -23,11 +23,11 @@ KERNELS = {
     "local_loss": 1,
     "scale": 3,
 }
-MOST_REGISTERS = 128  # 512 threads a multiprocessor: plan.h's kResidentThreads
+MOST_REGISTERS = 128  # kResidentThreads in plan.h: 512 threads per multiprocessor
 
 
 def tool(name: str) -> str | None:
-    """From PATH, a toolkit, or the triton package, which ships cuobjdump."""
+    """Return the path of a CUDA tool from PATH, a toolkit, or the triton package, which ships cuobjdump."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     folders = [Path(h) / "bin" for h in homes if h]
     folders.append(Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin")
@@ -35,6 +35,7 @@ def tool(name: str) -> str | None:
 
 
 def why_not() -> str | None:
+    """Return why the kernels cannot be compiled here, or None."""
     missing = [name for name in ("nvcc", "cuobjdump") if tool(name) is None]
     return f"{' and '.join(missing)} not found" if missing else None
 
@@ -49,8 +50,8 @@ def run(*command: str) -> str:
 
 
 @functools.cache
-def compiled() -> Path:
-    """A folder with NAME.ARCHITECTURE.cubin and the assembler's words beside it, kept until a source changes."""
+def compile_all() -> Path:
+    """Compile NAME.ARCHITECTURE.cubin and the assembler's report into a folder that is kept until a source changes."""
     key = hashlib.sha256(run(tool("nvcc"), "--version").encode())
     for path in sorted(p for d in ("csrc", "csrc/cuda") for p in (ROOT / d).iterdir() if p.is_file()):
         key.update(path.read_bytes())
@@ -80,10 +81,10 @@ def test_every_source_is_counted():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills(architecture):
-    """No spills, no local memory, no stack, in the number of kernels there should be."""
+    """Each binary has the expected kernels, without spills, local memory or a stack, and few enough registers."""
     table = []
     for name, number in KERNELS.items():
-        cubin = compiled() / f"{name}.{architecture}.cubin"
+        cubin = compile_all() / f"{name}.{architecture}.cubin"
         if not cubin.is_file():
             pytest.skip(f"this nvcc does not know sm_{architecture}")
         said = cubin.with_suffix(".txt").read_text()

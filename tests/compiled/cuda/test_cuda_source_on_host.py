@@ -1,6 +1,6 @@
-"""Every CUDA kernel's own source, executed on the host (tests/helpers/simt) and held to the float64 truth.
+"""Run the CUDA kernels on the host (tests/helpers/simt) and compare their results with the float64 reference.
 
-Each run is made twice, with threads and blocks in opposite orders, and must give the same bits (simt_library.run).
+Each case runs twice, with threads and blocks in opposite orders, and must give equal bits (simt_library.run).
 """
 
 import ctypes
@@ -27,7 +27,7 @@ DIVERGENCES = ("forward", "reverse")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    """Once: if the sources do not compile, every test says so without trying again."""
+    """Compile the kernels once. If that fails, every test reports it without another attempt."""
     return simt.load()
 
 
@@ -49,11 +49,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS)[1:4:2] if simt.ADDRESS_SANITIZER else VARIANTS)  # there: two
+@pytest.mark.parametrize(
+    "variant", list(VARIANTS)[1:4:2] if simt.ADDRESS_SANITIZER else VARIANTS
+)  # two under AddressSanitizer
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_every_kernel(kind, divergence, variant):
-    """Lanes of a warp and clusters; rows held wholly and in part; heads and tails; all options."""
+    """Run each kernel with warps and clusters, rows that do and do not fit registers, edges, and all options."""
     options = dict(dtype=simt.KIND_DTYPES[kind], divergence=divergence, **VARIANTS[variant])
     if divergence == "reverse" and not options.get("soft"):
         options.setdefault("label_smoothing", 0.1)
@@ -77,14 +79,14 @@ def test_clusters(kind):
 
 @pytest.mark.parametrize("kind", ("f32", "bf16", "f16"))
 def test_every_misalignment(kind):
-    """Rows that start anywhere within 16 bytes, alike in every matrix; short ones that have no whole pack too."""
+    """Start rows at each offset within 16 bytes, equal in all matrices; include rows without a whole pack."""
     v = PACK[kind]
     for shift in range(v):
         for classes in (1, 2, v - 1, v, v + 1, 3 * v + 3, 257):
             case = make_case(3, classes, dtype=simt.KIND_DTYPES[kind], label_smoothing=0.1, seed=shift)
-            case.logits, case.prior = simt.shifted(case.logits, shift), simt.shifted(case.prior, shift)
+            case.logits, case.prior = simt.copy_shifted(case.logits, shift), simt.copy_shifted(case.prior, shift)
             a, _ = simt.problem_of(case, None, True, shift)
-            assert simt.chosen(a).kind == simt.KINDS.index(kind)
+            assert simt.choose_plan(a).kind == simt.KINDS.index(kind)
             check(case, shift=shift)
             check(case, simt.plan(kind, 0, threads=32, cluster=2), shift=shift)
 
@@ -96,13 +98,13 @@ def test_mixed_dtypes_and_strides(logits, prior):
         case = make_case(4, 53, dtype=logits, prior_dtype=prior, soft=True)
         case.target = case.target.to(soft)
         check(case)
-    # rows with gaps, rows that are one and the same, rows that start differently in z and in q
+    # Rows with gaps, rows that share memory, rows with different offsets in z and q.
     case = make_case(4, 53, dtype=logits, prior_dtype=prior)
     wide = torch.full((4, 64), torch.nan, dtype=logits)
     wide[:, :53] = case.logits
     check(Case(wide[:, :53], case.prior, case.target))
     check(Case(case.logits[:1].expand(4, -1), case.prior[:1].expand(4, -1), case.target))
-    check(Case(case.logits, simt.shifted(case.prior, 1), case.target))
+    check(Case(case.logits, simt.copy_shifted(case.prior, 1), case.target))
 
 
 @pytest.mark.parametrize("kind", simt.KINDS)
@@ -125,7 +127,7 @@ def test_no_gradient_wanted():
 @pytest.mark.parametrize("kind", simt.KINDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masked_and_extreme_rows(kind, divergence):
-    """-inf logits without and with mass, a row of nothing else, NaN, large logits, a prior of zeros: row by row."""
+    """Check masked classes with and without target mass, fully masked rows, NaN, large logits, and zero priors."""
     soft = torch.rand(9, 100).softmax(-1)
     soft[0, 7:90], soft[1, 40:] = 0.0, 0.0
     case = make_case(9, 100, dtype=simt.KIND_DTYPES[kind], divergence=divergence, reduction="none")
@@ -134,7 +136,7 @@ def test_masked_and_extreme_rows(kind, divergence):
     z[0, 7:90], q[0, 7:90] = -torch.inf, 0.0  # masked classes
     z[1, 40:], q[1, 40:] = -torch.inf, 0.0
     if divergence == "forward":
-        z[2, 3] = -torch.inf  # with mass there: infinite loss, finite gradient
+        z[2, 3] = -torch.inf  # the target has mass here: infinite loss, finite gradient
     z[4] += 30000.0 if z.dtype is torch.float16 else 1e6
     z[5] *= 50.0
     q[6], q[6, 5] = 0.0, 1.0  # certain
@@ -150,7 +152,10 @@ def test_masked_and_extreme_rows(kind, divergence):
 
 
 def only_finite(case, result):
-    """The gradient of an infinite loss is the closed form's, which autograd cannot give: it is finite."""
+    """Skip gradients that autograd cannot compute, after checking that the kernel's closed form is finite.
+
+    These are the gradients of rows with infinite loss.
+    """
     truth = oracle(case)
     bad = truth.dlogits.isnan().any(1)
     assert result.dlogits[bad].isfinite().all()
@@ -187,16 +192,16 @@ def test_few_rows_and_few_classes(reduction):
 
 
 def test_counting_launch():
-    """Above 4096 rows `mean` counts the labels in a launch of its own; the plan may ask for it below."""
+    """Above 4096 rows, "mean" counts the labels in a separate launch. A plan can request it for fewer rows."""
     case = make_case(4100, 2, ignored=0.5)
     before = simt.load().simt_launches()
     check(case, multiprocessors=16)
-    assert simt.load().simt_launches() - before == 4  # two launches, in each of two orders
+    assert simt.load().simt_launches() - before == 4  # two launches in each of two orders
     check(make_case(70, 9, ignored=0.5), simt.plan("any", 8, count_first=1))
 
 
 def test_workspace_is_left_as_found():
-    """Launches share a workspace: counts, tickets and partial sums of one do not reach the next."""
+    """Counts, tickets and partial sums of a launch do not affect the next one with the same workspace."""
     library = simt.load()
     workspace = torch.zeros(library.simt_workspace_bytes(), dtype=torch.uint8)
     plans = (
@@ -212,10 +217,10 @@ def test_workspace_is_left_as_found():
 
 
 def test_row_offsets_beyond_32_bits():
-    """Two rows 2^31 + 64 elements apart, in memory that is reserved and never touched in between."""
+    """Place two rows 2^31 + 64 elements apart, in reserved memory that is not touched in between."""
     classes, stride = 40, 2**31 + 64
     size = 2 * (stride + classes)
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's value; Python names it from 3.13 on
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # the value on Linux; Python defines the name from 3.13 on
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     whole = torch.frombuffer(memory, dtype=torch.bfloat16, count=size // 2)
     case = make_case(2, classes, dtype=torch.bfloat16)
@@ -233,7 +238,7 @@ def test_row_offsets_beyond_32_bits():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_scale(dtype):
     for rows, classes, shift in ((1, 1, 0), (3, 5000, 0), (3, 5000, 1), (7, 33, 3), (40, 1000, 0)):
-        x = simt.shifted(torch.randn(rows, classes).to(dtype), shift)
+        x = simt.copy_shifted(torch.randn(rows, classes).to(dtype), shift)
         one = torch.tensor(0.37)
         want = (x.float() * one).to(dtype)
         for target_shift in (shift, 0, 1):
@@ -242,7 +247,7 @@ def test_scale(dtype):
             assert out.equal(want)
         by_row = torch.rand(rows)
         by_row[0] = 1.0
-        copy = simt.shifted(x, shift)
+        copy = simt.copy_shifted(x, shift)
         simt.scale(copy, by_row, copy)
         assert copy.equal((x.float() * by_row[:, None]).to(dtype))
         gaps = torch.full((rows, classes + 3), 9.0, dtype=dtype)
@@ -254,7 +259,7 @@ def test_scale(dtype):
 def test_scale_of_one_touches_nothing():
     nowhere = torch.empty(0).as_strided((0, 4), (4, 1))
     a = simt.Scale(2**20, 4, simt.rows_of(nowhere), simt.rows_of(nowhere), torch.ones(()).data_ptr(), 0)
-    a.source.data = a.out.data = 16  # no such memory
+    a.source.data = a.out.data = 16  # not a valid address
     one = torch.ones(())
     a.scale = one.data_ptr()
     assert simt.load().simt_scale(ctypes.byref(a)) is None
@@ -262,7 +267,7 @@ def test_scale_of_one_touches_nothing():
 
 @pytest.mark.parametrize("clusters", (0, 1))
 def test_the_plan(clusters):
-    """For every size: as few threads as hold a row in registers, a lane for each edge, a grid that fits."""
+    """For each size, threads hold a row in registers if they can, edges have a lane each, and the grid fits."""
     matrix = torch.empty(1, 1)
     for dtype, kind in ((torch.float32, "f32"), (torch.bfloat16, "bf16"), (torch.float16, "f16")):
         v, held = PACK[kind], HELD[kind]
@@ -271,7 +276,7 @@ def test_the_plan(clusters):
                 where = simt.Rows(matrix.data_ptr() // 64 * 64, classes, simt.DTYPES[dtype])
                 a = simt.LocalLossProblem(rows, classes, where, where, 64)
                 a.belief, a.dlogits, a.reduction = where, where, simt.REDUCTIONS["mean"]
-                p = simt.chosen(a, 132, clusters)
+                p = simt.choose_plan(a, 132, clusters)
                 assert p.kind == simt.KINDS.index(kind)
                 for n in (p.lanes, p.threads, p.cluster):
                     assert n & (n - 1) == 0 and n > 0
@@ -280,13 +285,13 @@ def test_the_plan(clusters):
                 threads = p.lanes * p.cluster
                 on_chip = threads * held * v
                 assert on_chip >= classes or (threads == 512 * (8 if clusters else 1))
-                assert classes % v == 0 or threads >= 2 * (v - 1)  # a lane for each edge element
+                assert classes % v == 0 or threads >= 2 * (v - 1)  # one lane per edge element
                 assert p.blocks * p.threads <= 132 * 512
                 assert bool(p.count_first) == (rows > 4096)
 
 
 def test_what_the_host_reports():
-    """The host's stand-in for a GPU does not pass over mistakes: it names them."""
+    """The shim reports each kind of mistake in a kernel."""
     memory = torch.zeros(64)
     library = simt.load()
     library.simt_configure(2, 1, 0)
@@ -307,11 +312,11 @@ def test_what_the_host_reports():
 
 @pytest.mark.skipif(simt.ADDRESS_SANITIZER, reason="this is the run under AddressSanitizer")
 def test_under_address_sanitizer():
-    """The tests above once more, in a process whose every allocation has fences around it."""
+    """Repeat the tests above in a process with AddressSanitizer."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_file():
         pytest.skip("g++ has no AddressSanitizer runtime")
-    simt.build(sanitize=True)  # here: the compiler would be slow with the runtime preloaded
+    simt.build(sanitize=True)  # build here: the compiler is slow with the runtime preloaded
     environment = os.environ | {
         "SID_SIMT_ASAN": "1",
         "LD_PRELOAD": runtime,

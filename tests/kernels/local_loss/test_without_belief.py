@@ -70,6 +70,6 @@ def test_cuda_plan(kind):
     """A belief that is not there asks for no narrower accesses, whatever its dtype and address say."""
     for shift in (0, 1):
         case = make_case(4, 64, dtype=simt.KIND_DTYPES[kind])
-        case.logits, case.prior = simt.shifted(case.logits, shift), simt.shifted(case.prior, shift)
+        case.logits, case.prior = simt.copy_shifted(case.logits, shift), simt.copy_shifted(case.prior, shift)
         argument, _ = simt.problem_of(case, None, True, shift, need_belief=False)
-        assert simt.chosen(argument).kind == simt.KINDS.index(kind)
+        assert simt.choose_plan(argument).kind == simt.KINDS.index(kind)
