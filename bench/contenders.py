@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sid_kernels import fused_local_loss, local_loss_and_grad
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 ALPHA = 0.5
 SIZES = ((128, 10), (128, 100), (4096, 1000), (2048, 32000))  # (N, C)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sid_kernels.local_loss import cpu
+from sid_kernels.core import cpu
 from sid_trainer.training.memory import allocated_peak as peak  # noqa: F401
 
 
@@ -43,8 +43,11 @@ def operators(call: Callable[[], Any]) -> int:
     Our kernels are called by address, past PyTorch's dispatcher; each such call counts as one. Code that torch.compile
     generates is not seen.
     """
-    native = mock.MagicMock(wraps=cpu._C)
-    with mock.patch.object(cpu, "_C", native), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
+    native = mock.MagicMock(wraps=cpu.compiled)
+    with (
+        mock.patch.object(cpu, "compiled", native),
+        profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled,
+    ):
         call()
     events = [event for event in profiled.events() if event.name.startswith("aten::")]
     return sum(not _within_operator(event) for event in events) + len(native.method_calls)

@@ -118,7 +118,7 @@ def machine() -> dict:
         "gpu": None,
     }
     try:
-        from sid_kernels.local_loss import cpu
+        from sid_kernels.core import cpu
 
         if cpu.unavailable() is None:
             found["instruction_set"] = cpu.instruction_set()

@@ -33,7 +33,7 @@ from contenders import (
 )
 from timing import GraphTimer, Timer, interleave, quartiles, ratios
 
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 GRAPH_ELEMENTS = 1 << 22  # up to here a GPU waits for launches, so calls are replayed from a graph too
 MOST_SETS = 64

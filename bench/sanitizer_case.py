@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sid_kernels import fused_local_loss, local_loss_and_grad
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F32: 3e-5, BF16: 2.0**-7, F16: 2.0**-10}  # of the largest value; half types: a unit in the last place

@@ -1,7 +1,7 @@
 """The public operations `fused_belief_head` (differentiable) and `belief_head_and_grad` (gradients in hand).
 
-This file chooses between the plain call and the operator of `head_operator.py`, and holds the autograd Function of
-unreduced losses. It computes nothing.
+This file chooses between the direct call and the operator of `belief_head/torch_op.py`, and holds the autograd
+Function of unreduced losses. It computes nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .belief_head import dispatch as head
-from .belief_head import torch_op as head_operator
+from .belief_head import dispatch, torch_op
 from .belief_head.dispatch import Gradients
 from .belief_head.problem import PriorHead
 from .core.autograd import attach, autocast_dtype, first_derivative, needs_operator
@@ -62,12 +61,14 @@ def fused_belief_head(
     options = (divergence, label_smoothing, ignore_index, reduction)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(hidden, weight, bias, *parts, target, alpha):
-        return head_operator.call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend)[0]
+        return torch_op.call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend)[0]
     inputs = (hidden, weight, bias)
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     need = tuple(wanted and isinstance(x, Tensor) and x.requires_grad for x in inputs)
     with_it = need if reduction != "none" else (False,) * 3
-    result, gradients = head.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, with_it, backend)
+    result, gradients = dispatch.solve(
+        hidden, weight, bias, prior, target, alpha, options, return_belief, with_it, backend
+    )
     if not wanted:
         return result
     if reduction == "none":
@@ -102,12 +103,12 @@ def belief_head_and_grad(
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(hidden, weight, bias, *parts, target, alpha):
         ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
-        result, gradients = head_operator.call(
+        result, gradients = torch_op.call(
             hidden, weight, bias, prior, target, alpha, options, return_belief, backend, need, ones
         )
         result = LocalLoss(*(None if x is None else x.detach() for x in result))
         return result, Gradients(*(x.detach() if n else None for x, n in zip(gradients, need, strict=True)))
-    return head.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, need, backend)
+    return dispatch.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, need, backend)
 
 
 class BeliefHead(nn.Linear):
@@ -159,7 +160,7 @@ class _Unreduced(torch.autograd.Function):
         hidden, weight, bias, target, alpha, *parts = ctx.saved_tensors
         prior = PriorHead(*parts) if ctx.prior_is_head else parts[0]
         options, backend = ctx.rest
-        _, gradients = head.solve(
+        _, gradients = dispatch.solve(
             hidden, weight, bias, prior, target, ctx.alpha if alpha is None else alpha, options, False, ctx.need,
             backend, grad_loss.detach(),
         )  # fmt: skip

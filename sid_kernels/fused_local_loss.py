@@ -1,6 +1,6 @@
 """The public operations: `fused_local_loss` (differentiable) and `local_loss_and_grad` (gradient in hand).
 
-This file chooses between the plain call and the operator of `operator.py`, and holds the autograd Function.
+This file chooses between the plain call and the operator of `local_loss/torch_op.py`, and holds the autograd Function.
 It computes nothing.
 """
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .core.autograd import first_derivative, functorch_stack, is_compiling, needs_operator, times
-from .local_loss import cpu
-from .local_loss import dispatch as backends
-from .local_loss import torch_op as operator
-from .local_loss.problem import LocalLoss, Problem, check_out_like, check_tensor, make_problem
+from .core.checks import check_tensor
+from .local_loss import cpu, dispatch, torch_op
+from .local_loss.problem import LocalLoss, Problem, check_out_like, make_problem
 
 _DEFAULTS = ("forward", 0.0, -100, "mean", "auto")
 
@@ -126,7 +125,7 @@ def local_loss_and_grad(
 
 def _run(problem: Problem, backend: str, shape: torch.Size) -> tuple[LocalLoss, Tensor | None]:
     """Run in canonical form, give back in the caller's shape."""
-    loss, fidelity, consistency, belief, dlogits = backends.run(problem, backend)
+    loss, fidelity, consistency, belief, dlogits = dispatch.run(problem, backend)
     if len(shape) != 2:
         if problem.reduction == "none":
             loss, fidelity, consistency = (x.view(shape[:-1]) for x in (loss, fidelity, consistency))
@@ -191,7 +190,7 @@ def _through_operator(
     if not tensor and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
     detached = None if prior is None else prior.detach()
-    return operator.local_loss(
+    return torch_op.local_loss(
         logits,
         detached,
         target.detach(),

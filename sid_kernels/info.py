@@ -9,8 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
-from .local_loss import cpu
-from .local_loss import dispatch as backends
+from .core import backends, cpu
 
 
 def _version(package: str) -> str:

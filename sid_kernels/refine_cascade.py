@@ -1,6 +1,6 @@
 """The public operations `refine_cascade` (differentiable) and `refine_cascade_and_grad` (gradients in hand).
 
-This file chooses between the plain call and the operator of `cascade_operator.py`. It computes nothing.
+This file chooses between the plain call and the operator of `cascade/torch_op.py`. It computes nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cascade import dispatch as cascade
-from .cascade import torch_op as cascade_operator
+from .cascade import dispatch, torch_op
 from .cascade.problem import CascadeResult, CascadeWeights, check_kinds
 from .core.autograd import attach, autocast_dtype, needs_operator
 
@@ -65,9 +64,9 @@ def refine_cascade(
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
         prior = prior.to(dtype) if isinstance(prior, Tensor) and prior.is_floating_point() else prior
     if needs_operator(features, *weights, target, prior, alpha):
-        return CascadeResult(*cascade_operator.call(features, weights, target, alpha, prior, *options, backend)[:6])
+        return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, *options, backend)[:6])
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (features, *weights))
-    result, dfeatures, gradients = cascade.solve(
+    result, dfeatures, gradients = dispatch.solve(
         features, weights, target, alpha, prior, options, backend, wanted, wanted and features.requires_grad, None
     )
     if not wanted:
@@ -99,10 +98,10 @@ def refine_cascade_and_grad(
     options = (divergence, label_smoothing, ignore_index, reduction)
     check_kinds(features, weights)
     if needs_operator(features, *weights, target, prior, alpha):
-        found = cascade_operator.call(features, weights, target, alpha, prior, *options, backend, need_grad=True)
+        found = torch_op.call(features, weights, target, alpha, prior, *options, backend, need_grad=True)
         found = [x.detach() for x in found]
         gradients = CascadeWeights(*found[7:])
         if out is not None:
             gradients = CascadeWeights(*(own.copy_(x) for own, x in zip(out, gradients, strict=True)))
         return CascadeResult(*found[:6]), found[6] if need_features else None, gradients
-    return cascade.solve(features, weights, target, alpha, prior, options, backend, True, need_features, out)
+    return dispatch.solve(features, weights, target, alpha, prior, options, backend, True, need_features, out)

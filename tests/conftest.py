@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 try:
     from hypothesis import HealthCheck, settings

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import backends
 from ..core.autograd import without_autocast
-from ..local_loss import dispatch as backends
-from ..local_loss.problem import LocalLoss, Problem, check_alpha, check_labels, debug, scale_of_mean
-from . import triton_launch as triton_head
+from ..core.checks import check_alpha_values, check_labels, debug_enabled
+from ..local_loss.dispatch import run as run_local_loss
+from ..local_loss.problem import LocalLoss, Problem, scale_of_mean
+from . import triton_launch
 from .problem import HeadProblem, PriorHead, belief_dtype, make_head
 
 # Bytes of logits, and of a prior recomputed beside them, that are alive at a time. The weight's gradient is read and
@@ -43,14 +45,14 @@ def solve(hidden, weight, bias, prior, target, alpha, options, need_belief, need
     """
     problem = make_head(hidden, weight, bias, prior, target, alpha, *options, need_belief, any(need), need[0])
     backends.check_name(backend)
-    if problem.hidden.device.type == "cpu" or debug():
-        check_alpha(problem.alpha)
+    if problem.hidden.device.type == "cpu" or debug_enabled():
+        check_alpha_values(problem.alpha)
         if problem.labels is not None:
             check_labels(problem.labels, problem.weight.shape[0], problem.ignore_index)
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
     with torch.no_grad(), without_autocast(problem.hidden):
-        if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_head.takes(problem):
+        if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_launch.takes(problem):
             losses, belief, gradients = _on_chip(problem, need, row_scale)
         else:
             losses, belief, gradients = _in_chunks(problem, need, backend, row_scale)
@@ -77,7 +79,7 @@ def rows_at_once(problem: HeadProblem) -> int:
 
 def _on_chip(problem: HeadProblem, need: tuple[bool, bool, bool], row_scale: Tensor | None):
     """Few classes on a GPU: one kernel for all but the sums over rows."""
-    done = triton_head.run(problem if problem.reduction != "none" else problem._replace(reduction="sum"))
+    done = triton_launch.run(problem if problem.reduction != "none" else problem._replace(reduction="sum"))
     dlogits, dhidden = done.dlogits, done.dhidden
     if row_scale is not None:
         factor = row_scale[:, None].to(dlogits.dtype)
@@ -119,7 +121,7 @@ def _in_chunks(problem: HeadProblem, need: tuple[bool, bool, bool], backend: str
             q = prior_memory[: part.stop - start]
             prior = torch.softmax(logits, -1, dtype=q.dtype, out=q)
         logits = _linear(chunk.hidden, chunk.weight, chunk.bias, memory)
-        result = backends.run(
+        result = run_local_loss(
             Problem(
                 logits, prior, chunk.labels, chunk.soft, chunk.alpha, chunk.reverse, chunk.label_smoothing,
                 chunk.ignore_index, "none", logits, problem.need_grad,

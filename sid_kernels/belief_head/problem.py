@@ -10,16 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..local_loss.problem import (
-    DTYPES,
-    alpha_of,
+from ..core.checks import (
+    as_rows,
+    canonical_alpha,
+    canonical_target,
     check_device,
-    check_options,
-    check_support,
+    check_dtype,
     check_tensor,
-    rows_of,
-    target_of,
 )
+from ..local_loss.problem import check_options, check_support
 
 
 class PriorHead(NamedTuple):
@@ -106,20 +105,20 @@ def make_head(
         if prior.shape != shape:
             raise ValueError(f"prior has shape {tuple(prior.shape)}; it must be (..., C) = {tuple(shape)}")
         check_device("prior", prior, hidden)
-        _check_dtype("prior", prior)
+        check_dtype("prior", prior)
         if (prior.dtype is torch.float64) != (hidden.dtype is torch.float64):
             raise TypeError(f"prior has dtype {prior.dtype} and hidden {hidden.dtype}; float64 goes with float64 only")
-        prior = rows_of(prior.detach(), classes)
-    labels, soft = target_of(target, hidden, shape)
+        prior = as_rows(prior.detach(), classes)
+    labels, soft = canonical_target(target, hidden, shape)
     check_support(divergence, label_smoothing, labels)
     return HeadProblem(
-        rows_of(hidden.detach(), hidden.shape[-1]),
-        rows_of(weight.detach(), weight.shape[1]),
+        as_rows(hidden.detach(), hidden.shape[-1]),
+        as_rows(weight.detach(), weight.shape[1]),
         None if bias is None else bias.detach(),
         prior,
         labels,
         soft,
-        alpha_of(alpha, hidden, shape),
+        canonical_alpha(alpha, hidden, shape),
         divergence == "reverse",
         float(label_smoothing),
         ignore_index,
@@ -134,7 +133,7 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     """C of a linear layer whose parts fit together; `prefix` stands before their names in an error."""
     check_tensor(f"{prefix}hidden", hidden)
     check_tensor(f"{prefix}weight", weight)
-    _check_dtype(f"{prefix}hidden", hidden)
+    check_dtype(f"{prefix}hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError(f"{prefix}hidden has shape (); it must be (..., H)")
     if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != hidden.shape[-1]:
@@ -170,12 +169,7 @@ def _prior_head(prior: tuple, hidden: Tensor, classes: int) -> PriorHead:
             f"it must be like hidden: {hidden.dtype} on {hidden.device}"
         )
     return PriorHead(
-        rows_of(prior.hidden.detach(), prior.hidden.shape[-1]),
+        as_rows(prior.hidden.detach(), prior.hidden.shape[-1]),
         prior.weight.detach(),
         None if prior.bias is None else prior.bias.detach(),
     )
-
-
-def _check_dtype(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16, float16 or float64")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import all_times, first_derivative, functorch_stack, is_compiling
-from ..local_loss.problem import LocalLoss, check_tensor
-from ..local_loss.torch_op import library
-from . import dispatch as head
+from ..core.checks import check_tensor
+from ..core.torch_library import library
+from ..local_loss.problem import LocalLoss
+from . import dispatch
 from .problem import PriorHead, belief_dtype, make_head
 
 library.define(
@@ -59,7 +60,7 @@ def _belief_head(
     need = (need_hidden, need_weight, need_bias)
     if reduction == "none" and row_scale is None:
         need = (False,) * 3  # backward calls again, with each row's weight
-    result, gradients = head.solve(
+    result, gradients = dispatch.solve(
         hidden, weight, bias, _prior(prior, q_hidden, q_weight, q_bias), target,
         alpha_value if alpha is None else alpha, (divergence, smoothing, ignore_index, reduction),
         return_belief, need, backend, row_scale,

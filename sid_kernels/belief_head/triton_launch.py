@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..local_loss import triton_launch as triton_kernels
+from ..core.triton import INTERPRETING, on_device
+from ..local_loss import triton_launch as local_loss
 from .problem import HeadPass, HeadProblem
 
 
@@ -61,7 +62,7 @@ def constants(plan: Plan, classes: int, units: int) -> dict[str, int]:
         "ROWS": plan.rows,
         "BLOCK_C": max(16, 1 << (classes - 1).bit_length()),
         "BLOCK_H": plan.units,
-        "COUNT_BLOCK": triton_kernels.COUNT_BLOCK,
+        "COUNT_BLOCK": local_loss.COUNT_BLOCK,
     }
 
 
@@ -76,16 +77,16 @@ def fits(classes: int, units: int, dtype: torch.dtype) -> bool:
 
 def takes(problem: HeadProblem) -> bool:
     """Whether `run` takes this problem; a prior that is another head it does not."""
-    if not (problem.hidden.is_cuda or triton_kernels.INTERPRETING) or isinstance(problem.prior, tuple):
+    if not (problem.hidden.is_cuda or INTERPRETING) or isinstance(problem.prior, tuple):
         return False
     return fits(problem.weight.shape[0], problem.hidden.shape[1], problem.hidden.dtype)
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from . import triton_kernels as triton_head_rows
+    from . import triton_kernels
 
-    return triton_head_rows
+    return triton_kernels
 
 
 def run(problem: HeadProblem) -> HeadPass:
@@ -108,8 +109,8 @@ def run(problem: HeadProblem) -> HeadPass:
         def pointer(x: Tensor | None, like: Tensor = hidden) -> Tensor:  # what is not read or written: any of the type
             return like if x is None else x
 
-        with triton_kernels.on_device(device):
-            counted, scan_rows = triton_kernels.count(labels if mean else None, target, problem.ignore_index)
+        with on_device(device):
+            counted, scan_rows = local_loss.count(labels if mean else None, target, problem.ignore_index)
             _kernels().head_tile[(-(-rows // plan.rows),)](
                 hidden,
                 weight.contiguous(),

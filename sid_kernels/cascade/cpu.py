@@ -7,12 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
-from ..local_loss import cpu
-from ..local_loss.pack import matrix
-from ..local_loss.problem import label_error
+from ..core import cpu
+from ..core.checks import label_error
+from ..core.native import matrix
 from .problem import CascadePass, CascadeProblem, CascadeWeights
 
-_NOTHING = (0, 0, 0)
 KEPT_BYTES = 17 << 20  # a group of stages and its losses; a single stage may be larger, and is not kept
 
 
@@ -67,13 +66,13 @@ def run(problem: CascadeProblem, into: CascadeWeights | None) -> CascadePass:
     torch.mm(feature_part, features.t(), out=hidden.view(units, rows))
     tensor_alpha = isinstance(problem.alpha, Tensor)
     if rows:
-        bad = cpu._C.cascade(
+        bad = cpu.compiled.cascade(
             stages, rows, classes, width,
             weights.hidden_weight.data_ptr(), weights.hidden_weight.shape[2], weights.hidden_bias.data_ptr(),
             weights.logits_weight.data_ptr(), weights.logits_bias.data_ptr(),
-            _NOTHING if problem.prior is None else matrix(problem.prior),
+            matrix(problem.prior),
             0 if problem.labels is None else problem.labels.data_ptr(),
-            _NOTHING if problem.soft is None else matrix(problem.soft),
+            matrix(problem.soft),
             problem.alpha.data_ptr() if tensor_alpha else 0, 0.0 if tensor_alpha else problem.alpha,
             problem.label_smoothing, problem.ignore_index, problem.reverse, problem.reduction == "mean",
             hidden.data_ptr(), dhidden.data_ptr() if grad else 0, beliefs.data_ptr(), dlogits.data_ptr() if grad else 0,

@@ -10,12 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core import backends
 from ..core.autograd import without_autocast
-from ..local_loss import dispatch as backends
-from ..local_loss.problem import check_alpha, check_labels, debug
-from . import cpu as cascade_cpu
-from . import reference as cascade_stages
-from . import triton_launch as triton_cascade
+from ..core.checks import check_alpha_values, check_labels, debug_enabled
+from . import cpu, reference, triton_launch
 from .problem import CascadePass, CascadeProblem, CascadeResult, CascadeWeights, check_weights, make_cascade
 
 # Stages run together as long as what they leave for the products stays below this, so that memory does not grow with
@@ -46,9 +44,9 @@ def run(
     """Fills `gradients` (like the weights), where the problem wants any. Returns the losses (3, L), the last stage's
     belief and logits (B, C), and the gradient of the features (B, D) where it is wanted."""
     along = _choose(problem, backend)
-    if problem.features.device.type == "cpu" or debug():
-        check_alpha(problem.alpha)
-        if problem.labels is not None and along is not cascade_cpu.run:  # which looks itself, before it writes
+    if problem.features.device.type == "cpu" or debug_enabled():
+        check_alpha_values(problem.alpha)
+        if problem.labels is not None and along is not cpu.run:  # which looks itself, before it writes
             check_labels(problem.labels, problem.weights.sizes[2], problem.ignore_index)
     stages = problem.weights.sizes[0]
     group = stages_at_once(problem)
@@ -89,11 +87,11 @@ def bytes_of_a_group(weights: CascadeWeights, rows: int) -> int:
 def _choose(problem: CascadeProblem, backend: str):
     """What runs along the cascade: a kernel that takes all of it, or its stages one by one, on that backend's loss."""
     backends.check_name(backend)
-    if backend in ("auto", "cpu") and cascade_cpu.takes(problem):
-        return cascade_cpu.run
-    if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_cascade.takes(problem):
-        return lambda part, into: triton_cascade.run(part)
-    return lambda part, into: cascade_stages.run(part, backend)
+    if backend in ("auto", "cpu") and cpu.takes(problem):
+        return cpu.run
+    if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_launch.takes(problem):
+        return lambda part, into: triton_launch.run(part)
+    return lambda part, into: reference.run(part, backend)
 
 
 def _slice(weights: CascadeWeights, part: slice) -> CascadeWeights:

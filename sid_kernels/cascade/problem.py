@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..local_loss.problem import (
+from ..core.checks import (
     DTYPES,
+    as_rows,
+    canonical_target,
     check_device,
-    check_options,
-    check_support,
     check_tensor,
-    rows_of,
-    target_of,
 )
+from ..local_loss.problem import check_options, check_support
 
 REDUCTIONS = ("mean", "sum")
 
@@ -118,11 +117,11 @@ def make_cascade(
                 f"{features.dtype}"
             )
         check_device("prior", prior, features)
-        prior = rows_of(prior.detach(), classes)
-    labels, soft = target_of(target, features, shape)
+        prior = as_rows(prior.detach(), classes)
+    labels, soft = canonical_target(target, features, shape)
     check_support(divergence, label_smoothing, labels)
     return CascadeProblem(
-        rows_of(features.detach(), features.shape[1]),
+        as_rows(features.detach(), features.shape[1]),
         CascadeWeights(*(x.detach() if x.is_contiguous() else x.detach().contiguous() for x in weights)),
         prior,
         labels,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..local_loss import dispatch as backends
+from ..local_loss.dispatch import run as run_local_loss
 from ..local_loss.problem import Problem, scale_of_mean
 from .problem import CascadePass, CascadeProblem
 
@@ -35,7 +35,7 @@ def run(problem: CascadeProblem, backend: str) -> CascadePass:
             problem.alpha if isinstance(problem.alpha, float) else problem.alpha[i],
             problem.reverse, problem.label_smoothing, problem.ignore_index, "none", None, problem.need_grad,
         )  # fmt: skip
-        result = backends.run(loss, backend)
+        result = run_local_loss(loss, backend)
         losses.append(torch.stack((result.loss, result.fidelity, result.consistency)))
         prior = result.belief
         beliefs.append(prior.to(features.dtype))

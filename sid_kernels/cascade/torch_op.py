@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import all_times, functorch_stack, is_compiling
-from ..local_loss.torch_op import library
-from . import dispatch as cascade
+from ..core.torch_library import library
+from . import dispatch
 from .problem import CascadeWeights, make_cascade
 
 library.define(
@@ -61,7 +61,7 @@ def _refine_cascade(
     weights = CascadeWeights(w1, b1, w2, b2)
     alpha = values if alpha is None else alpha
     options = (divergence, smoothing, ignore_index, reduction)
-    result, dfeatures, gradients = cascade.solve(
+    result, dfeatures, gradients = dispatch.solve(
         features, weights, target, alpha, prior, options, backend, need_grad, need_grad, None
     )
     if need_grad:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..local_loss import triton_launch as triton_kernels
+from ..core.triton import INTERPRETING, on_device
+from ..local_loss import triton_launch as local_loss
 from .problem import CascadePass, CascadeProblem
 
 
@@ -76,7 +77,7 @@ def constants(plan: Plan, classes: int, units: int, features: int) -> dict[str, 
         "ROWS": plan.rows,
         "BLOCK_C": max(16, 1 << (classes - 1).bit_length()),
         "BLOCK_H": plan.units,
-        "COUNT_BLOCK": triton_kernels.COUNT_BLOCK,
+        "COUNT_BLOCK": local_loss.COUNT_BLOCK,
     }
 
 
@@ -91,7 +92,7 @@ def fits(classes: int, units: int, features: int, stages: int, dtype: torch.dtyp
 
 
 def takes(problem: CascadeProblem) -> bool:
-    if not (problem.features.is_cuda or triton_kernels.INTERPRETING):
+    if not (problem.features.is_cuda or INTERPRETING):
         return False
     stages, units, classes = problem.weights.sizes
     return fits(classes, units, problem.features.shape[1], stages, problem.features.dtype)
@@ -99,9 +100,9 @@ def takes(problem: CascadeProblem) -> bool:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from . import triton_kernels as triton_cascade_rows
+    from . import triton_kernels
 
-    return triton_cascade_rows
+    return triton_kernels
 
 
 def run(problem: CascadeProblem) -> CascadePass:
@@ -135,8 +136,8 @@ def run_rows(problem: CascadeProblem) -> CascadePass:
         plan = plan_for(classes, half=dtype is not torch.float32)
         prior, target = problem.prior, labels if hard else problem.soft
         given = isinstance(problem.alpha, Tensor)
-        with triton_kernels.on_device(device):
-            counted, scan_rows = triton_kernels.count(labels if mean else None, target, problem.ignore_index)
+        with on_device(device):
+            counted, scan_rows = local_loss.count(labels if mean else None, target, problem.ignore_index)
             _kernels().cascade_tile[(-(-rows // plan.rows),)](
                 pre,
                 pre if prior is None else prior,

@@ -1,1 +1,1 @@
-"""What no operation owns: autograd glue and shared kernel mathematics."""
+"""What no operation owns: loss options, argument checks, autograd glue, and which backend can be used here."""

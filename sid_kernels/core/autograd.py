@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ..local_loss import dispatch as backends
+from .backends import in_place_scaling
 
 is_compiling = torch.compiler.is_compiling
 _modes, functorch_stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -84,7 +84,7 @@ def times(gradient: Tensor, grad_loss: Tensor) -> Tensor:
         return scaled(gradient, grad_loss)
     if grad_loss.is_cpu:
         return gradient if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else scaled(gradient, grad_loss)
-    in_place = None if keeps_graph() or not gradient.is_contiguous() else backends.scale_in_place(gradient)
+    in_place = None if keeps_graph() or not gradient.is_contiguous() else in_place_scaling(gradient)
     if in_place is None:
         return scaled(gradient, grad_loss)
     in_place(gradient.view(-1, gradient.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)

@@ -5,24 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pack import load, pack
-from .problem import Problem, Result, label_error
-
-_C, _missing = load("_C")
-
-
-def unavailable() -> str | None:
-    return _missing
-
-
-def instruction_set() -> str:
-    """One of avx512, avx2 and baseline; SID_KERNELS_CPU in the environment at import lowers it."""
-    return _C.instruction_set()
+from ..core import cpu
+from ..core.checks import label_error
+from .pack import pack
+from .problem import Problem, Result
 
 
 def run(problem: Problem) -> Result:
     result, arguments = pack(problem)
-    bad = _C.local_loss(*arguments, torch.get_num_threads())
+    bad = cpu.compiled.local_loss(*arguments, torch.get_num_threads())
     if bad is not None:
         raise label_error(*bad, problem.logits.shape[1], problem.ignore_index)
     return result
@@ -41,7 +32,7 @@ def run_ordinary(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) ->
     nothing is but the few facts that make the checks unnecessary, because at (128, 10) they cost more than the kernel.
     """
     if not (
-        _missing is None
+        cpu.unavailable() is None
         and type(logits) in _PLAIN
         and type(prior) is Tensor
         and type(target) is Tensor
@@ -64,7 +55,7 @@ def run_ordinary(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) ->
     rows, classes = shape
     belief, dlogits = _like(prior), _like(prior)
     loss, fidelity, consistency = _like(_SCALAR), _like(_SCALAR), _like(_SCALAR)
-    bad = _C.local_loss(
+    bad = cpu.compiled.local_loss(
         rows, classes, (logits.data_ptr(), classes, 0), (prior.data_ptr(), classes, 0), target.data_ptr(), _NONE,
         0, 0, alpha, 0.0, -100, False, 1, (belief.data_ptr(), classes, 0), (dlogits.data_ptr(), classes, 0),
         loss.data_ptr(), fidelity.data_ptr(), consistency.data_ptr(), torch.get_num_threads(),

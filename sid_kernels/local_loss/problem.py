@@ -6,16 +6,25 @@ raises before anything was computed or written. It looks at metadata only: no va
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.checks import (
+    DTYPES,
+    as_rows,
+    canonical_alpha,
+    canonical_target,
+    check_alpha_values,
+    check_device,
+    check_dtype,
+    check_labels,
+    check_tensor,
+)
+
 DIVERGENCES = ("forward", "reverse")
 REDUCTIONS = ("none", "mean", "sum")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Problem(NamedTuple):
@@ -63,11 +72,6 @@ class Result(NamedTuple):
     dlogits: Tensor | None  # (N, C), the gradient of the reduced loss; None: not wanted
 
 
-def debug() -> bool:
-    """SID_KERNELS_DEBUG=1: values on a GPU are checked too, which synchronises."""
-    return os.environ.get("SID_KERNELS_DEBUG", "0") not in ("", "0")
-
-
 def make_problem(
     logits: Tensor,
     prior: Tensor | None,
@@ -93,21 +97,25 @@ def make_problem(
     check_options(divergence, label_smoothing, ignore_index, reduction)
     reverse = divergence == "reverse"
     if prior is not None:
-        check_like("prior", prior, logits, shape)
+        check_tensor("prior", prior)
+        if prior.shape != shape:
+            raise ValueError(f"prior has shape {tuple(prior.shape)}; it must have the shape of logits, {tuple(shape)}")
+        check_device("prior", prior, logits)
+        check_dtype("prior", prior)
         if (prior.dtype is torch.float64) != (logits.dtype is torch.float64):
             raise TypeError(f"prior has dtype {prior.dtype} and logits {logits.dtype}; float64 goes with float64 only")
-        prior = rows_of(prior.detach() if prior.requires_grad else prior, classes)  # a constant, by the method
-    labels, soft = target_of(target, logits, shape)
+        prior = as_rows(prior.detach() if prior.requires_grad else prior, classes)  # a constant, by the method
+    labels, soft = canonical_target(target, logits, shape)
     check_support(divergence, label_smoothing, labels)
     if out is not None:
         _check_out(out, logits, prior, soft, alpha)
-        out = rows_of(out, classes)
+        out = as_rows(out, classes)
     return Problem(
-        rows_of(logits, classes),
+        as_rows(logits, classes),
         prior,
         labels,
         soft,
-        alpha_of(alpha, logits, shape),
+        canonical_alpha(alpha, logits, shape),
         reverse,
         float(label_smoothing),
         ignore_index,
@@ -143,13 +151,6 @@ def check_support(divergence: str, label_smoothing: float, labels: Tensor | None
         )
 
 
-def rows_of(x: Tensor, classes: int) -> Tensor:
-    """(..., C) -> (N, C) with unit column stride; a view wherever the strides allow one."""
-    if x.dim() != 2:
-        x = x.reshape(-1, classes)
-    return x if classes == 1 or x.stride(1) == 1 else x.contiguous()
-
-
 def belief_memory(problem: Problem) -> Tensor | None:
     """Where a backend writes the belief; None: nowhere."""
     if not problem.need_belief or problem.belief_out is not None:
@@ -170,95 +171,11 @@ def scale_of_mean(labels: Tensor | None, ignore_index: int, rows: Tensor) -> Ten
     return 1.0 / (labels != ignore_index).sum().clamp(min=1).to(compute)
 
 
-def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError for the first label outside [0, classes) that is not ignore_index. Reads the labels."""
-    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise label_error(row, int(labels[row]), classes, ignore_index)
-
-
-def label_error(row: int, label: int, classes: int, ignore_index: int) -> IndexError:
-    return IndexError(
-        f"target has label {label} in row {row}; it must be in [0, {classes}) or equal ignore_index ({ignore_index})"
-    )
-
-
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
-
-
-def check_like(name: str, x: Tensor, logits: Tensor, shape: torch.Size) -> None:
-    check_tensor(name, x)
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have the shape of logits, {tuple(shape)}")
-    check_device(name, x, logits)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16, float16 or float64")
-
-
-def check_device(name: str, x: Tensor, logits: Tensor) -> None:
-    if x.device != logits.device:
-        raise ValueError(f"{name} is on {x.device}; it must be on the device of logits, {logits.device}")
-
-
-def target_of(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    check_tensor("target", target)
-    if target.dtype in DTYPES:
-        if target.shape != shape:
-            raise ValueError(
-                f"target has shape {tuple(target.shape)} and dtype {target.dtype}; class probabilities must have "
-                f"the shape of logits, {tuple(shape)}"
-            )
-        check_device("target", target, logits)
-        if target.dtype is torch.float64 and logits.dtype is not torch.float64:
-            target = target.float()
-        return None, rows_of(target.detach(), shape[-1])
-    if target.dtype not in _INTEGERS:
-        raise TypeError(
-            f"target has dtype {target.dtype}; it must be an integer dtype (labels) or a float (probabilities)"
-        )
-    if target.shape != shape[:-1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}; labels must have shape {tuple(shape[:-1])}")
-    check_device("target", target, logits)
-    labels = target if target.dim() == 1 else target.reshape(-1)
-    if labels.dtype is not torch.int64:
-        labels = labels.long()
-    return labels.contiguous(), None
-
-
-def alpha_of(alpha: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
-    if isinstance(alpha, Tensor):
-        if not alpha.dtype.is_floating_point:
-            raise TypeError(f"alpha has dtype {alpha.dtype}; it must be a floating dtype")
-        if alpha.dim() and alpha.shape != shape[:-1]:
-            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a row, {tuple(shape[:-1])}")
-        check_device("alpha", alpha, logits)
-        rows = alpha.detach().to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
-        rows = rows.reshape(-1).contiguous() if rows.dim() else rows
-        return rows
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
-    return float(alpha)
-
-
 def check_values(problem: Problem) -> None:
     """The checks that read values: alpha in [0, 1], labels in range. For CPU tensors, or under `debug`."""
-    check_alpha(problem.alpha)
+    check_alpha_values(problem.alpha)
     if problem.labels is not None:
         check_labels(problem.labels, problem.logits.shape[1], problem.ignore_index)
-
-
-def check_alpha(alpha: float | Tensor) -> None:
-    """Raise ValueError for the first value of a tensor outside [0, 1]. Reads it."""
-    if isinstance(alpha, Tensor):
-        bad = ~((alpha >= 0) & (alpha <= 1))
-        if bad.any():
-            value = float(alpha[bad][0]) if alpha.dim() else float(alpha)
-            raise ValueError(f"alpha is {value}; it must lie in [0, 1]")
 
 
 def check_out_like(out: Tensor, logits: Tensor) -> None:

@@ -15,10 +15,6 @@ from .problem import Problem, Result, belief_memory
 TINY = torch.finfo(torch.float32).tiny
 
 
-def unavailable() -> str | None:
-    return None
-
-
 def run(problem: Problem) -> Result:
     z = problem.logits  # (N, C)
     dtype = torch.float64 if z.dtype is torch.float64 else torch.float32

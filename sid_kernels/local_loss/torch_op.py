@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import first_derivative, scaled
-from . import dispatch as backends
+from ..core.torch_library import library
+from . import dispatch
 from .problem import Problem, make_problem
 
-library = torch.library.Library("sid_kernels", "DEF")
 library.define(
     "local_loss(Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, float alpha_value, str divergence, "
     "float label_smoothing, int ignore_index, str reduction, str backend, bool need_grad) "
@@ -47,7 +47,7 @@ def _local_loss(
     problem = _problem(
         logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad
     )
-    loss, fidelity, consistency, belief, dlogits = backends.run(problem, backend)
+    loss, fidelity, consistency, belief, dlogits = dispatch.run(problem, backend)
     if reduction == "none":
         loss, fidelity, consistency = (x.view(logits.shape[:-1]) for x in (loss, fidelity, consistency))
     dlogits = logits.new_empty(0) if dlogits is None else dlogits.view(logits.shape)

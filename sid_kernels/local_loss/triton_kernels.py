@@ -257,18 +257,3 @@ def sum_parts(partial, loss, fidelity, consistency, parts, BLOCK: tl.constexpr):
     tl.store(loss, value, mask=which == 0)
     tl.store(fidelity, value, mask=which == 1)
     tl.store(consistency, value, mask=which == 2)
-
-
-@triton.jit(do_not_specialize=["rows", "scale_stride"])
-def scale_rows(
-    grad, scale, grad_stride, scale_stride, rows, classes, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """grad (N, C) *= scale (0-d, or one a row) in place; a tile whose factors are all 1 is neither read nor written."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    factor = tl.load(scale + row * scale_stride, mask=row < rows, other=1.0)
-    if tl.max((factor != 1.0).to(tl.int32), 0) != 0:
-        inside = (row < rows)[:, None] & (cols < classes)
-        place = grad + row[:, None] * grad_stride + cols
-        g = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(place, g * factor[:, None], mask=inside)

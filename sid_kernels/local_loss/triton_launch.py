@@ -6,19 +6,16 @@ synchronises or reads a value back, so every launch can be captured in a graph.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.triton import on_device
 from .problem import Problem, Result, belief_memory
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # triton itself reads it once, when it is imported
 
 
 class Plan(NamedTuple):
@@ -58,7 +55,6 @@ COUNT_HERE = 1024  # rows up to which every program counts the labels itself, in
 COUNT_BLOCK = 256  # labels counted at a time inside a program
 COUNT_GRID_BLOCK, COUNT_WARPS = 4096, 4  # labels a program when counting is a launch of its own
 SUM_BLOCK, SUM_WARPS = 2048, 8
-SCALE_ELEMENTS, SCALE_WARPS = 2048, 8  # elements a program of scale_
 
 
 def plan_for(classes: int) -> Plan:
@@ -70,34 +66,12 @@ def register_limit(plan: Plan, hard: bool, wide: bool, nvidia: bool = torch.vers
     return {"maxnreg": plan.registers[(not hard) + (not wide)]} if nvidia else {}
 
 
-def scale_tiles() -> list[tuple[int, int]]:
-    """The (rows, columns) of a program of scale_, by the power of two C fits in."""
-    blocks = [1 << i for i in range(4, SCALE_ELEMENTS.bit_length())]
-    return [(SCALE_ELEMENTS // block, block) for block in blocks]
-
-
 @functools.cache
 def _kernels() -> ModuleType:
     """The kernels; imported at first use, for importing triton takes longer than all the rest of this package."""
-    from . import triton_kernels as triton_rows
+    from . import triton_kernels
 
-    return triton_rows
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot be used here; None if it can."""
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install the triton package"
-    if not INTERPRETING and not torch.cuda.is_available():
-        return "no GPU is visible to PyTorch (TRITON_INTERPRET=1, set before the import, runs the kernels on the CPU)"
-    return None
-
-
-def on_device(device: torch.device):
-    """Launches go to the tensor's own device and its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return triton_kernels
 
 
 def run(problem: Problem) -> Result:
@@ -189,15 +163,3 @@ def count(labels: Tensor | None, unread: Tensor, ignore_index: int) -> tuple[Ten
         labels, counted, rows, ignore_index, BLOCK=COUNT_GRID_BLOCK, num_warps=COUNT_WARPS
     )
     return counted, -1
-
-
-def scale_(grad: Tensor, scale: Tensor) -> Tensor:
-    """grad (N, C) *= scale in place; scale float32 on the device, 0-d or (N,). Nothing is touched where it is 1."""
-    rows, classes = grad.shape
-    if rows and classes:
-        tile, block = next((t for t in scale_tiles() if classes <= t[1]), scale_tiles()[-1])
-        with on_device(grad.device):
-            _kernels().scale_rows[(-(-rows // tile), -(-classes // block))](
-                grad, scale, grad.stride(0), scale.dim(), rows, classes, ROWS=tile, BLOCK_C=block, num_warps=SCALE_WARPS
-            )
-    return grad

@@ -8,7 +8,7 @@ from helpers.gpu_cases import call, equal_bits, needs_memory, on_gpu
 from helpers.local_loss import run
 from helpers.oracle import assert_within_budget, make_case
 from sid_kernels import fused_local_loss
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 pytestmark = pytest.mark.gpu
 

@@ -21,6 +21,8 @@ from sid_kernels.belief_head import triton_kernels as triton_head_rows
 from sid_kernels.belief_head import triton_launch as triton_head
 from sid_kernels.cascade import triton_kernels as triton_cascade_rows
 from sid_kernels.cascade import triton_launch as triton_cascade
+from sid_kernels.core import triton as core_triton
+from sid_kernels.core import triton_kernels as core_triton_kernels
 from sid_kernels.local_loss import triton_kernels as triton_rows
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
@@ -114,13 +116,13 @@ def other_variants() -> list[Variant]:
     floats = tuple((name, "fp32") for name in ("partial", "loss", "fidelity", "consistency"))
     constants = (("BLOCK", triton_kernels.SUM_BLOCK),)
     variants = [count, Variant("sum_parts", constants, floats, triton_kernels.SUM_WARPS, (), True)]
-    for dtype, aligned, (rows, block) in itertools.product(DTYPES, (True, False), triton_kernels.scale_tiles()):
+    for dtype, aligned, (rows, block) in itertools.product(DTYPES, (True, False), core_triton.scale_tiles()):
         variants.append(
             Variant(
                 "scale_rows",
                 (("ROWS", rows), ("BLOCK_C", block)),
                 (("grad", dtype), ("scale", "fp32")),
-                triton_kernels.SCALE_WARPS,
+                core_triton.SCALE_WARPS,
                 (),
                 aligned,
             )
@@ -199,7 +201,7 @@ def head_set(nvidia: bool) -> list[Variant]:
 
 def compile_variant(job: tuple[Variant, str]) -> Compiled:
     variant, target = job
-    modules = {"cascade_tile": triton_cascade_rows, "head_tile": triton_head_rows}
+    modules = {"cascade_tile": triton_cascade_rows, "head_tile": triton_head_rows, "scale_rows": core_triton_kernels}
     function = getattr(modules.get(variant.kernel, triton_rows), variant.kernel)
     pointers, constants = dict(variant.pointers), dict(variant.constants)
     signature, attrs = {}, {}

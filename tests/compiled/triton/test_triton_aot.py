@@ -11,9 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 pytest.importorskip("triton")
+from sid_kernels.core.triton import INTERPRETING, scale_tiles
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
-if triton_kernels.INTERPRETING:
+if INTERPRETING:
     pytest.skip("TRITON_INTERPRET=1: this process interprets, it cannot compile", allow_module_level=True)
 
 from helpers import triton_variants as tv
@@ -63,7 +64,7 @@ def test_the_covering_set_covers():
 def test_no_spills(target, tmp_path):
     variants = tv.covering_set() + tv.other_variants()
     compiled = compile_all(variants, [target], tmp_path)
-    expected = 6 * len(triton_kernels.PLANS) + 2 + 2 * len(tv.DTYPES) * len(triton_kernels.scale_tiles())
+    expected = 6 * len(triton_kernels.PLANS) + 2 + 2 * len(tv.DTYPES) * len(scale_tiles())
     assert len(compiled) == expected
     check(compiled)
 

@@ -51,7 +51,7 @@ def test_why_it_cannot_be_used(tmp_path, hide):
     """Importing never fails; the reason names what is missing and what would help."""
     block = "import sys; sys.modules['triton'] = None; " if hide == "triton" else ""
     no_gpu = "import torch; torch.cuda.is_available = lambda: False; "
-    code = block + no_gpu + "from sid_kernels.local_loss import triton_launch; print(triton_launch.unavailable())"
+    code = block + no_gpu + "from sid_kernels.core import triton; print(triton.unavailable())"
     done = python("-c", code, folder=tmp_path, interpret=False)
     assert done.returncode == 0, done.stderr
     if hide == "triton":

@@ -6,11 +6,12 @@ import torch
 from helpers.grids import DTYPES
 from helpers.oracle import make_case
 from helpers.without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_equal_except_belief, problem
+from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_kernels as triton_rows
 from sid_kernels.local_loss import triton_launch as triton_kernels
 from sid_kernels.local_loss.triton_launch import Plan
 
-assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
+assert INTERPRETING, "run through test_triton_interpreter.py"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 LOOPS = (Plan(37, 1, 16, 1, (64, 64, 64), looped=True), Plan(2**62, 1, 2048, 1, (64, 64, 64), looped=True))
@@ -25,7 +26,9 @@ def test_every_kind(monkeypatch, kernel, dtype, divergence, target, prior):
     if kernel == "loop":
         monkeypatch.setattr(triton_kernels, "PLANS", LOOPS)
     for (rows, classes), reduction in zip(SIZES, ("mean", "sum", "none", "mean", "none"), strict=True):
-        rows = min(rows, 2) if kernel == "loop" else rows  # the loop takes one row a program, and the interpreter is slow
+        rows = (
+            min(rows, 2) if kernel == "loop" else rows
+        )  # the loop takes one row a program, and the interpreter is slow
         case = make_case(
             rows, classes, dtype=dtype, divergence=divergence, reduction=reduction, alpha="rows", seed=classes,
             **TARGETS[target], **PRIORS[prior],

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
+from sid_kernels.core import triton as core_triton
+from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
 from sid_kernels.local_loss.problem import make_problem
 from sid_kernels.local_loss.triton_launch import Plan
 
-assert triton_kernels.INTERPRETING, "run through test_triton_interpreter.py"
+assert INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -264,7 +266,7 @@ def test_row_offsets_beyond_32_bits(plans):
     result = run(Case(far, case.prior, case.target, case.alpha), out=far)
     for x, y in zip(want, result, strict=True):
         assert torch.equal(x, y)
-    triton_kernels.scale_(far, torch.tensor(2.0))
+    core_triton.scale_(far, torch.tensor(2.0))
     assert torch.equal(far, want.dlogits * 2)
 
 
@@ -293,7 +295,7 @@ def test_scale(dtype, rows, classes):
     row_scale[0] = 1.0
     for scale in (torch.tensor(0.25), torch.tensor(1.0), row_scale):
         wide = torch.full((rows, classes + 5), 3.0, dtype=dtype)
-        got = triton_kernels.scale_(wide[:, :classes].copy_(grad), scale)
+        got = core_triton.scale_(wide[:, :classes].copy_(grad), scale)
         assert torch.equal(got, (grad.float() * (scale[:, None] if scale.dim() else scale)).to(dtype))
         assert torch.equal(wide[:, classes:], torch.full((rows, 5), 3.0, dtype=dtype))
 

@@ -12,7 +12,8 @@ from helpers.huge import lazily_reserved
 from helpers.oracle import assert_within_budget, make_case
 from helpers.processes import fresh_process
 from sid_kernels import LocalLoss, fused_local_loss, local_loss_and_grad
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
+from sid_kernels.local_loss import dispatch
 from sid_kernels.local_loss.problem import make_problem
 
 _missing = backends.unavailable("cpu")
@@ -52,6 +53,7 @@ ALL_KINDS = """
     import itertools, torch
     from helpers.oracle import assert_within_budget, make_case
     from sid_kernels import local_loss_and_grad
+    from sid_kernels import core
     from sid_kernels.local_loss import cpu
     from helpers.without_belief import problem
     torch.set_num_threads(1)
@@ -85,13 +87,13 @@ ALL_KINDS = """
         (_, got, *_), _ = local_loss_and_grad(z, torch.zeros(len(z), 2, dtype=dtype), torch.zeros(len(z), dtype=torch.int64), backend="cpu")
         (_, exact, *_), _ = local_loss_and_grad(z, None, torch.zeros(len(z), dtype=torch.int64), backend="cpu")
         assert torch.equal(got, exact.to(dtype)), "the stored belief is not float32's rounded to nearest even"
-    print(cpu.instruction_set())
+    print(core.cpu.instruction_set())
 """
 
 
 @pytest.mark.parametrize("level", ("baseline", "avx2", "avx512"))
 def test_every_instruction_set(level):
-    highest = fresh_process("from sid_kernels.local_loss import cpu; print(cpu.instruction_set())")
+    highest = fresh_process("from sid_kernels.core import cpu; print(cpu.instruction_set())")
     order = ("baseline", "avx2", "avx512")
     if order.index(level) > order.index(highest):
         pytest.skip(f"this processor has no {level}; its best is {highest}")
@@ -99,7 +101,7 @@ def test_every_instruction_set(level):
 
 
 def test_unknown_instruction_set_is_the_baseline():
-    code = "from sid_kernels.local_loss import cpu; print(cpu.instruction_set())"
+    code = "from sid_kernels.core import cpu; print(cpu.instruction_set())"
     assert fresh_process(code, SID_KERNELS_CPU="nonsense") == "baseline"
 
 
@@ -244,7 +246,7 @@ def test_streaming_stores_without_a_belief(classes, divergence):
             True,
             need_belief=False,
         )
-        assert torch.equal(backends.run(problem, "cpu").dlogits, expected)
+        assert torch.equal(dispatch.run(problem, "cpu").dlogits, expected)
 
 
 @pytest.mark.parametrize("which", ("logits", "prior", "target", "out"))

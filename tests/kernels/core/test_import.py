@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.core import backends
 
 
 def python(code, *arguments, **environment):
@@ -55,7 +55,7 @@ def test_without_the_compiled_modules_the_reference_runs():
         + """
     import torch
     from sid_kernels import fused_local_loss, local_loss_and_grad
-    from sid_kernels.local_loss import dispatch as backends
+    from sid_kernels.core import backends
     z, labels = torch.randn(4, 6, requires_grad=True), torch.tensor([0, 1, 2, 5])
     assert backends.automatic("cpu") == "reference"
     one, two = (fused_local_loss(z, None, labels, backend=name) for name in ("auto", "reference"))

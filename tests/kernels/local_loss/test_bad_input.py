@@ -198,7 +198,7 @@ def test_float64_is_for_the_reference_backend():
 
 @pytest.mark.parametrize("name", ("cuda", "triton"))
 def test_backend_on_the_wrong_device_or_not_here(name):
-    from sid_kernels.local_loss import dispatch as backends
+    from sid_kernels.core import backends
 
     reason = backends.unavailable(name)
     if reason is None:

@@ -10,7 +10,7 @@ from helpers import simt_library as simt
 from helpers.grids import DTYPES
 from helpers.oracle import make_case
 from helpers.without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_equal_except_belief, problem
-from sid_kernels.local_loss import dispatch as backends
+from sid_kernels.local_loss import dispatch
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -23,19 +23,19 @@ def test_every_backend(backend, dtype, divergence, target, prior):
             rows, classes, dtype=dtype, divergence=divergence, reduction=reduction, alpha="rows", seed=classes,
             **TARGETS[target], **PRIORS[prior],
         ).to(backend.device)  # fmt: skip
-        beside = backends.run(problem(case), backend.name)
-        assert_equal_except_belief(backends.run(problem(case, need_belief=False), backend.name), beside)
-        loss_alone = backends.run(problem(case, need_grad=False, need_belief=False), backend.name)
+        beside = dispatch.run(problem(case), backend.name)
+        assert_equal_except_belief(dispatch.run(problem(case, need_belief=False), backend.name), beside)
+        loss_alone = dispatch.run(problem(case, need_grad=False, need_belief=False), backend.name)
         assert_equal_except_belief(loss_alone, beside._replace(dlogits=None))
-        over = backends.run(problem(case, out=case.logits, need_belief=False), backend.name)
+        over = dispatch.run(problem(case, out=case.logits, need_belief=False), backend.name)
         assert over.dlogits.data_ptr() == case.logits.data_ptr()
         assert_equal_except_belief(over, beside)
 
 
 def test_float64():
     case = make_case(4, 9, dtype=torch.float64)
-    without = backends.run(problem(case, need_belief=False), "reference")
-    assert_equal_except_belief(without, backends.run(problem(case), "reference"))
+    without = dispatch.run(problem(case, need_belief=False), "reference")
+    assert_equal_except_belief(without, dispatch.run(problem(case), "reference"))
 
 
 # ---- the CUDA source on the host -------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_heads(rows, width, classes, prior, alpha, bias, reduction, chunk, dtype
 
 ON_ANY = """
     from helpers.cascade_oracle import OPTIONS, SIZES, assert_within_budget, make_case, run
-    from sid_kernels.local_loss import cpu
+    from sid_kernels.core import cpu
     for sizes in [*SIZES[:5], (2, 17, 9, 3, 16), (2, 8, 9, 3, 8), (2, 5, 4, 3, 33)]:
         for options in OPTIONS:
             case = make_case(*sizes, **options)
@@ -86,7 +86,7 @@ ON_ANY = """
 def test_the_cascade_on_every_instruction_set(level):
     """The other tests run on the processor's best."""
     order = ("baseline", "avx2", "avx512")
-    highest = fresh_process("from sid_kernels.local_loss import cpu; print(cpu.instruction_set())")
+    highest = fresh_process("from sid_kernels.core import cpu; print(cpu.instruction_set())")
     if order.index(level) > order.index(highest):
         pytest.skip(f"this processor has no {level}; its best is {highest}")
     assert fresh_process(ON_ANY, SID_KERNELS_CPU=level) == level

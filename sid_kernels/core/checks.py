@@ -1,0 +1,114 @@
+"""Checks of arguments that every operation shares, and their canonical forms.
+
+All checks except `check_labels` and `check_alpha_values` look at metadata only: they read no value from a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def debug_enabled() -> bool:
+    """Return whether SID_KERNELS_DEBUG=1 asks to check values on a GPU too, which synchronizes."""
+    return os.environ.get("SID_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError if x is not a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
+
+
+def check_device(name: str, x: Tensor, logits: Tensor) -> None:
+    """Raise ValueError if x is not on the device of the logits."""
+    if x.device != logits.device:
+        raise ValueError(f"{name} is on {x.device}; it must be on the device of logits, {logits.device}")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise TypeError if x is not float32, bfloat16, float16 or float64."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be float32, bfloat16, float16 or float64")
+
+
+def as_rows(x: Tensor, columns: int) -> Tensor:
+    """Return x (..., C) as (N, C) with adjacent columns: a view if the strides allow one, else a copy."""
+    if x.dim() != 2:
+        x = x.reshape(-1, columns)
+    return x if columns == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def canonical_target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """Return (labels (N,) int64, None) or (None, class probabilities (N, C)) for logits of `shape` (..., C)."""
+    check_tensor("target", target)
+    if target.dtype in DTYPES:
+        if target.shape != shape:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)} and dtype {target.dtype}; class probabilities must have "
+                f"the shape of logits, {tuple(shape)}"
+            )
+        check_device("target", target, logits)
+        if target.dtype is torch.float64 and logits.dtype is not torch.float64:
+            target = target.float()
+        return None, as_rows(target.detach(), shape[-1])
+    if target.dtype not in _INTEGERS:
+        raise TypeError(
+            f"target has dtype {target.dtype}; it must be an integer dtype (labels) or a float (probabilities)"
+        )
+    if target.shape != shape[:-1]:
+        raise ValueError(f"target has shape {tuple(target.shape)}; labels must have shape {tuple(shape[:-1])}")
+    check_device("target", target, logits)
+    labels = target if target.dim() == 1 else target.reshape(-1)
+    if labels.dtype is not torch.int64:
+        labels = labels.long()
+    return labels.contiguous(), None
+
+
+def canonical_alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) -> float | Tensor:
+    """Return alpha as a float in [0, 1], or as a float32 tensor () or (N,) for logits of `shape` (..., C).
+
+    The tensor is float64 for float64 logits. Its values are not read.
+    """
+    if isinstance(alpha, Tensor):
+        if not alpha.dtype.is_floating_point:
+            raise TypeError(f"alpha has dtype {alpha.dtype}; it must be a floating dtype")
+        if alpha.dim() and alpha.shape != shape[:-1]:
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a row, {tuple(shape[:-1])}")
+        check_device("alpha", alpha, logits)
+        alpha = alpha.detach().to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+        return alpha.reshape(-1).contiguous() if alpha.dim() else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
+    return float(alpha)
+
+
+def check_alpha_values(alpha: float | Tensor) -> None:
+    """Raise ValueError for the first value of a tensor alpha outside [0, 1]; read it."""
+    if isinstance(alpha, Tensor):
+        bad = ~((alpha >= 0) & (alpha <= 1))
+        if bad.any():
+            value = float(alpha[bad][0]) if alpha.dim() else float(alpha)
+            raise ValueError(f"alpha is {value}; it must lie in [0, 1]")
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for the first label outside [0, classes) that is not ignore_index; read the labels."""
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise label_error(row, int(labels[row]), classes, ignore_index)
+
+
+def label_error(row: int, label: int, classes: int, ignore_index: int) -> IndexError:
+    """Return the error for a label out of range."""
+    return IndexError(
+        f"target has label {label} in row {row}; it must be in [0, {classes}) or equal ignore_index ({ignore_index})"
+    )
