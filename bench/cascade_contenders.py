@@ -20,7 +20,9 @@ from torch.optim import Adam
 
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
 from sid_trainer import SIDNetwork, Stage, StageHead, capture, sid_step, stacked_stages
-from sid_trainer.methods.step import clear_gradients, stage_by_stage, summed_losses, update
+from sid_trainer.methods.common import StepOptions, clear_gradients, update
+from sid_trainer.methods.reference import reference_step as public_step
+from sid_trainer.methods.step import stage_by_stage
 
 SIZES = ((10, 128, 256, 128, 10), (10, 128, 256, 128, 100), (10, 128, 256, 128, 1000))  # (L, B, H, D, C)
 RATE, EPSILON = 1e-5, 1e-8  # of Adam: so slow that thousands of steps on one batch leave the network as it was
@@ -90,12 +92,12 @@ class Contender(NamedTuple):
 # ---------------------------------------------------------------- the steps
 
 
-LOSS = {"divergence": "forward", "label_smoothing": 0.0}
+OPTIONS = StepOptions(ALPHA)
 
 
-def reference_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=summed_losses) -> None:
-    """What sid_step's schedule `reference` calls."""
-    inner(network, features, target, [ALPHA] * len(network.stages), optimizers, LOSS, torch.float32)
+def reference_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=public_step) -> None:
+    """Call what sid_step's schedule `reference` calls."""
+    inner(network, features, target, OPTIONS, optimizers)
 
 
 def last_loss(network: SIDNetwork, features: Tensor, target: Tensor) -> Tensor:
@@ -167,12 +169,12 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
 
 
 def by_stage(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    optimizers, alphas = _one_a_stage(network, fused=True), [ALPHA] * len(network.stages)
+    optimizers = _one_a_stage(network, fused=True)
 
     def step() -> Tensor:
         features.grad = None
         network.zero_grad(set_to_none=True)
-        stage_by_stage(network, features, target, alphas, optimizers, None, LOSS, torch.float32)
+        stage_by_stage(network, features, target, OPTIONS, optimizers)
         return features.grad
 
     return Run(step, network, features)
@@ -232,7 +234,7 @@ def _listed() -> list[Contender]:
         Contender(REFERENCE, f"{reference}; {each}", part(with_adams, reference_step)),
         Contender(REFERENCE_FUSED, f"{reference}; {one}", part(with_one_adam, reference_step)),
         Contender(REFERENCE_COMPILED, f"the same, forward and loss under torch.compile; {one}",
-                  part(compiled, reference_step, summed_losses), compiled=True),
+                  part(compiled, reference_step, public_step), compiled=True),
         Contender(BP, f"{bp}; {each}", part(with_adams, bp_step), True),
         Contender(BP_FUSED, f"{bp}; {one}", part(with_one_adam, bp_step), True),
         Contender(BP_COMPILED, f"{bp} under torch.compile; {one}", part(compiled, bp_step, last_loss), True,

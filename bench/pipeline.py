@@ -93,7 +93,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
 
     from sid_trainer.data.batches import Batches, Labels, pixel_statistics
     from sid_trainer.distributed.balance import Classifier, balanced, measure_blocks
-    from sid_trainer.methods.baselines import OPTIMIZERS
+    from sid_trainer.methods.factory import OPTIMIZERS
     from sid_trainer.runs.build import make_data, make_network
     from sid_trainer.training.memory import SavedBytes
 

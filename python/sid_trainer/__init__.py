@@ -3,10 +3,12 @@
 from .data.datasets import load_data
 from .methods.baselines import bp_step, deep_supervision_step
 from .methods.capture import CapturedStep, capture
+from .methods.common import StepResult
 from .methods.stacked import StackedStages, stacked_stages
-from .methods.step import StepResult, sid_step
+from .methods.step import sid_step
 from .network.architectures import build_network, cut
-from .network.modules import SIDNetwork, Stage, StageHead
+from .network.heads import StageHead
+from .network.modules import SIDNetwork, Stage
 from .training.config import TrainConfig
 from .training.trainer import Trainer
 

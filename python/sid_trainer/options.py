@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .data.datasets import DATASETS
 from .distributed.rendezvous import PARALLEL
-from .methods.baselines import LR_SCHEDULES, METHODS, OPTIMIZERS
-from .methods.step import SCHEDULES
+from .methods.common import STEP_SCHEDULES
+from .methods.factory import LR_SCHEDULES, METHODS, OPTIMIZERS
 from .network.architectures import LAYOUTS, TRUNKS
 from .runs.simulate import SCHEDULES as PIPELINES
 from .training.config import DTYPES, RunConfig
@@ -122,7 +122,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--divergence", choices=("forward", "reverse"), help=default("divergence"))
     add("--label-smoothing", type=float, help=default("label_smoothing"))
-    add("--schedule", choices=SCHEDULES, help=f"of SID's step {default('schedule')}")
+    add("--schedule", choices=STEP_SCHEDULES, help=f"of SID's step {default('schedule')}")
     add(
         "--fused",
         action=argparse.BooleanOptionalAction,

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.baselines import make_optimizers
-from ..methods.step import autocast, clear_gradients, stage_by_stage, update
-from ..methods.streams import InTurn
+from ..methods.common import StepOptions, autocast, clear_gradients, update
+from ..methods.factory import make_optimizers
+from ..methods.step import stage_by_stage
+from ..methods.streams import StageHooks
 from ..network.modules import SIDNetwork, at_least_float32
 from ..training.cpu import denormals_as_zero
 from ..training.memory import SavedBytes
@@ -97,16 +98,14 @@ def measure_stages(
         raise ValueError("network must be stagewise: the stages of a shared extractor cannot be owned by ranks")
     with measured_copy(network, inputs.device, rounds) as network:
         optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay, fused=False)
-        loss = {"divergence": "forward", "label_smoothing": 0.0}
         clock = Clock(inputs.device, len(network.stages))
-        timed = [None, *(TimedOptimizer(clock, one, i) for i, one in enumerate(optimizers[1:]))]
-        alphas = [alpha] * len(network.stages)
+        options = StepOptions(alpha, dtype=dtype)
         for _ in range(WARM + rounds):
             clock.begin_round()
-            for i, one in enumerate(timed[1:]):
+            for i, one in enumerate(optimizers[1:]):
                 clock.time("update", i, clear_gradients, [one])
             batch = (inputs, targets) if feed is None else clock.time("load", 0, next, feed)
-            stage_by_stage(network, *batch, alphas, timed, None, loss, dtype, clock)
+            stage_by_stage(network, *batch, options, optimizers, hooks=clock)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
         for i, stage in enumerate(network.stages):
             with SavedBytes(stage.parameters()) as saved, autocast(inputs, dtype):
@@ -184,8 +183,8 @@ def measured_copy(network: SIDNetwork, device: torch.device, rounds: int):
         yield copy.deepcopy(network).train()
 
 
-class Clock(InTurn):
-    """Seconds of each part of each stage's work in each round; as streams of the step it times the step itself."""
+class Clock(StageHooks):
+    """Seconds of each part of each stage's work in each round; as hooks of the step it times the step itself."""
 
     def __init__(self, device: torch.device, stages: int):
         super().__init__()
@@ -214,30 +213,20 @@ class Clock(InTurn):
         counted = [stages[i] for stages in self.rounds[WARM:]]
         return {part: statistics.fmean(parts[part] for parts in counted) for part in counted[0]}
 
-    def begin(self) -> None:
+    def step_started(self) -> None:
         self.last = self.now()
 
     @contextmanager
-    def stage(self, i: int):
+    def run_stage(self, i: int):
         self.at = i  # its forward begins where the stage before it ended
         yield
 
-    def hand_on(self, features: Tensor, belief: Tensor) -> None:
+    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
         now = self.now()
         self.add("forward", self.at, now - self.last)
         self.last = now
 
-
-class TimedOptimizer:
-    """A stage's optimizer; when it is asked for its step, the stage's backward has just ended."""
-
-    def __init__(self, clock: Clock, optimizer, i: int):
-        self.clock, self.optimizer, self.i = clock, optimizer, i
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        self.clock.add("backward", self.i, self.clock.now() - self.clock.last)
-        self.clock.time("update", self.i, self.optimizer.step)
-        self.clock.last = self.clock.now()
+    def update(self, update_stage: Callable[[], None]) -> None:
+        self.add("backward", self.at, self.now() - self.last)
+        self.time("update", self.at, update_stage)
+        self.last = self.now()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from ..methods.step import autocast
+from ..methods.common import autocast
 from ..network.modules import at_least_float32
 from .pipeline import Layout, Link
 from .rendezvous import watching

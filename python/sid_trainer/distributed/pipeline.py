@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..methods.step import autocast
-from ..methods.streams import InTurn
+from ..methods.common import autocast
+from ..methods.streams import StageHooks
 from ..network.modules import SIDNetwork, at_least_float32
 from .rendezvous import Place, watching
 
@@ -64,11 +64,11 @@ def layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Lay
     return found
 
 
-class Link(InTurn):
+class Link(StageHooks):
     """What lies between a rank's stages and its neighbours': receives are posted ahead, sends wait only for room.
 
     At most `in_flight` batches are on their way to a rank, and as many are kept by the one that sent them: a rank that
-    is further ahead waits. As `streams` of the step it sends right after the forward of the rank's last stage, so that
+    is further ahead waits. As hooks of the step it sends right after the forward of the rank's last stage, so that
     the message travels while that stage learns.
 
     Args:
@@ -78,7 +78,7 @@ class Link(InTurn):
     def __init__(
         self, place: Place, stages: int, classes: int, received: Layout | None, sent: Layout | None, in_flight: int = 2
     ):
-        super().__init__(late=place.replicas > 1)
+        super().__init__(defer_updates=place.replicas > 1)
         self.place, self.stages, self.classes = place, stages, classes
         self.received, self.sent, self.in_flight = received, sent, in_flight
         self.rows: deque[int] = deque()
@@ -140,12 +140,12 @@ class Link(InTurn):
                     work.wait()
         self.sending += time.perf_counter() - start
 
-    # ---------------------------------------------------------------- as the step's streams
+    # ---------------------------------------------------------------- as the step's hooks
 
-    def begin(self) -> None:
+    def step_started(self) -> None:
         self.passed = 0
 
-    def hand_on(self, features: Tensor, belief: Tensor) -> None:
+    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
         self.passed += 1
         if self.passed == self.stages:
             self.send(features, belief)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..data.batches import Labels
 from ..files import write_atomically
-from ..methods.baselines import BACKPROPAGATED, LOCAL, make_step
+from ..methods.common import StepResult, autocast, clear_gradients
+from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
 from ..methods.stacked import stacked_stages
-from ..methods.step import StepResult, autocast, clear_gradients, stage_by_stage
-from ..methods.streams import InTurn, stage_streams
+from ..methods.step import stage_by_stage
+from ..methods.streams import StageHooks, stage_streams
 from ..network.modules import SIDNetwork, at_least_float32
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
@@ -68,12 +69,10 @@ class ParallelTrainer(Trainer):
         if self.sharded:  # the parameters are other ones now
             self.make_optimizers()
         if place.stages == 1:
-            self.run_step = make_step(
-                config.method, self.wrapped, self.optimizers, alpha=self.alphas, schedule=config.schedule, fused=False,
-                divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
-                streams=stage_streams(self.device, len(self.own)) if config.streams and self.device.type == "cuda"
-                else InTurn(late=place.replicas > 1),
-            )  # fmt: skip
+            on_streams = config.streams and self.device.type == "cuda"
+            hooks = stage_streams(self.device, len(self.own)) if on_streams else StageHooks(place.replicas > 1)
+            options = replace(self.options, fused=False)
+            self.run_step = make_step(config.method, self.wrapped, self.optimizers, options, hooks)
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
@@ -169,19 +168,16 @@ class ParallelTrainer(Trainer):
             self.feedback.learn()
 
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        config, optimizers = self.config, [None, *(self.optimizers[1 + i] for i in self.own)]
+        optimizers = [None, *(self.optimizers[1 + i] for i in self.own)]
         prior = self.part.uniform(inputs) if self.place.first else self.prior
-        loss = {"divergence": config.divergence, "label_smoothing": config.label_smoothing}
-        alphas = [self.alphas[i] for i in self.own]
+        options = replace(self.options, alpha=[self.alphas[i] for i in self.own])
         clear_gradients(optimizers)
         features = inputs
         if self.feedback and self.place.first:
             features = self.feedback.extract(inputs, self.dtype)
         elif self.feedback:
             self.feedback.partial(features)
-        losses, logits = stage_by_stage(
-            self.part, features, targets, alphas, optimizers, None, loss, self.dtype, self.link, prior
-        )
+        losses, logits = stage_by_stage(self.part, features, targets, options, optimizers, hooks=self.link, prior=prior)
         if self.feedback:
             self.feedback.send(features)
         return StepResult(losses, logits)

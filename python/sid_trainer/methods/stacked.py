@@ -9,9 +9,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from sid_kernels import CascadeWeights
+from sid_kernels import CascadeWeights, refine_cascade_and_grad
 
-from ..network.modules import SIDNetwork, Stage, StageHead
+from ..network.heads import StageHead
+from ..network.modules import SIDNetwork, Stage
+from .common import Optimizers, StepOptions, update
 
 
 class StackedStages:
@@ -107,16 +109,16 @@ def _parts(network: SIDNetwork) -> list[list[nn.Parameter]] | None:
         body, head = stage._modules["body"], stage._modules["head"]
         if type(body) is not nn.Identity or type(head) is not StageHead:
             return None
-        reader, hidden, relu, deeper, logits = head._modules.values()
+        pooling, hidden, relu, deeper, logits = head._modules.values()
         if type(hidden) is not nn.Linear or type(logits) is not nn.Linear or type(relu) is not nn.ReLU:
             return None
-        if type(reader) is not nn.Identity or type(deeper) is not nn.Sequential or deeper._modules:
+        if type(pooling) is not nn.Identity or type(deeper) is not nn.Sequential or deeper._modules:
             return None
         for m in (
             stage,
             body,
             head,
-            reader,
+            pooling,
             hidden,
             relu,
             deeper,
@@ -146,3 +148,52 @@ def _own_view(stacked: Tensor, i: int) -> Tensor:
     start = entry.storage_offset() * entry.element_size()
     memory = stacked.untyped_storage()[start : start + entry.numel() * entry.element_size()]
     return torch.empty(0, dtype=stacked.dtype, device=stacked.device).set_(memory, 0, entry.shape, entry.stride())
+
+
+def fused_stages(
+    stacked: StackedStages,
+    features: Tensor,
+    targets: Tensor,
+    options: StepOptions,
+    optimizers: Optimizers,
+    at_once: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same numbers for equal plain stages, from one kernel along the cascade and one product for all stages; also
+    the gradient of the features."""
+    alphas, dtype = options.stage_alphas(len(stacked.parts[0])), options.dtype
+    if any(isinstance(alpha, Tensor) for alpha in alphas):
+        alphas = torch.stack([a if isinstance(a, Tensor) else features.new_full((), a) for a in alphas])
+    weights = stacked.weights
+    if features.is_cuda and dtype is not torch.float32:  # on a CPU the kernel in float32 is the faster one
+        features, weights = features.to(dtype), CascadeWeights(*(w.to(dtype) for w in weights))
+    out = stacked.gradients if optimizers and weights is stacked.weights else None
+    result, dfeatures, gradients = refine_cascade_and_grad(features, weights, targets, alphas, out=out, **options.loss)
+    if optimizers:
+        if out is None:
+            torch._foreach_copy_(list(stacked.gradients), list(gradients))
+        stacked.show_gradients()
+        if at_once:
+            for parameter, gradient in zip(stacked.weights, stacked.gradients, strict=True):
+                parameter.grad = gradient
+        update(optimizers[1:])
+    else:
+        stacked.add_gradients(gradients)
+    return result.stage_loss, result.logits, dfeatures.float()
+
+
+def check_optimizers(optimizers: Optimizers, network: SIDNetwork, stacked: StackedStages | None) -> bool:
+    """Whether there is one for all stages; ValueError unless there is that, or one a stage, or none at all."""
+    expected = 1 + len(network.stages)
+    if not optimizers:
+        return False
+    owned = {id(p) for optimizer in optimizers[1:] for group in optimizer.param_groups for p in group["params"]}
+    if stacked is not None and len(optimizers) == 2 and owned == {id(p) for p in stacked.weights}:
+        return True
+    own = network.stages.parameters  # looked through until the first that is owned: this runs at every step
+    if len(optimizers) != expected or (all(id(p) not in owned for p in own()) and any(True for _ in own())):
+        raise ValueError(
+            f"optimizers must be one for the extractor and one a stage, {expected}, each over its own parameters (or,"
+            " for sid_step one-pass and equal stages, one for the extractor and one over"
+            f" stacked_stages(network).parameters()), not {len(optimizers)}"
+        )
+    return False

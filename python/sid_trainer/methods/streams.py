@@ -1,77 +1,90 @@
-"""On which CUDA stream each stage runs: one a stage, ordered by events, so that a stage's backward and update overlap
-the next stage's forward. Elsewhere stages run in turn, through the same calls.
-"""
+"""Hooks around the stages of a step, and the hooks that run each stage on its own CUDA stream."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class InTurn:
-    """The stages one after the other. `late`: each is updated behind the next one's work, which overlaps what its
-    update waits for, its gradients' way through other processes; no stage reads another's weights."""
+class StageHooks:
+    """Hooks that a step calls around its stages. This base class runs one stage after the other.
 
-    def __init__(self, late: bool = False):
-        self.late, self.kept = late, None
-
-    def begin(self) -> None:
-        """The first stage may start when what was asked for so far is done."""
-
-    def stage(self, i: int) -> AbstractContextManager:
-        """Within it runs stage i, after what the stage before it handed on."""
-        return nullcontext()
-
-    def hand_on(self, features: Tensor, belief: Tensor) -> None:
-        """Called within a stage, before its backward and update: what it made for the next one is complete."""
-
-    def learn(self, update: Callable[[], None]) -> None:
-        """Called within a stage, at its end, with what is left to do."""
-        if self.late:
-            self.kept, update = update, self.kept
-        if update:
-            update()
-
-    def join(self) -> None:
-        """What is asked for from here on comes after all stages."""
-        if self.kept:
-            self.kept()
-            self.kept = None
-
-
-class StageStreams(InTurn):
-    """A stream a stage; autograd runs each backward on the stream of its forward, so whole stages are placed.
-
-    Gradients of features that stages share are added up on the caller's stream, in stage order: autograd adds on the
-    stream that was current when the leaf's AccumulateGrad node was made, so the step makes it before the first stage
-    and holds it. Each `backward` has that stream wait for the stage's gradient, and the stage's own stream for the sum.
-
-    No memory is reused too early, though tensors pass between streams without `record_stream`: each stage's stream
-    takes its next work after `begin` of the next step, which comes after `join`, so a block freed in between is given
-    to nobody but the step after.
+    Args:
+        defer_updates: Run each stage's update after the next stage's work instead of before it. No stage reads
+            another's weights, so the results are the same. The next stage then overlaps what the update waits for,
+            for example the reduction of gradients over processes.
     """
 
-    def __init__(self, device: torch.device | str, stages: int, backend=torch.cuda):
+    def __init__(self, defer_updates: bool = False):
+        self.defer_updates = defer_updates
+        self.deferred: Callable[[], None] | None = None
+
+    def step_started(self) -> None:
+        """Called before the first stage."""
+
+    def run_stage(self, i: int) -> AbstractContextManager[Any]:
+        """Return the context in which stage i runs; it waits for the outputs of stage i - 1."""
+        return nullcontext()
+
+    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
+        """Called within a stage when its outputs for the next stage are complete, before its backward and update."""
+
+    def update(self, update_stage: Callable[[], None]) -> None:
+        """Called at the end of a stage: run `update_stage` now, or after the next stage if updates are deferred."""
+        if self.defer_updates:
+            self.run_deferred()
+            self.deferred = update_stage
+        else:
+            update_stage()
+
+    def step_finished(self) -> None:
+        """Called after the last stage: run what was deferred, and let the caller's work wait for all stages."""
+        self.run_deferred()
+
+    def run_deferred(self) -> None:
+        """Run the update that waits, if there is one."""
+        if self.deferred is not None:
+            self.deferred()
+            self.deferred = None
+
+
+class StageStreams(StageHooks):
+    """Hooks that run each stage on its own stream, so that a stage's backward and update overlap the next forward.
+
+    Events order the forward passes. Autograd runs a backward on the stream of its forward, so whole stages are placed.
+
+    Gradients of shared features are summed on the caller's stream, in stage order: autograd adds on the stream that was
+    current when the leaf's AccumulateGrad node was created, so the step creates the node before the first stage and
+    keeps it. Each `backward` makes that stream wait for the stage's gradient, and the stage's stream for the sum.
+
+    Tensors pass between streams without `record_stream`, and still no memory is reused too early. A stage's stream
+    takes its next work after `step_started` of the next step, which comes after `step_finished`. A block that is freed
+    in between is therefore reused by the next step at the earliest.
+    """
+
+    def __init__(self, device: torch.device | str, stages: int, backend: Any = torch.cuda):
         super().__init__()
         self.device, self.backend = device, backend
         self.streams = [backend.Stream(device) for _ in range(stages)]
 
-    def begin(self) -> None:
+    def step_started(self) -> None:
         self.caller = self.backend.current_stream(self.device)
         self.ready = self.caller.record_event()
 
-    def stage(self, i: int) -> AbstractContextManager:
+    def run_stage(self, i: int) -> AbstractContextManager[Any]:
         self.streams[i].wait_event(self.ready)
         return self.backend.stream(self.streams[i])
 
-    def hand_on(self, features: Tensor, belief: Tensor) -> None:
+    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
         self.ready = self.backend.current_stream(self.device).record_event()
 
-    def join(self) -> None:
+    def step_finished(self) -> None:
         for stream in self.streams:
             self.caller.wait_stream(stream)
 
 
-def stage_streams(device: torch.device, stages: int) -> InTurn:
-    return StageStreams(device, stages) if device.type == "cuda" else InTurn()
+def stage_streams(device: torch.device, stages: int) -> StageHooks:
+    """Return `StageStreams` for a CUDA device and plain `StageHooks` for any other."""
+    return StageStreams(device, stages) if device.type == "cuda" else StageHooks()

@@ -1,19 +1,22 @@
-"""Networks by name, and the cut that makes stages of any `nn.Sequential`.
+"""Networks by name, and `cut`, which makes stages of any `nn.Sequential`.
 
-A backbone is a trunk of blocks. `stagewise`: each block is the body of a stage of its own. `shared`: the whole trunk is
-the extractor, and every stage reads the same features. Plain, for backpropagation: the trunk and a linear classifier.
+A backbone is a trunk of blocks. In the layout `stagewise` each block is the body of its own stage. In `shared` the
+whole trunk is the extractor, and every stage reads the same features. A plain network, for backpropagation, is the
+trunk and a linear classifier.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from .modules import PlainHead, Reader, SIDNetwork, Stage, StageHead
+from .heads import FeaturePooling, LinearClassifier, StageHead
+from .modules import SIDNetwork, Stage
 
-SHARED_DEPTH = 10  # belief stages, the reference's number
-Trunk = Callable[[int, tuple[int, int], int], list[nn.Module]]  # of input channels, image size, stages
+SHARED_DEPTH = 10  # belief stages, as in the public implementation
+Trunk = Callable[[int, tuple[int, int], int], Sequence[nn.Module]]  # (in_channels, image_size, stages) -> blocks
 
 
 def cut(
@@ -26,40 +29,48 @@ def cut(
     hidden_dim: int = 256,
     grid: int = 4,
 ) -> SIDNetwork:
-    """Cut any trunk into local stages, no gradient crossing a cut: `cut(trunk, [3, 6], 10, images[:1])`.
+    """Cut a trunk into local stages; no gradient crosses a cut. Example: `cut(trunk, [3, 6], 10, images[:1])`.
 
     Args:
-        trunk: the backbone without its classifier; its layers become the bodies of the stages (they are not copied).
-        at: the layers, counted from 0, that begin stages 2, 3, ...; increasing.
-        num_classes: C, of the belief heads that are made for the stages.
-        example: inputs (1 or more, ...), which are run through once to see the features' shapes.
-        head_depth, hidden_dim: hidden layers of each head, and their width.
-        grid: image features are pooled to grid x grid cells for the heads.
+        trunk: The backbone without its classifier. Its layers become the bodies of the stages; they are not copied.
+        at: Increasing indices, counted from 0, of the layers that begin stages 2, 3, ...
+        num_classes: Number of classes C of the heads, which are created here.
+        example: Inputs (1 or more, ...). They run through the trunk once to find the shapes of the features.
+        head_depth: Number of hidden layers of each head.
+        hidden_dim: Size of the heads' hidden layers.
+        grid: The heads read image features pooled to grid x grid cells.
 
     Raises ValueError for cuts that leave a stage without layers.
     """
     if list(at) != sorted(set(at)) or (at and not (0 < at[0] and at[-1] < len(trunk))):
         raise ValueError(f"at must be increasing numbers of layers in 1..{len(trunk) - 1}, not {list(at)}")
-    edges = [0, *at, len(trunk)]
-    bodies = [trunk[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
     return stagewise(bodies, num_classes, example, head_depth=head_depth, hidden_dim=hidden_dim, grid=grid)
 
 
 def stagewise(
-    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, *, head_depth: int = 1, hidden_dim: int = 256,
+    blocks: Sequence[nn.Module],
+    num_classes: int,
+    example: Tensor,
+    *,
+    head_depth: int = 1,
+    hidden_dim: int = 256,
     grid: int = 4,
-) -> SIDNetwork:  # fmt: skip
-    """A stage for each block; the arguments are those of `cut`."""
+) -> SIDNetwork:
+    """Return a network with one stage per block. The other arguments are those of `cut`."""
     stages = []
     for block, shape in zip(blocks, feature_shapes(blocks, example), strict=True):
-        reader = Reader(shape, grid)
-        stages.append(Stage(StageHead(reader.dim, num_classes, hidden_dim, depth=head_depth, reader=reader), block))
+        pooling = FeaturePooling(shape, grid)
+        stages.append(Stage(StageHead(pooling.dim, num_classes, hidden_dim, depth=head_depth, pooling=pooling), block))
     return SIDNetwork(nn.Identity(), stages, num_classes)
 
 
 @torch.no_grad()
 def feature_shapes(blocks: Sequence[nn.Module], example: Tensor) -> list[tuple[int, ...]]:
-    """The shape of one example's features after each block. On copies: no statistics are kept of the example."""
+    """Return the shape of one example's features after each block.
+
+    Copies of the blocks run, so the example leaves no trace in their statistics.
+    """
     shapes = []
     for block in blocks:
         example = copy.deepcopy(block).eval()(example)
@@ -71,10 +82,11 @@ def feature_shapes(blocks: Sequence[nn.Module], example: Tensor) -> list[tuple[i
 
 
 def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """The reference's convolutions, one a block: 32, 64 (pooled), 128, 128 (pooled).
+    """Return the convolutions of the public implementation, one per block: 32, 64 (pooled), 128, 128 (pooled).
 
-    The reference puts each ReLU before its pooling. After it, the values and gradients are the same bits (the maximum
-    commutes with it, and where they tie at zero no gradient passes either way) on a quarter of the elements.
+    The public implementation applies each ReLU before its pooling. Here it follows the pooling and runs on a quarter of
+    the elements. Values and gradients have the same bits: the maximum commutes with ReLU, and at ties of zero no
+    gradient passes either way.
     """
 
     height, width = image_size
@@ -89,7 +101,10 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> li
 
 
 def vgg11(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """torchvision's VGG-11 features with batch-norm, cut after each pooling. Poolings round up, so 8x8 images pass."""
+    """Return torchvision's VGG-11 features with batch-norm, cut after each pooling.
+
+    Poolings round up, so that images of 8x8 pixels pass.
+    """
     from torchvision.models.vgg import cfgs, make_layers
 
     layers = make_layers(cfgs["A"], batch_norm=True)
@@ -100,26 +115,27 @@ def vgg11(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = True
             blocks.append([])
-    for conv in (layer for layer in layers if isinstance(layer, nn.Conv2d)):  # as torchvision's VGG draws them
+    for conv in (layer for layer in layers if isinstance(layer, nn.Conv2d)):  # initialised as in torchvision's VGG
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(conv.bias)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
     return [nn.Sequential(*block) for block in blocks if block]
 
 
 def resnet18(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """torchvision's ResNet-18 with a 3x3 stem and no first pooling, as small images need it; 4 or 8 stages."""
+    """Return torchvision's ResNet-18 in 4 or 8 blocks, with a 3x3 stem and no first pooling, for small images."""
     from torchvision.models import resnet18
 
     net = resnet18()
     net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws it
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # initialised as in torchvision
     stem, layers = nn.Sequential(net.conv1, net.bn1, net.relu), [net.layer1, net.layer2, net.layer3, net.layer4]
     blocks = layers if stages == 4 else [block for layer in layers for block in layer]
     return [nn.Sequential(stem, blocks[0]), *blocks[1:]]
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, channels, H, W) -> tokens (B, T, D): patches, projected, plus a learned position each."""
+    """Turn images (B, channels, H, W) into tokens (B, T, D): projected patches plus learned positions."""
 
     def __init__(self, in_channels: int, patch: int, tokens: int, dim: int):
         super().__init__()
@@ -130,10 +146,10 @@ class PatchEmbedding(nn.Module):
         return self.project(images).flatten(2).transpose(1, 2) + self.position
 
 
-def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """12 of torchvision's encoder blocks, width 192, 3 heads, about 8x8 patches, in as many groups as stages.
+def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int) -> Sequence[nn.Module]:
+    """Return 12 of torchvision's encoder blocks (dimension 192, 3 heads, about 8x8 patches) in `stages` groups.
 
-    The heads read the mean of the tokens; there is no class token.
+    The stage heads read the mean of the tokens; there is no class token.
     """
     from torchvision.models.vision_transformer import EncoderBlock
 
@@ -150,15 +166,16 @@ def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int) -> list
     return groups
 
 
-def mlp(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """Hidden layers of 256, one a block."""
+def mlp(in_channels: int, image_size: tuple[int, int], stages: int) -> Sequence[nn.Module]:
+    """Return hidden layers of 256 units, one per block."""
     dims = [in_channels * image_size[0] * image_size[1]] + [256] * stages
-    blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in zip(dims, dims[1:], strict=False)]
+    blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in pairwise(dims)]
     blocks[0].insert(0, nn.Flatten())
     return blocks
 
 
-TRUNKS: dict[str, tuple[Trunk, Sequence[int]]] = {  # and the numbers of stages it can be cut into, the default first
+# Name -> trunk, and the numbers of stages it can be cut into, the default first.
+TRUNKS: dict[str, tuple[Trunk, Sequence[int]]] = {
     "simple_cnn": (simple_cnn, (4,)),
     "vgg11": (vgg11, (5,)),
     "resnet18": (resnet18, (4, 8)),
@@ -169,7 +186,10 @@ LAYOUTS = ("shared", "stagewise")
 
 
 def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
-    """The stages of a network that is not plain, `depth` if it is given. Raises ValueError for one it cannot have."""
+    """Return the number of stages of a network that is not plain: `depth`, or the default if it is None.
+
+    Raises ValueError for an unknown name and for a depth that the network cannot have.
+    """
     for name, value, table in (("arch", arch, TRUNKS), ("layout", layout, LAYOUTS)):
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
@@ -197,37 +217,40 @@ def build_network(
     hidden_dim: int = 256,
     grid: int = 4,
 ) -> SIDNetwork:
-    """A network with freshly drawn parameters (the libraries' defaults, from the global generator).
+    """Return a network with new parameters, drawn as PyTorch and torchvision do, from the global generator.
 
     Args:
-        arch: one of `TRUNKS`. layout: "shared" (extractor and `depth` belief stages, 10 by default) or "stagewise" (the
-            trunk itself cut into `depth` stages).
-        num_classes, in_channels, image_size: of the data; image_size is (H, W).
-        plain: in place of the stagewise network its backbone with one linear classifier, what backpropagation trains.
-        head_depth, hidden_dim: hidden layers of each head, and their width.
-        grid: stagewise heads, and the plain backbone's classifier, read image features pooled to grid x grid cells.
+        arch: Name of the backbone, one of `TRUNKS`.
+        layout: "shared" (an extractor and `depth` belief stages, 10 by default) or "stagewise" (the trunk itself cut
+            into `depth` stages).
+        num_classes: Number of classes C.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images in pixels.
+        depth: Number of stages; None for the default.
+        plain: Build the backbone with one linear classifier, which backpropagation trains, instead of the stagewise
+            network.
+        head_depth: Number of hidden layers of each head.
+        hidden_dim: Size of the heads' hidden layers.
+        grid: Stagewise heads and the plain classifier read image features pooled to grid x grid cells.
 
-    Raises ValueError for a name that is not available and for sizes that make no network.
+    Raises ValueError for an unknown name and for sizes that make no network.
     """
     depth = stage_count(arch, layout, depth)
     trunk, depths = TRUNKS[arch]
-    least = (
-        ("num_classes", num_classes, 2), ("in_channels", in_channels, 1), ("head_depth", head_depth, 0),
-        ("hidden_dim", hidden_dim, 1), ("grid", grid, 1),
-    )  # fmt: skip
-    for name, value, lowest in least:
-        if value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, not {value}")
+    lowest = {"num_classes": 2, "in_channels": 1, "head_depth": 0, "hidden_dim": 1, "grid": 1}
+    given = (num_classes, in_channels, head_depth, hidden_dim, grid)
+    for (name, least), value in zip(lowest.items(), given, strict=True):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
     example = torch.zeros(1, in_channels, *image_size)
     blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
     if layout == "stagewise" and not plain:
         return stagewise(blocks, num_classes, example, head_depth=head_depth, hidden_dim=hidden_dim, grid=grid)
-    reader = Reader(feature_shapes(blocks, example)[-1], grid if layout == "stagewise" else 1)
+    pooling = FeaturePooling(feature_shapes(blocks, example)[-1], grid if layout == "stagewise" else 1)
     if layout == "stagewise":
-        head = PlainHead(reader.dim, num_classes, reader)
-        return SIDNetwork(nn.Sequential(*blocks), [Stage(head)], num_classes)
-    dim = reader.dim
-    if arch == "simple_cnn":  # the reference ends its extractor with a linear layer
-        reader.append(nn.Linear(dim, dim))
-    heads = [StageHead(dim, num_classes, hidden_dim, depth=head_depth) for _ in range(depth)]
-    return SIDNetwork(nn.Sequential(*blocks, reader), [Stage(head) for head in heads], num_classes)
+        classifier = LinearClassifier(pooling.dim, num_classes, pooling)
+        return SIDNetwork(nn.Sequential(*blocks), [Stage(classifier)], num_classes)
+    if arch == "simple_cnn":  # the public implementation ends its extractor with a linear layer
+        pooling.append(nn.Linear(pooling.dim, pooling.dim))
+    heads = [StageHead(pooling.dim, num_classes, hidden_dim, depth=head_depth) for _ in range(depth)]
+    return SIDNetwork(nn.Sequential(*blocks, pooling), [Stage(head) for head in heads], num_classes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..distributed.state import PIPELINE
-from ..methods.baselines import METHODS  # in the order they are shown
+from ..methods.factory import METHODS  # in the order they are shown
 from ..training.config import MOVABLE
 
 FAMILY = ("arch", "layout", "method", "label_noise")  # what the table of methods tells apart first

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ..files import write_atomically
-from ..methods.baselines import BACKPROPAGATED, held_by_cascade, make_step
+from ..methods.common import StepOptions
+from ..methods.factory import BACKPROPAGATED, cascade_bytes, make_step
 from ..network.architectures import build_network
 from ..training.memory import SavedBytes, allocated_peak
 
@@ -38,12 +39,12 @@ def measure(
     for (layout, arch), (method, fused), depth, size in bar:
         plain = layout == "stagewise" and method in BACKPROPAGATED
         network = build_network(arch, layout, depth=depth, plain=plain).to(memory_format=torch.channels_last)
-        step = make_step(method, network, (), fused=fused)
+        step = make_step(method, network, (), StepOptions(fused=fused))
         inputs, targets = torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))
         inputs = inputs.to(memory_format=torch.channels_last)
         with SavedBytes(network.parameters()) as saved:
             step(inputs, targets)
-        held = saved.peak + held_by_cascade(network, method, size, fused=fused)
+        held = saved.peak + cascade_bytes(network, method, size, StepOptions(fused=fused))
         peak = allocated_peak(lambda step=step, x=inputs, y=targets: step(x, y), warm=False)
         name = method if fused else BY_STAGE
         row = {"layout": layout, "arch": arch, "method": name, "depth": depth, "batch_size": size}

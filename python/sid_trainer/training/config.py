@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..distributed.rendezvous import PARALLEL
-from ..methods.baselines import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
-from ..methods.step import SCHEDULES
+from ..methods.common import DIVERGENCES, STEP_SCHEDULES
+from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
 from ..network.architectures import stage_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,8 +43,8 @@ class TrainConfig:
 
     def __post_init__(self):
         tables = (
-            ("method", METHODS), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
-            ("divergence", ("forward", "reverse")), ("dtype", DTYPES),
+            ("method", METHODS), ("schedule", STEP_SCHEDULES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
+            ("divergence", DIVERGENCES), ("dtype", DTYPES),
         )  # fmt: skip
         for name, table in tables:
             if getattr(self, name) not in table:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sid_kernels import fused_local_loss
 
-from ..methods.step import autocast
+from ..methods.common import autocast
 from ..network.modules import SIDNetwork, at_least_float32
 
 # A stage that copies its prior repeats its loss to 1.4e-6 of 1 + loss (2000 images, C up to 1000, both divergences).

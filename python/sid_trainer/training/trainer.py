@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..data.batches import Batches, pixel_statistics
 from ..data.datasets import ImageData
-from ..methods.baselines import held_by_cascade, make_optimizers, make_scheduler, make_step
 from ..methods.capture import capture
+from ..methods.common import StepOptions
+from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
 from ..methods.streams import stage_streams
 from ..network.modules import SIDNetwork
 from .checkpoint import check_same, load_checkpoint, save_checkpoint, set_aside_damaged
@@ -118,15 +119,15 @@ class Trainer:
         config = self.config
         self.optimizers = make_optimizers(
             self.network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
-            schedule=config.schedule, fused=config.fused,
+            step_schedule=config.schedule, fused=config.fused,
         )  # fmt: skip
         steps = config.epochs * len(self.batches["train"])
-        self.schedulers = [make_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
-        self.run_step = make_step(
-            config.method, self.network, self.optimizers, alpha=self.alphas, schedule=config.schedule,
-            fused=config.fused, divergence=config.divergence, label_smoothing=config.label_smoothing, dtype=self.dtype,
-            streams=stage_streams(self.device, len(self.alphas)) if config.streams else None,
-        )  # fmt: skip
+        self.schedulers = [make_lr_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
+        self.options = StepOptions(
+            self.alphas, config.divergence, config.label_smoothing, self.dtype, config.schedule, config.fused
+        )
+        hooks = stage_streams(self.device, len(self.alphas)) if config.streams else None
+        self.run_step = make_step(config.method, self.network, self.optimizers, self.options, hooks)
 
     def fit(self) -> list[dict]:
         """Train what is left of all epochs. Raises NonFiniteLoss, and Interrupted when SIGINT or SIGTERM asked for an
@@ -222,8 +223,7 @@ class Trainer:
         if self.activation_bytes is None:
             with SavedBytes(self.network.parameters()) as saved:
                 result = self.run_step(inputs, targets)
-            config = self.config
-            by_cascade = held_by_cascade(self.network, config.method, len(targets), config.schedule, config.fused)
+            by_cascade = cascade_bytes(self.network, self.config.method, len(targets), self.options)
             self.activation_bytes = saved.peak + by_cascade
         elif self.config.graph and inputs.is_cuda and len(targets) == self.config.batch_size:
             if not hasattr(self, "captured"):

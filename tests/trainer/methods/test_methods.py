@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from sid_trainer import bp_step, build_network, deep_supervision_step, load_data, sid_step
 from sid_trainer.data.batches import Batches, pixel_statistics
 from sid_trainer.data.splits import with_subset
-from sid_trainer.methods.baselines import BACKPROPAGATED, METHODS, make_optimizers, make_scheduler, make_step
-from sid_trainer.methods.step import SCHEDULES
+from sid_trainer.methods.common import STEP_SCHEDULES, StepOptions
+from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, make_lr_scheduler, make_optimizers, make_step
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
 from sid_trainer.training.config import TrainConfig
 
@@ -40,7 +40,7 @@ def test_every_method_trains_every_network(arch, layout, method, digits):
     network = make(arch, layout, method, depth=4 if layout == "shared" else None)
     slow = arch == "vit_tiny"
     optimizers = make_optimizers(network, method, optimizer="adam", lr=3e-4 if slow else 3e-3)
-    step = make_step(method, network, optimizers, alpha=0.7)
+    step = make_step(method, network, optimizers, StepOptions(0.7))
     inputs, targets = next(digits.in_order())
     batches = [(inputs[:16], targets[:16])] * 10 if slow else None
     for epoch in range(1 if slow else 12 if arch in ("simple_cnn", "mlp") else 4):
@@ -66,12 +66,12 @@ def test_the_schedules_have_the_same_gradients(arch, layout, options):
     inputs, targets = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (4,))
     alphas = [0.9 - 0.1 * i for i in range(len(network.stages))]
     found, losses = {}, {}
-    for schedule in SCHEDULES:
+    for schedule in STEP_SCHEDULES:
         network.zero_grad()
         losses[schedule] = sid_step(network, inputs, targets, alphas, schedule=schedule, **options).stage_loss
         found[schedule] = [p.grad.clone() for p in network.parameters()]
     groups = [list(m.parameters()) for m in (network.extractor, *network.stages) if list(m.parameters())]
-    for schedule in SCHEDULES[1:]:
+    for schedule in STEP_SCHEDULES[1:]:
         torch.testing.assert_close(losses[schedule].double(), losses["one-pass"].double())
         ours, theirs = iter(found["one-pass"]), iter(found[schedule])
         for group in groups:
@@ -141,7 +141,7 @@ def test_deep_supervision_and_greedy_against_their_definitions(layout):
         features, prior = seen if layout == "shared" else seen.detach(), z.softmax(1).detach()
     expected = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
-    make_step("greedy", network, None, alpha=0.3, label_smoothing=0.0)(inputs, targets)
+    make_step("greedy", network, (), StepOptions(0.3))(inputs, targets)
     assert_same([p.grad for p in network.parameters()], expected)
 
 
@@ -160,7 +160,7 @@ def test_the_features_of_a_stagewise_network_are_not_those_of_the_stage_after_it
 @pytest.mark.parametrize("name", ["constant", "cosine", "one-cycle"])
 def test_learning_rates(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    scheduler = make_scheduler(optimizer, name, 0.2, 100)
+    scheduler = make_lr_scheduler(optimizer, name, 0.2, 100)
     rates = []
     for _ in range(100):
         optimizer.step()

@@ -180,8 +180,8 @@ def test_which_networks_do_not_qualify():
     def linear(network):
         network.stages[0] = Stage(StageHead(16, 10, depth=0))
 
-    def reader(network):
-        network.stages[0] = Stage(StageHead(16, 10, 32, reader=nn.Tanh()))
+    def pooling(network):
+        network.stages[0] = Stage(StageHead(16, 10, 32, pooling=nn.Tanh()))
 
     def without_bias(network):
         network.stages[2].head.logits = nn.Linear(32, 10, bias=False)
@@ -196,7 +196,7 @@ def test_which_networks_do_not_qualify():
     def gradient_hook(network):
         network.stages[0].head.hidden.weight.register_post_accumulate_grad_hook(lambda p: None)
 
-    heads, parameters = (other_head, deeper, linear, reader, own_forward), (wider, frozen, without_bias, twice)
+    heads, parameters = (other_head, deeper, linear, pooling, own_forward), (wider, frozen, without_bias, twice)
     for change in (*heads, *parameters, body, gradient_hook):
         check(change)
 

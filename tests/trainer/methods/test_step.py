@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from sid_trainer import build_network, sid_step
-from sid_trainer.methods.step import SCHEDULES
+from sid_trainer.methods.common import STEP_SCHEDULES
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
@@ -47,7 +47,7 @@ def assert_within_rounding(found, expected, rounding=ROUNDING):
         assert error <= rounding, f"{name}: off by {error:.1e} of the largest"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
 @pytest.mark.parametrize(("in_channels", "size"), [(3, 32), (1, 8), (1, 28)])
 def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
     network, inputs, targets = make(in_channels=in_channels, size=size)
@@ -85,7 +85,7 @@ def test_soft_targets():
 def test_updates_are_those_of_the_reference(channels_last):
     """In float64, where three steps' moves of the parameters can be told from rounding."""
     results = []
-    for schedule in SCHEDULES:
+    for schedule in STEP_SCHEDULES:
         network, inputs, targets = make()
         network, inputs = network.double(), inputs.double()
         if channels_last:
@@ -128,7 +128,9 @@ def test_bfloat16_keeps_float32_parameters_and_a_similar_gradient():
 
 def test_wrong_arguments_are_named():
     network, inputs, targets = make(depth=2, batch=2)
-    with pytest.raises(ValueError, match="schedule must be one of one-pass, two-phase, reference, not 'three-phase'"):
+    with pytest.raises(
+        ValueError, match="step schedule must be one of one-pass, two-phase, reference, not 'three-phase'"
+    ):
         sid_step(network, inputs, targets, schedule="three-phase")
     with pytest.raises(ValueError, match="one for each of the 2 stages, not 3"):
         sid_step(network, inputs, targets, [0.5] * 3)

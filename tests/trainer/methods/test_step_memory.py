@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sid_trainer import bp_step, build_network, deep_supervision_step, sid_step
-from sid_trainer.methods.step import SCHEDULES
+from sid_trainer.methods.common import STEP_SCHEDULES
 from sid_trainer.training.memory import SavedBytes, allocated_peak
 
 
@@ -21,7 +21,7 @@ def cascade_bytes(step, depth, **options):
     return saved.peak
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
 def test_what_the_cascade_holds_by_depth(schedule):
     few, many = (cascade_bytes(sid_step, depth, schedule=schedule) for depth in (4, 32))
     if schedule == "reference":  # its one backward is over the graphs of all stages

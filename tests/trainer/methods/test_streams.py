@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sid_trainer import build_network, capture, sid_step
 from sid_trainer.methods import step
-from sid_trainer.methods.baselines import make_optimizers
-from sid_trainer.methods.streams import InTurn, StageStreams, stage_streams
+from sid_trainer.methods.common import StepOptions
+from sid_trainer.methods.factory import make_optimizers
+from sid_trainer.methods.streams import StageHooks, StageStreams, stage_streams
 from sid_trainer.network.architectures import stagewise
 
 
@@ -101,7 +102,7 @@ def test_a_stage_waits_for_what_the_one_before_hands_on_and_for_nothing_else(lay
     network, inputs, targets = make(layout)
     backend = Backend()
     streams = StageStreams("cpu", 3, backend)
-    optimizers = make_optimizers(network, "sid", schedule=schedule, fused=False)
+    optimizers = make_optimizers(network, "sid", step_schedule=schedule, fused=False)
     teachers = step.teacher_beliefs
 
     def one_piece_of_work(*args):
@@ -159,12 +160,12 @@ def test_nothing_of_a_stage_runs_outside_its_stream():
             return function(*args, **(kwargs or {}))
 
     class Marked(StageStreams):
-        def begin(self):
-            super().begin()
+        def step_started(self):
+            super().step_started()
             seen.clear()
 
-        def join(self):
-            super().join()
+        def step_finished(self):
+            super().step_finished()
             self.between = list(seen)
 
     streams = Marked("cpu", 3, backend)
@@ -186,8 +187,8 @@ def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_
     seen = []
 
     class Marked(StageStreams):
-        def begin(self):
-            super().begin()
+        def step_started(self):
+            super().step_started()
             get_gradient_edge(features).node.metadata["made"] = "before the stages"
 
     def look(stage, arguments):
@@ -196,9 +197,8 @@ def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_
     for stage in network.stages:
         stage.register_forward_pre_hook(look)
     features = network.extractor(inputs).detach().requires_grad_()
-    loss = {"divergence": "forward", "label_smoothing": 0.0}
     streams = Marked("cpu", 3, Backend())
-    step.stage_by_stage(network, features, targets, [0.5] * 3, (), None, loss, torch.float32, streams)
+    step.stage_by_stage(network, features, targets, StepOptions(), hooks=streams)
     assert seen == ["before the stages"] * 3 and features.grad is not None
 
 
@@ -206,9 +206,9 @@ def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_
 @pytest.mark.parametrize("layout", ["shared", "stagewise"])
 def test_streams_that_only_order_change_no_bit(layout, schedule):
     found = []
-    for streams in (None, InTurn(), StageStreams("cpu", 3, Backend())):
+    for streams in (None, StageHooks(), StageStreams("cpu", 3, Backend())):
         network, inputs, targets = make(layout)
-        optimizers = make_optimizers(network, "sid", schedule=schedule, fused=False)
+        optimizers = make_optimizers(network, "sid", step_schedule=schedule, fused=False)
         for _ in range(3):
             result = sid_step(
                 network, inputs, targets, 0.5, optimizers, schedule=schedule, fused=False, streams=streams
@@ -219,7 +219,7 @@ def test_streams_that_only_order_change_no_bit(layout, schedule):
 
 
 def test_only_cuda_gets_streams():
-    assert type(stage_streams(torch.device("cpu"), 4)) is InTurn
+    assert type(stage_streams(torch.device("cpu"), 4)) is StageHooks
 
 
 # ---------------------------------------------------------------- on a GPU

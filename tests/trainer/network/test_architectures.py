@@ -6,7 +6,7 @@ from torch import nn
 
 from sid_trainer import build_network, cut, sid_step
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
-from sid_trainer.network.modules import Reader, StageHead
+from sid_trainer.network.heads import FeaturePooling, StageHead
 from sid_trainer.training.config import alpha_by_depth
 
 CELLS = [(arch, layout) for arch in TRUNKS for layout in LAYOUTS]
@@ -95,14 +95,14 @@ def test_a_cut_that_leaves_a_stage_empty_is_refused(at):
         cut(trunk, at, 3, torch.zeros(1, 4))
 
 
-def test_readers_and_heads():
+def test_pooling_and_heads():
     images = torch.randn(2, 6, 5, 7)
-    assert torch.allclose(Reader((6, 5, 7))(images), images.mean((2, 3)), atol=1e-6)
-    assert Reader((6, 5, 7), 4).dim == 6 * 16 and Reader((6, 2, 3), 4).dim == 6 * 6
+    assert torch.allclose(FeaturePooling((6, 5, 7))(images), images.mean((2, 3)), atol=1e-6)
+    assert FeaturePooling((6, 5, 7), 4).dim == 6 * 16 and FeaturePooling((6, 2, 3), 4).dim == 6 * 6
     tokens = torch.randn(2, 9, 6)
-    torch.testing.assert_close(Reader((9, 6))(tokens), nn.functional.layer_norm(tokens, (6,)).mean(1))
-    with pytest.raises(ValueError, match=r"features must be .*, not \(1, 2, 3, 4\)"):
-        Reader((1, 2, 3, 4))
+    torch.testing.assert_close(FeaturePooling((9, 6))(tokens), nn.functional.layer_norm(tokens, (6,)).mean(1))
+    with pytest.raises(ValueError, match=r"shape must be .*, not \(1, 2, 3, 4\)"):
+        FeaturePooling((1, 2, 3, 4))
     for depth in range(4):
         head = StageHead(6, 3, 16, depth=depth)
         linear = [m for m in head.modules() if isinstance(m, nn.Linear)]

@@ -11,7 +11,8 @@ from torch import nn
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import ImageData, Split
-from sid_trainer.methods.baselines import METHODS, held_by_cascade, make_step
+from sid_trainer.methods.common import StepOptions
+from sid_trainer.methods.factory import METHODS, cascade_bytes, make_step
 from sid_trainer.runs.memory_table import BY_STAGE, COLUMNS, measure
 from sid_trainer.training.memory import SavedBytes
 
@@ -69,7 +70,7 @@ def test_sid_holds_one_stage_at_any_depth(measured, layout, arch, method):
 
 def test_what_the_fused_cascade_holds_is_counted_and_at_most_16_mib():
     few, more, many = (
-        held_by_cascade(build_network("mlp", in_channels=1, image_size=(2, 2), depth=depth), "sid", 512)
+        cascade_bytes(build_network("mlp", in_channels=1, image_size=(2, 2), depth=depth), "sid", 512, StepOptions())
         for depth in (4, 64, 128)
     )
     assert 0 < few < more and many == more <= 16 * 2**20
@@ -77,7 +78,7 @@ def test_what_the_fused_cascade_holds_is_counted_and_at_most_16_mib():
     fused, unfused = (by_depth(rows, "shared", "mlp", name, "saved_bytes") for name in ("sid", BY_STAGE))
     extractor = 16 * (3072 + 4 * 256) * FLOAT
     for depth, held in zip((4, 8), fused, strict=True):
-        cascade = held_by_cascade(build_network("mlp", depth=depth), "sid", 16)
+        cascade = cascade_bytes(build_network("mlp", depth=depth), "sid", 16, StepOptions())
         assert 0 < cascade <= held - extractor < cascade + unfused[0]
 
 
@@ -96,7 +97,7 @@ def test_the_summed_loss_holds_every_stage(layout):
     held = []
     for depth in (4, 32):
         network = build_network("mlp", layout, in_channels=1, image_size=(2, 2), depth=depth)
-        run = make_step("sid", network, (), schedule="reference")
+        run = make_step("sid", network, (), StepOptions(step_schedule="reference"))
         with SavedBytes(network.parameters()) as saved:
             run(torch.randn(16, 1, 2, 2), torch.randint(0, 10, (16,)))
         held.append(saved.peak - (16 * 4 * 256 * FLOAT if layout == "shared" else 0))

@@ -1,0 +1,108 @@
+"""What all training steps share: options, results, updates of optimizers, teacher beliefs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..network.modules import SIDNetwork, at_least_float32
+
+Alpha = float | Tensor | Sequence[float | Tensor]  # a captured CUDA graph can change a 0-d tensor on its device
+Optimizers = Sequence[Optimizer | None]
+STEP_SCHEDULES = ("one-pass", "two-phase", "reference")
+DIVERGENCES = ("forward", "reverse")
+
+
+class StepResult(NamedTuple):
+    stage_loss: Tensor  # (L,) float32 on the network's device; (1,) for backpropagation: the last stage's
+    logits: Tensor  # (B, C) of the last stage before the update, detached
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The options of a training step.
+
+    Args:
+        alpha: Weight of fidelity against consistency, in [0, 1]: one number (or 0-d tensor), or one per stage.
+        divergence: "forward" or "reverse", as in `sid_kernels.local_loss_and_grad`.
+        label_smoothing: Share of each label that is spread over all classes, in [0, 1].
+        dtype: Forward passes run under autocast to this dtype unless it is float32.
+        step_schedule: One of `STEP_SCHEDULES`, described in `sid_step`.
+        fused: Whether equal stages run in `sid_kernels.refine_cascade`.
+
+    Raises ValueError for a value that is not allowed.
+    """
+
+    alpha: Alpha = 0.5
+    divergence: str = "forward"
+    label_smoothing: float = 0.0
+    dtype: torch.dtype = torch.float32
+    step_schedule: str = "one-pass"
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if self.step_schedule not in STEP_SCHEDULES:
+            raise ValueError(f"step schedule must be one of {', '.join(STEP_SCHEDULES)}, not {self.step_schedule!r}")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], not {self.label_smoothing}")
+        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
+            if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The keyword arguments of `local_loss_and_grad`."""
+        return {"divergence": self.divergence, "label_smoothing": self.label_smoothing}
+
+    def stage_alphas(self, depth: int) -> Sequence[float | Tensor]:
+        """Return one alpha per stage. Raises ValueError if another number of them was given."""
+        alphas = self.alpha if isinstance(self.alpha, Sequence) else [self.alpha] * depth
+        if len(alphas) != depth:
+            raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
+        return alphas
+
+
+def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Return autocast to `dtype` on the inputs' device; for float32 it is disabled."""
+    return torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def clear_gradients(optimizers: Optimizers) -> None:
+    """Set the gradients that the optimizers own to None."""
+    for optimizer in optimizers:
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def update(optimizers: Optimizers) -> None:
+    """Call `step` of every optimizer that is not None."""
+    for optimizer in optimizers:
+        if optimizer is not None:
+            optimizer.step()
+
+
+@torch.no_grad()
+def teacher_beliefs(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the belief (B, C) of every stage without gradients; entry i is the prior of stage i + 1."""
+    with autocast(inputs, dtype):
+        return [at_least_float32(logits).softmax(dim=1) for logits in network.stage_logits(inputs)]
+
+
+def owned_parameters(optimizers: Optimizers) -> set[int]:
+    """Return the `id` of every parameter that the optimizers own."""
+    groups = (group for optimizer in optimizers if optimizer for group in optimizer.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
+    """Raise ValueError if an optimizer owns a parameter that is not the network's."""
+    if optimizers and not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:
+        raise ValueError(
+            "optimizers must be over the network's own parameters; those of stacked_stages(network) are for"
+            " sid_step one-pass"
+        )

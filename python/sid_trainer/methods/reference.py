@@ -1,0 +1,54 @@
+"""The SID step as the public implementation does it, for comparison: one backward over the sum of all losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sid_kernels import fused_local_loss
+
+from ..network.modules import SIDNetwork, at_least_float32
+from .common import (
+    Optimizers,
+    StepOptions,
+    StepResult,
+    autocast,
+    check_owned,
+    clear_gradients,
+    teacher_beliefs,
+    update,
+)
+
+
+def reference_step(
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
+) -> StepResult:
+    """Train all stages with one backward over their summed losses, which holds the graphs of all stages.
+
+    The losses are plain PyTorch, except for the options that the public implementation does not have.
+    """
+    check_owned(optimizers, network)
+    clear_gradients(optimizers)
+    teachers = teacher_beliefs(network, inputs, options.dtype)
+    stage_logits = []
+    with autocast(inputs, options.dtype):
+        features = at_least_float32(network.extractor(inputs))
+        priors = [network.uniform(features), *teachers[:-1]]
+        for stage, prior in zip(network.stages, priors, strict=True):
+            outputs, logits = stage(features, prior)
+            features = outputs if outputs is features else outputs.detach()
+            stage_logits.append(logits)
+    labels = targets if targets.is_floating_point() else F.one_hot(targets, network.num_classes)
+    plain = options.divergence == "forward" and not options.label_smoothing
+    losses = []
+    for logits, prior, alpha in zip(stage_logits, priors, options.stage_alphas(len(priors)), strict=True):
+        if plain:
+            log_belief = F.log_softmax(at_least_float32(logits), dim=1)
+            fidelity = F.kl_div(log_belief, labels.to(log_belief.dtype), reduction="batchmean")
+            consistency = F.kl_div(log_belief, prior, reduction="batchmean")
+            losses.append(alpha * fidelity + (1 - alpha) * consistency)
+        else:
+            losses.append(fused_local_loss(logits, prior, targets, alpha, **options.loss).loss)
+    stage_loss = torch.stack(losses)
+    stage_loss.sum().backward()
+    update(optimizers)
+    return StepResult(stage_loss.detach(), stage_logits[-1].detach())
