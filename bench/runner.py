@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -29,13 +30,12 @@ class Parser(argparse.ArgumentParser):
         add("--seconds", type=float, help="for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
         add("--budget", type=float, default=float("inf"), help="seconds in all: no size is begun later")
         add("--skip", nargs="+", default=[], metavar="PART", help="contenders whose names contain one")
-        add("--keep-freed-memory", action="store_true", help="freed memory stays in the process, for all")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """With `device` and `seconds` filled in, and freed memory kept where that is asked for."""
+        """The arguments, with `device` and `seconds` filled in."""
         args = self.parse_args(argv)
         if args.rounds < 1:
             self.error(f"--rounds is {args.rounds}; it must be at least 1")
@@ -45,10 +45,6 @@ class Parser(argparse.ArgumentParser):
             self.error("--device cuda: PyTorch sees no CUDA GPU")
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         args.seconds = args.seconds or (40.0 if args.device == "cpu" else 4.0)
-        if args.keep_freed_memory and not args.plot:
-            from sid_trainer.training.cpu import keep_freed_memory
-
-            args.keep_freed_memory = keep_freed_memory()
         return args
 
     def _check_file(self, path: Path) -> None:
@@ -101,7 +97,7 @@ def run(
             **settings,
             "rounds": args.rounds,
             "seconds_a_size": args.seconds,
-            "freed_memory_kept": args.keep_freed_memory,
+            "malloc": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUN"))},
         },
         "contenders": {},
         "results": [],

@@ -36,9 +36,9 @@ def settings(args: argparse.Namespace) -> dict:
 def run_train(args: argparse.Namespace) -> None:
     from .runs.build import begun, resumed
     from .training.config import run_config
-    from .training.cpu import only_training
+    from .training.cpu import flush_denormals
 
-    only_training()
+    flush_denormals()
     if hasattr(args, "resume"):
         given = vars(args).keys() - {"command", "run", "resume"}
         if fixed := sorted(given - set(MOVABLE)):
@@ -87,9 +87,9 @@ def table(accuracy: list[float], kl: list[float], certificate: list[float], when
 def run_compare(args: argparse.Namespace) -> None:
     from .runs.compare import compare
     from .training.config import run_config
-    from .training.cpu import only_training
+    from .training.cpu import flush_denormals
 
-    only_training()
+    flush_denormals()
     given = settings(args)
     given.pop("label_noise")
     text = compare(

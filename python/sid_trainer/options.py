@@ -161,8 +161,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=int, help="pipelines side by side, sharing every batch " + default("replicas"))
     add("--stages-per-rank", type=int, nargs="+", metavar="N", help="(default: balanced by what the stages cost)")
     add("--in-flight", type=int, help="batches on their way between two ranks " + default("in_flight"))
-    add("--stale", type=int, metavar="K", help="newest batches whose gradient a shared extractor does not wait for "
-        + default("stale"))  # fmt: skip
     add("--timeout", type=float, metavar="SECONDS", help="of silence that end a run " + default("timeout"))
 
 

@@ -52,8 +52,7 @@ def states_together(own: dict, pipelines: list[list[dict]]) -> dict:
 
 
 def part_of(
-    state: dict, network: dict[str, Tensor], optimizers: Sequence[Optimizer | None], scheduled: Sequence[int],
-    stages: range,
+    state: dict, network: dict[str, Tensor], optimizers: Sequence[Optimizer | None], stages: range,
 ) -> dict:  # fmt: skip
     """Of a whole checkpoint, what a rank holds that has these stages; `network` is its own state, of which others'
     tensors have no memory."""
@@ -61,7 +60,7 @@ def part_of(
     return state | {
         "network": {name: t if t.is_meta else state["network"][name] for name, t in network.items()},
         "optimizers": [one if own else None for own, one in saved],
-        "schedulers": [state["schedulers"][i] for i in scheduled],
+        "schedulers": [state["schedulers"][i] for i in stages],
         "sums": state["sums"] and state["sums"] | {"loss": [state["sums"]["loss"][i] for i in stages]},
     }
 

@@ -26,7 +26,6 @@ from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
 from ..training.evaluation import judged
 from ..training.trainer import Interrupted, Trainer
-from .feedback import Feedback
 from .pipeline import Layout, Link, layouts
 from .rendezvous import Place, Reports, agree, refuse, said_once, watching
 from .replicas import Replicas, load_network, load_optimizer, whole
@@ -44,7 +43,7 @@ class ParallelTrainer(Trainer):
 
     def __init__(
         self, network: SIDNetwork, data, config: TrainConfig, folder=None, *, place: Place,
-        parts: Sequence[range] | None = None, in_flight: int = 2, stale: int = 0, sharded: bool = False,
+        parts: Sequence[range] | None = None, in_flight: int = 2, sharded: bool = False,
         about: dict | None = None, quiet: bool = False,
     ):  # fmt: skip
         if stacked_stages(network) is not None:
@@ -57,13 +56,10 @@ class ParallelTrainer(Trainer):
         super().__init__(network, data, config, folder, about=about, quiet=quiet or not place.records)
         self.own = self.parts[place.stage]
         self.records, self.hears, self.reports = place.records, place.first, Reports(place)
-        self.feedback: Feedback | None = None
         self.rows: dict[str, list[int]] = {}  # of this process in the batches of each split
         self.whole_rows = self.batches["train"].sizes()
         self.share_out()
         self.link = self.make_link(in_flight)
-        extracts = any(True for _ in network.extractor.parameters())  # what the checkpoint's schedulers begin with
-        self.scheduled = [*([0] if extracts and place.first else []), *(extracts + i for i in self.own)]
         self.replicas = Replicas(place, self.device)
         self.wrapped = self.in_replicas() if place.replicas > 1 else self.network
         if self.sharded:  # the parameters are other ones now
@@ -76,8 +72,6 @@ class ParallelTrainer(Trainer):
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step
-            if not isinstance(network.extractor, nn.Identity):
-                self.feedback = Feedback(self.link, self.wrapped.extractor, self.optimizers[0], self.between[0], stale)
 
     # ---------------------------------------------------------------- what is this process's
 
@@ -138,7 +132,6 @@ class ParallelTrainer(Trainer):
         self.link.expect(rows)
         begun, self.times = time.time(), []
         super().train_epoch()
-        self.settle()
         ended, link = time.time(), self.link
         # All that is not waiting is work, loading and saving too; so is what a backward waits for in other replicas.
         busy = ended - begun - link.receiving - link.sending - self.replicas.waited
@@ -162,24 +155,12 @@ class ParallelTrainer(Trainer):
             self.times.append((start, time.time()))
         return result
 
-    def settle(self) -> None:
-        """Nothing that a checkpoint or an evaluation should know is still on its way."""
-        if self.feedback and self.place.first:
-            self.feedback.learn()
-
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         optimizers = [None, *(self.optimizers[1 + i] for i in self.own)]
         prior = self.part.uniform(inputs) if self.place.first else self.prior
         options = replace(self.options, alpha=[self.alphas[i] for i in self.own])
         clear_gradients(optimizers)
-        features = inputs
-        if self.feedback and self.place.first:
-            features = self.feedback.extract(inputs, self.dtype)
-        elif self.feedback:
-            self.feedback.partial(features)
-        losses, logits = stage_by_stage(self.part, features, targets, options, optimizers, hooks=self.link, prior=prior)
-        if self.feedback:
-            self.feedback.send(features)
+        losses, logits = stage_by_stage(self.part, inputs, targets, options, optimizers, hooks=self.link, prior=prior)
         return StepResult(losses, logits)
 
     def asked_to_stop(self) -> bool:
@@ -207,9 +188,7 @@ class ParallelTrainer(Trainer):
             sums, count = 0, 0
             for inputs, targets in self.batches[name].in_order():
                 if self.place.first:
-                    with autocast(inputs, self.dtype):
-                        features = at_least_float32(self.wrapped.extractor(inputs))
-                    prior = self.part.uniform(features)
+                    features, prior = inputs, self.part.uniform(inputs)
                 else:
                     features, prior = self.link.take()
                 first, every = prior, []
@@ -255,7 +234,6 @@ class ParallelTrainer(Trainer):
         """The recorder writes what all ranks know; the others go on as soon as they have told it."""
         if not self.folder:
             return
-        self.settle()
         self.alike()
         own = super().state()
         own["names"] = list(own["network"])
@@ -289,7 +267,7 @@ class ParallelTrainer(Trainer):
     def adopt(self, state: dict) -> None:
         """A rank takes its own stages out of a checkpoint, and what was summed to where it will be summed again."""
         if self.place.stages > 1:
-            state = part_of(state, self.network.state_dict(), self.optimizers, self.scheduled, self.own)
+            state = part_of(state, self.network.state_dict(), self.optimizers, self.own)
         if self.place.replica > 0 and state["sums"]:
             none = [0.0] * len(state["sums"]["loss"])
             state = state | {"sums": state["sums"] | {"loss": none, "right": 0}}

@@ -85,13 +85,11 @@ def make_trainer(
     from ..distributed.trainer import ParallelTrainer
 
     own["device"] = own_device(run.device)
-    if run.parallel == "stage" and run.layout == "shared" and own["device"].startswith("cuda"):
-        refuse(place, "parallel 'stage' and layout 'shared' need a CPU: NCCL cannot tell gradients from features")
     with watching(place, "another rank"):
         parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
         return ParallelTrainer(
             network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight,
-            stale=run.stale, sharded=run.parallel == "shard", about=about, quiet=quiet,
+            sharded=run.parallel == "shard", about=about, quiet=quiet,
         )  # fmt: skip
 
 
@@ -121,9 +119,7 @@ def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: Ima
     counts = run.stages_per_rank
     if counts is None:
         seconds = None
-        if run.layout == "shared":  # the extractor is most of the first rank's work
-            seconds = [float(depth), *[1.0] * (depth - 1)]
-        elif place.stages > 1:
+        if place.stages > 1:
             with said_once(place):
                 seconds = measured_seconds(run, network, place, data) if place.rank == 0 else None
         counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
@@ -200,7 +196,7 @@ def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
     try:
         run = dataclasses.replace(saved_run(place)[0], **moved)
     except ValueError as error:  # the others, who may have found it, must not wait
-        meet(RunConfig(**{name: moved[name] for name in PROCESSES}, device="cpu"), wrong=str(error))
+        meet(RunConfig(**{name: moved[name] for name in PROCESSES}, layout="stagewise", device="cpu"), wrong=str(error))
         raise
     trainer = make_trainer(run, place if place.is_dir() else place.parent, quiet=quiet)
     trainer.resume(place)

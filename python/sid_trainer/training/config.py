@@ -104,7 +104,6 @@ class RunConfig(TrainConfig):
     replicas: int = 1  # of the pipeline, each with a share of every batch
     stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
     in_flight: int = 2  # batches on their way between two ranks
-    stale: int = 0  # batches whose gradient a shared extractor in a pipeline does not wait for
     timeout: float = 600.0  # seconds after which a silent rank counts as lost
 
     def __post_init__(self):
@@ -130,7 +129,7 @@ class RunConfig(TrainConfig):
 def check_parallel(run: RunConfig) -> None:
     if run.parallel not in PARALLEL:
         raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, not {run.parallel!r}")
-    for name, lowest in {"replicas": 1, "in_flight": 1, "stale": 0, "timeout": 1}.items():
+    for name, lowest in {"replicas": 1, "in_flight": 1, "timeout": 1}.items():
         if getattr(run, name) < lowest:
             raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
     if run.parallel != "none":
@@ -145,10 +144,9 @@ def check_parallel(run: RunConfig) -> None:
             f"parallel 'stage' needs method {' or '.join(LOCAL)} and schedule one-pass, not {run.method!r},"
             f" {run.schedule!r}"
         )
-    if run.stale and (run.parallel != "stage" or run.layout != "shared" or run.replicas > 1):
+    elif run.layout == "shared":
         raise ValueError(
-            f"a run with stale {run.stale} needs parallel 'stage', layout 'shared' and one replica, not"
-            f" {run.parallel!r}, {run.layout!r} and {run.replicas}"
+            "parallel 'stage' needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'"
         )
     if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
         raise ValueError(f"method 'bp-checkpoint' cannot recompute with parallel {run.parallel!r}")

@@ -1,32 +1,16 @@
-"""What training asks of a CPU's memory and arithmetic, so that a step takes no longer than its work."""
+"""Denormal numbers on a CPU: arithmetic on them is slow, and training does not need them."""
 
-import ctypes
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
+def flush_denormals() -> None:
+    """Treat denormal numbers as zero in this thread and in all threads that PyTorch starts from it.
 
-def keep_freed_memory() -> bool:
-    """Keep freed blocks for the next step. glibc hands every block of more than 32 MiB back to the system at once.
-
-    A CIFAR-10 step at batch 128 allocates several such activations, and faulting their pages in again was 14% of its
-    float32 time on 2 CPU cores (337 against 291 ms; in bfloat16 they are smaller and nothing changes). The process
-    keeps the memory of its largest step. False, and nothing is changed, where the C library is not glibc.
+    Call it before PyTorch's first large operation: its threads keep the setting of the thread that started them.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def only_training() -> None:
-    """For a process that does nothing else: freed memory kept, denormals flushed. To be called before PyTorch's first
-    large operation, whose threads flush them as the one does that starts them."""
-    keep_freed_memory()
     torch.set_flush_denormal(True)
 
 

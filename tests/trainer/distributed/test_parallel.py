@@ -237,17 +237,21 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
 
 
 def test_a_run_saved_by_another_layout_of_processes(tmp_path):
-    """A shared trunk with fused stages has one optimizer for all: refused by ranks that have one a stage; the run stays."""
+    """A shared network has no pipeline, and its fused stages have one optimizer where replicas have one a stage."""
     folder = trained(
         *"--arch simple_cnn --depth 3 --train-images 40 --batch-size 8 --epochs 1".split(),
         count=1,
         out=tmp_path / "run",
     )
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    for how in ("stage", "data"):
+    why = {
+        "stage": "parallel 'stage' needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'",
+        "data": f"{folder}: is of a run with fused True, not False",
+    }
+    for how, message in why.items():
         status, said = ranks("train", "--resume", folder, "--parallel", how, count=2, out=tmp_path / "again")
         (line,) = "".join(said).splitlines()
-        assert status == [2, 2] and line == f"sid train: error: {folder}: is of a run with fused True, not False"
+        assert status == [2, 2] and line == f"sid train: error: {message}"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -266,8 +270,8 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
         ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
         ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
         (
-            {"stale": 1},
-            "a run with stale 1 needs parallel 'stage', layout 'shared' and one replica, not 'none', 'shared'",
+            {"parallel": "stage", "layout": "shared"},
+            "parallel 'stage' needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'",
         ),
         (
             {"parallel": "data", "method": "bp-checkpoint"},

@@ -30,7 +30,6 @@ RUNS = {
     "cnn": "--arch simple_cnn",
     "cnn-bfloat16": "--arch simple_cnn --dtype bfloat16 --in-flight 3",
     "cnn-contiguous": "--arch simple_cnn --no-channels-last",
-    "shared": "--arch simple_cnn --layout shared --depth 4 --no-fused",
     "batch-norm": "--arch resnet18 --train-images 102 --batch-size 4 --epochs 2",
 }
 PARALLEL = ("--parallel", "stage")
@@ -197,12 +196,11 @@ def parallel_trainer(arch, layout, place, **options):
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize(("arch", "layout"), [("resnet18", "stagewise"), ("simple_cnn", "shared")])
-def test_only_a_rank_s_own_stages_go_to_its_device(moved, arch, layout, rank):
+def test_only_a_rank_s_own_stages_go_to_its_device(moved, rank):
     """And copies of the others, one at a time, to see what they hand on."""
     torch.manual_seed(1)
     parts = [range(0, 1), range(1, 3), range(3, 4)]
-    trainer, weights = parallel_trainer(arch, layout, Place(stage=rank, stages=3), parts=parts)
+    trainer, weights = parallel_trainer("resnet18", "stagewise", Place(stage=rank, stages=3), parts=parts)
     network = trainer.network
     own = [network.stages[i] for i in parts[rank]] + [network.extractor] * (rank == 0)
     modules = [network.extractor, *network.stages]

@@ -30,7 +30,7 @@ def test_denormals_are_zero_within_and_as_before_after():
 
 THREADS = """
 import torch
-from sid_trainer.training.cpu import only_training
+from sid_trainer.training.cpu import flush_denormals
 torch.set_num_threads(3)
 {call}
 small = torch.full((3_000_000,), torch.finfo(torch.float32).tiny)  # the first operation of three threads
@@ -38,7 +38,7 @@ print((small / 2).count_nonzero().item())
 """
 
 
-@pytest.mark.parametrize(("call", "left"), [("only_training()", 0), ("", 3_000_000)])
+@pytest.mark.parametrize(("call", "left"), [("flush_denormals()", 0), ("", 3_000_000)])
 def test_a_process_that_only_trains_flushes_in_all_threads(call, left):
     fresh = [sys.executable, "-c", THREADS.format(call=call)]
     assert int(subprocess.run(fresh, capture_output=True, text=True, check=True).stdout) == left
