@@ -122,33 +122,8 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"written: {export_run(args.run_folder, args.out, args.format)}")
 
 
-def run_memory(args: argparse.Namespace) -> None:
-    from .runs.memory_table import measure, write_memory
-
-    rows = measure(args.methods, args.depths, args.batch_sizes)
-    print(write_memory(rows, args.out))
-    print(f"written: {args.out}")
-
-
-def run_simulate(args: argparse.Namespace) -> None:
-    from .report.page import markdown
-    from .runs.cluster import COLUMNS, Measured, outlook
-    from .runs.simulate import Link
-
-    known = {field.name for field in dataclasses.fields(Measured)}
-    measured = Measured(**{name: value for name, value in vars(args).items() if name in known})
-    speed = {} if args.bandwidth is None else {"bytes_per_second": args.bandwidth * 1e9 / 8}
-    rows = outlook(
-        measured, args.ranks, args.schedule, args.out, batches=args.batches, microbatches=args.microbatches,
-        link=Link(args.latency * 1e-6, **speed), in_flight=args.in_flight, costs=args.costs, rounds=args.rounds,
-    )  # fmt: skip
-    print(markdown(COLUMNS, rows))
-    print(f"written: {args.out / 'simulate.json'} and simulate.png")
-
-
 COMMANDS = {
     "train": run_train, "compare": run_compare, "report": run_report, "eval": run_eval, "export": run_export,
-    "memory": run_memory, "simulate": run_simulate,
 }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from .distributed.rendezvous import PARALLEL
 from .methods.common import STEP_SCHEDULES
 from .methods.factory import LR_SCHEDULES, METHODS, OPTIMIZERS
 from .network.architectures import LAYOUTS, TRUNKS
-from .runs.simulate import SCHEDULES as PIPELINES
 from .training.config import DTYPES, RunConfig
 
 
@@ -23,9 +22,7 @@ class Parser(argparse.ArgumentParser):
 def parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
     """Every command's arguments; `run` is what to call for each."""
     top = Parser(prog="sid", description="Train networks by synergistic information distillation (SID).")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="train | compare | report | eval | export | memory | simulate"
-    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="train | compare | report | eval | export")
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary + ".", argument_default=argparse.SUPPRESS)
@@ -59,7 +56,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.
     report.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of many runs")
     report.add_argument("--out", metavar="DIR", type=Path, default=Path("report"), help="(default: report)")
     report.add_argument(
-        "--memory", metavar="FILE", type=Path, default=None, help="what `sid memory` wrote, to draw it too"
+        "--memory", metavar="FILE", type=Path, default=None, help="what bench/training/memory.py wrote, to draw it too"
     )
 
     evaluate = command("eval", "what every stage of a trained network knows of a data set")
@@ -73,14 +70,6 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.
         "--format", choices=("torch", "onnx"), default="torch", help="(default: torch, for torch.export.load)"
     )
     export.add_argument("--out", metavar="FILE", type=Path, default=None, help="(default: RUN/network.pt2 or .onnx)")
-
-    memory = command("memory", "bytes a training step holds, by method, depth and batch size")
-    memory.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    memory.add_argument("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
-    memory.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
-    memory.add_argument("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
-
-    add_simulate_options(command("simulate", "what a pipeline over more machines would gain, from costs measured here"))
     return top
 
 
@@ -172,27 +161,3 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--head-depth", type=int, help=f"hidden layers of each belief head {default('head_depth')}")
     add("--hidden-dim", type=int, help=f"their width {default('hidden_dim')}")
     add("--grid", type=int, help=f"stagewise heads read features pooled to GRID x GRID {default('grid')}")
-
-
-def add_simulate_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--ranks", nargs="+", type=int, default=[2, 4], help="processes, a GPU or a machine each (default: 2 4)")
-    add("--schedule", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="(default: all)")
-    add("--batches", type=int, default=400, help="of an epoch (default: 400, about CIFAR-10's at 128)")
-    add("--microbatches", nargs="+", type=int, default=None, metavar="M",
-        help="parts of a batch under backpropagation; the best of these counts (default: 4 8 16 32)")  # fmt: skip
-    add("--bandwidth", type=float, default=None, metavar="GBIT/S", help="of a link, each way (default: unlimited)")
-    add("--latency", type=float, default=0.0, metavar="MICROSECONDS", help="of a message (default: 0)")
-    add("--in-flight", type=int, default=2, metavar="N", help="batches on their way between two ranks (default: 2)")
-    add("--costs", metavar="FILE", type=Path, default=None, help="read the stages' costs there, or write them there")
-    add("--rounds", type=int, default=10, help="steps of which the mean is a cost (default: 10)")
-    add("--out", metavar="DIR", type=Path, default=Path("simulate"), help="(default: simulate)")
-    add_network_options(parser)
-    add = parser.add_argument_group("what is measured, on synthetic images").add_argument
-    add("--batch-size", type=int, help=default("batch_size"))
-    add("--image-size", type=int, metavar="PIXELS", help="(default: 32)")
-    add("--in-channels", type=int, metavar="N", help="colours of the images (default: 3)")
-    add("--num-classes", type=int, metavar="C", help="(default: 10)")
-    add("--optimizer", choices=OPTIMIZERS, help="(default: adam)")
-    add("--dtype", choices=DTYPES, help=default("dtype"))
-    add("--device", help=default("device"))

@@ -1,21 +1,21 @@
-"""Pipelines on paper: against sums by hand and known formulas, against processes that wait, and as a user asks for them."""
+"""The pipeline simulator against sums by hand and known formulas, its measured costs, and the command."""
 
 import json
-import time
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.pipeline.costs import StepSettings, measure_blocks
+from bench.pipeline.simulate import Sweep, extrapolate, main, outlook
+from bench.pipeline.simulator import SCHEDULES, NetworkLink, simulate
 from sid_trainer import build_network
-from sid_trainer.cli import main
-from sid_trainer.distributed.balance import StageCost, balanced, measure_blocks, measure_stages
-from sid_trainer.runs.cluster import Measured, outlook, run_of
-from sid_trainer.runs.simulate import SCHEDULES, Link, simulate
+from sid_trainer.distributed.balance import StageCost, balanced, measure_stages
 
-FLUSHED = SCHEDULES[1:]
+DRAINED = SCHEDULES[1:]
 ONE = StageCost(forward=1.0, backward=2.0, held=1, backward_input=1.0)
 
 
@@ -32,13 +32,16 @@ def even(ranks, cost=ONE, schedule="sid", batches=1, microbatches=1, **options):
 def test_equal_stages_leave_the_idle_share_of_the_formula(ranks, batches):
     found = even(ranks, StageCost(forward=3.0, backward=0.0), batches=batches)
     assert found.seconds == (batches + ranks - 1) * 3
-    assert found.bubble == pytest.approx((ranks - 1) / (batches + ranks - 1)) and found.formula == found.bubble
+    assert (
+        found.idle_share == pytest.approx((ranks - 1) / (batches + ranks - 1))
+        and found.ideal_idle_share == found.idle_share
+    )
     assert found.imbalance == 0 and found.images_per_second(10) == pytest.approx(10 * batches / found.seconds)
 
 
 def test_a_local_stage_hands_on_before_it_learns():
     found = even(3, StageCost(forward=1.0, backward=2.0, update=0.5, held=7), batches=10)
-    assert found.seconds == 10 * 3.5 + 2 * 1.0 and found.bubble < found.formula
+    assert found.seconds == 10 * 3.5 + 2 * 1.0 and found.idle_share < found.ideal_idle_share
     assert found.held == [7, 7, 7]
     first = [event for event in found.events if event.rank == 1][:3]
     assert first == [(1, 0, "forward", 1, 2), (1, 0, "backward", 2, 4), (1, 0, "update", 4, 4.5)]
@@ -56,16 +59,18 @@ def test_several_stages_on_a_rank_and_the_slowest_sets_the_pace():
 def test_microbatches_of_backpropagation_by_the_known_formulas(ranks, m):
     """GPipe (arXiv 1811.06965), 1F1B (PipeDream-Flush) and ZB-H1 (arXiv 2401.10241, whose bubble is
     (S - 1)(F + B - W))."""
-    gpipe, one, zero = (even(ranks, schedule=name, microbatches=m) for name in FLUSHED)
+    gpipe, one, zero = (even(ranks, schedule=name, microbatches=m) for name in DRAINED)
     assert gpipe.seconds == one.seconds == (m + ranks - 1) * 3
-    assert gpipe.bubble == pytest.approx(gpipe.formula) and one.bubble == pytest.approx(one.formula)
+    assert gpipe.idle_share == pytest.approx(gpipe.ideal_idle_share) and one.idle_share == pytest.approx(
+        one.ideal_idle_share
+    )
     assert gpipe.held == [m] * ranks
     assert one.held == [min(m, ranks - rank) for rank in range(ranks)]
     if m >= ranks:
         assert zero.seconds == m * 3 + (ranks - 1) * 1
         assert zero.held == [ranks] * ranks
     if ranks > 1:
-        assert zero.bubble < one.bubble
+        assert zero.idle_share < one.idle_share
 
 
 def test_the_update_empties_the_pipeline_of_backpropagation():
@@ -77,14 +82,14 @@ def test_the_update_empties_the_pipeline_of_backpropagation():
 
 def test_links_take_time_and_carry_one_message_at_a_time():
     cost = StageCost(1.0, 1.0, sent=10)
-    late = even(2, cost, batches=5, link=Link(latency_seconds=0.25, bytes_per_second=20))
+    late = even(2, cost, batches=5, link=NetworkLink(latency_seconds=0.25, bytes_per_second=20))
     assert late.seconds == 5 * 2 + 1 + 10 / 20 + 0.25  # half a second a message: hidden but for the first
-    bound = even(2, cost, batches=5, link=Link(bytes_per_second=2))
+    bound = even(2, cost, batches=5, link=NetworkLink(bytes_per_second=2))
     # five seconds a message; the first leaves at 1, and the last is worked on for 2
     assert bound.seconds == 1 + 5 * 5 + 2
-    copied = even(2, cost, batches=5, link=Link(seconds_per_byte_on_rank=0.01))
+    copied = even(2, cost, batches=5, link=NetworkLink(seconds_per_byte_on_rank=0.01))
     assert copied.busy == pytest.approx([5 * 2.1, 5 * 2.1]) and copied.seconds == pytest.approx(5 * 2.1 + 1 + 0.1)
-    both = even(2, cost, "gpipe", microbatches=2, link=Link(latency_seconds=3.0))
+    both = even(2, cost, "gpipe", microbatches=2, link=NetworkLink(latency_seconds=3.0))
     assert both.seconds == 1 + 3 + 2 + 2 + 3 + 1  # each way once
 
 
@@ -122,7 +127,7 @@ stage = st.builds(
 @given(
     costs=st.lists(stage, min_size=1, max_size=7), data=st.data(), batches=st.integers(1, 5), m=st.integers(1, 6),
     in_flight=st.integers(1, 3),
-    link=st.builds(Link, st.floats(0, 5), st.floats(50, 1e5), st.floats(0, 1e-3)),
+    link=st.builds(NetworkLink, st.floats(0, 5), st.floats(50, 1e5), st.floats(0, 1e-3)),
 )  # fmt: skip
 def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link):
     ranks = data.draw(st.integers(1, len(costs)))
@@ -145,7 +150,7 @@ def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link)
             step = 1 / link.bytes_per_second * costs[parts[rank].start - 1].sent + link.latency_seconds
             for before, after in zip(begins[rank - 1], begins[rank], strict=True):
                 assert after.start >= before.end + step - 1e-9
-        assert found.seconds >= max(work) - 1e-9 and -1e-9 <= found.bubble < 1 and 0 <= found.imbalance + 1e-9
+        assert found.seconds >= max(work) - 1e-9 and -1e-9 <= found.idle_share < 1 and 0 <= found.imbalance + 1e-9
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.data())
@@ -161,14 +166,14 @@ def test_balanced_is_the_best_of_all_cuts(values, data):
     assert largest([part.start for part in parts[1:]]) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", FLUSHED)
+@pytest.mark.parametrize("schedule", DRAINED)
 @settings(max_examples=25, deadline=None)
 @given(costs=st.lists(stage, min_size=3, max_size=6), m=st.integers(1, 6))
-def test_few_flushed_batches_tell_of_many(schedule, costs, m):
-    options = {"link": Link(0.1, 500.0)}
-    run, told = run_of(costs, 3, schedule, 30, m, options)
+def test_few_drained_batches_predict_many(schedule, costs, m):
+    link = NetworkLink(0.1, 500.0)
+    run, seconds = extrapolate(costs, 3, schedule, m, Sweep([3], [schedule], 30, link=link))
     parts = balanced([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], 3)
-    assert told == pytest.approx(simulate(costs, parts, schedule, 30, microbatches=m, **options).seconds, rel=1e-6)
+    assert seconds == pytest.approx(simulate(costs, parts, schedule, 30, microbatches=m, link=link).seconds, rel=1e-6)
     assert run.batches == 5
 
 
@@ -210,20 +215,20 @@ def test_what_cannot_be_measured_says_so():
         measure_stages(build_network("mlp", "stagewise", image_size=(8, 8)), x, y, rounds=0)
 
 
-def test_loading_is_the_first_stage_s_and_every_round_has_a_batch_of_its_own():
-    taken = []
+def test_loading_belongs_to_the_first_stage_and_every_round_takes_a_new_batch(monkeypatch):
+    clock, taken = [0.0], []
+    monkeypatch.setattr("sid_trainer.distributed.balance.time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def batches():
         while True:
-            time.sleep(0.02)
+            clock[0] += 0.25
             taken.append(2 + len(taken))
             yield torch.randn(taken[-1], 3, 8, 8), torch.zeros(taken[-1], dtype=torch.int64)
 
     network = build_network("mlp", "stagewise", image_size=(8, 8))
     costs = measure_stages(network, *next(batches()), rounds=5, feed=batches())
-    assert len(taken) == 1 + 2 + 5 and 0.02 <= costs[0].load < 1
-    assert [cost.load for cost in costs[1:]] == [0.0] * 3
-    assert costs[0].seconds == costs[0].load + costs[0].forward + costs[0].backward + costs[0].update
+    assert len(taken) == 1 + 2 + 5 and [cost.load for cost in costs] == [0.25, 0.0, 0.0, 0.0]
+    assert [cost.seconds for cost in costs] == [0.25, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +239,8 @@ def test_loading_is_the_first_stage_s_and_every_round_has_a_batch_of_its_own():
         (lambda: even(2, batches=0), "batches must be at least 1, not 0"),
         (lambda: even(2, in_flight=0), "in_flight must be at least 1, not 0"),
         (lambda: simulate([ONE] * 3, [range(2)]), "parts must cut 3 stages"),
-        (lambda: Link(bytes_per_second=0), "bytes_per_second must be above 0, not 0"),
-        (lambda: Link(latency_seconds=-1), "latency_seconds must be 0 or more, not -1"),
+        (lambda: NetworkLink(bytes_per_second=0), "bytes_per_second must be above 0, not 0"),
+        (lambda: NetworkLink(latency_seconds=-1), "latency_seconds must be 0 or more, not -1"),
     ],
 )
 def test_what_is_no_pipeline_is_refused(call, message):
@@ -252,7 +257,7 @@ SMALL = ["--arch", "mlp", "--batch-size", "8", "--image-size", "4", "--rounds", 
 def test_simulate_end_to_end_and_again_from_its_costs(tmp_path, capsys):
     costs, out = tmp_path / "costs.json", tmp_path / "out"
     words = [*SMALL, "--depth", "16", "--ranks", "2", "16", "--costs", str(costs), "--out", str(out), "--batches", "40"]
-    assert main(["simulate", *words, "--bandwidth", "1", "--latency", "50"]) == 0
+    assert main([*words, "--bandwidth", "1", "--latency", "50"]) == 0
     table = capsys.readouterr().out
     assert table.startswith("| schedule | ranks | microbatches | images/s |") and table.count("\n| ") == 1 + 4 * 3
     assert (out / "simulate.png").read_bytes().startswith(b"\x89PNG")
@@ -262,16 +267,16 @@ def test_simulate_end_to_end_and_again_from_its_costs(tmp_path, capsys):
     for row in first["rows"]:
         assert 0 <= row["idle"] + 1e-9 and 0 < row["images_per_second"] and row["microbatches"] in (1, 4)
         assert row["gain"] == 1 if row["ranks"] == 1 else row["gain"] < row["ranks"]
-    assert main(["simulate", *words, "--bandwidth", "1", "--latency", "50"]) == 0
-    assert json.loads((out / "simulate.json").read_text())["rows"] == first["rows"]  # nothing was measured anew
-    assert main(["simulate", *words, "--latency", "5000", "--schedule", "sid"]) == 0
+    assert main([*words, "--bandwidth", "1", "--latency", "50"]) == 0
+    assert json.loads((out / "simulate.json").read_text())["rows"] == first["rows"]  # nothing was measured again
+    assert main([*words, "--latency", "5000", "--schedule", "sid"]) == 0
     slow = json.loads((out / "simulate.json").read_text())["rows"]
     assert [row["schedule"] for row in slow] == ["sid"] * 3 and slow[2]["gain"] < first["rows"][2]["gain"]
 
 
 def test_rows_are_of_the_best_count_of_microbatches(tmp_path):
     cost = {"forward": 1.0, "backward": 2.0, "update": 0.0, "sent": 0, "held": 1, "backward_input": 1.0}
-    measured, file = Measured(arch="mlp", batch_size=8, image_size=4), tmp_path / "costs.json"
+    measured, file = StepSettings(arch="mlp", batch_size=8, image_size=4), tmp_path / "costs.json"
     stages = {"sid": 1, "bp/1": 1, "bp/2": 2, "bp/8": 4}  # small microbatches take longer than their share
 
     def of(name):
@@ -279,7 +284,7 @@ def test_rows_are_of_the_best_count_of_microbatches(tmp_path):
 
     known = {"of": measured.__dict__, "costs": {name: of(name) for name in stages}}
     file.write_text(json.dumps(known))
-    rows = outlook(measured, [4], ["1f1b", "sid"], batches=10, microbatches=[2, 8], costs=file)
+    rows = outlook(measured, Sweep([4], ["1f1b", "sid"], 10, [2, 8]), costs=file)
     assert [row["microbatches"] for row in rows] == [1, 2, 1, 1]
     assert rows[1]["images_per_second"] == pytest.approx(8 / ((2 + 3) * 1.5))
     assert rows[1]["idle"] == pytest.approx(rows[1]["formula"]) == pytest.approx(3 / 5)
@@ -306,21 +311,23 @@ def test_rows_are_of_the_best_count_of_microbatches(tmp_path):
         (["--costs", "nowhere/costs.json"], "no such folder"),
         (["--out", "damaged", "--costs", "new"], "damaged: not a folder"),
         (["--costs", "damaged"], "damaged: not what a run writes"),
-        (["--costs", "other"], "other: not what `sid simulate --costs` writes"),
+        (["--costs", "other"], "other: not what `simulate.py --costs` writes"),
         (["--costs", "deeper"], "deeper: was measured with depth 7, not None: choose another file"),
         (["--costs", "few"], "few: holds no costs for bp/1, only for sid"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    of = {**Measured(arch="mlp", batch_size=8, image_size=4).__dict__}
+    of = {**StepSettings(arch="mlp", batch_size=8, image_size=4).__dict__}
     files = {
         "damaged": "{", "other": "[]", "deeper": json.dumps({"of": {**of, "depth": 7}, "costs": {}}),
         "few": json.dumps({"of": of, "costs": {"sid": []}}),
     }  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    status = main(["simulate", *SMALL, "--ranks", "2", *words])
+    status = main([*SMALL, "--ranks", "2", *words])
     printed = capsys.readouterr().err.strip()
-    assert status == 2 and message in printed and printed.startswith("sid") and "\n" not in printed, printed
+    assert status == 2 and message in printed and printed.startswith("simulate.py: error: ") and "\n" not in printed, (
+        printed
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)

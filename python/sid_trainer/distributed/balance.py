@@ -1,7 +1,6 @@
 """What each stage costs a rank: seconds of forward, backward and update, bytes sent on and held, as measured here.
 
-`measure_stages` times SID's own step, `measure_blocks` backpropagation through the plain backbone, block by block.
-Nothing of the network that is measured changes.
+`measure_stages` times SID's own step. Nothing of the network that is measured changes.
 """
 
 import copy
@@ -13,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.common import StepOptions, autocast, clear_gradients, update
+from ..methods.common import StepOptions, autocast, clear_gradients
 from ..methods.factory import make_optimizers
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks
@@ -113,65 +111,6 @@ def measure_stages(
             features, prior = seen.detach(), at_least_float32(logits.detach()).softmax(dim=1)
             costs.append(StageCost(**clock.means(i), sent=features.nbytes + prior.nbytes, held=saved.peak))
     return costs
-
-
-def measure_blocks(
-    network: SIDNetwork, inputs: Tensor, targets: Tensor, *, optimizer: str = "adam", lr: float = 1e-3,
-    weight_decay: float = 0.0, dtype: torch.dtype = torch.float32, rounds: int = 10,
-) -> list[StageCost]:  # fmt: skip
-    """The same of every block of a plain backbone (`build_network(layout="stagewise", plain=True)`) trained by
-    backpropagation, the classifier being part of the last one; inputs (B, ...) are one microbatch.
-
-    The first block's input needs no gradient.
-    """
-    if not (isinstance(network.extractor, nn.Sequential) and len(network.stages) == 1):
-        raise ValueError("network must be a plain backbone: blocks in a row and one classifier")
-    with measured_copy(network, inputs.device, rounds) as network:
-        head = network.stages[0].head
-        blocks = [*network.extractor[:-1], nn.Sequential(network.extractor[-1], Classifier(head, network.num_classes))]
-        each = [SIDNetwork(block, [], network.num_classes) for block in blocks]
-        settings = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-        optimizers = [make_optimizers(one, "bp", **settings) for one in each]
-        clock = Clock(inputs.device, len(blocks))
-
-        def forward(block: nn.Module, features: Tensor) -> Tensor:
-            with autocast(inputs, dtype):
-                made = block(features)
-            return F.cross_entropy(at_least_float32(made), targets) if block is blocks[-1] else made
-
-        for _ in range(WARM + rounds):
-            clock.begin_round()
-            features, read, made = inputs, [], []
-            for i, block in enumerate(blocks):
-                clock.time("update", i, clear_gradients, optimizers[i])
-                read.append(features.detach().requires_grad_(i > 0))
-                made.append(clock.time("forward", i, forward, block, read[i]))
-                features = made[-1]
-            gradient = None
-            for i in reversed(range(len(blocks))):
-                if i > 0:
-                    clock.time("backward_input", i, torch.autograd.grad, made[i], read[i], gradient, True)
-                clock.time("backward", i, made[i].backward, gradient)
-                gradient, made[i] = read[i].grad, made[i].detach()
-                clock.time("update", i, update, optimizers[i])
-        costs = []
-        for i, block in enumerate(blocks):
-            with SavedBytes(block.parameters()) as saved:
-                forward(block, read[i])
-            sent = 0 if i == len(blocks) - 1 else made[i].nbytes
-            costs.append(StageCost(**{"backward_input": 0.0} | clock.means(i), sent=sent, held=saved.peak))
-    return costs
-
-
-class Classifier(nn.Module):
-    """A plain head as a module of the features alone: its prior means nothing to it."""
-
-    def __init__(self, head: nn.Module, num_classes: int):
-        super().__init__()
-        self.head, self.num_classes = head, num_classes
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.head(features, features.new_zeros(len(features), self.num_classes))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures of pipelines, real and simulated: time across, ranks down, one colour a batch."""
+"""Pictures of pipelines: time across, ranks down, one colour a batch."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..runs.simulate import SCHEDULES, Event
 from .figures import COLOURS, OTHERS, STYLE, as_png, plain
 
 BATCHES = (*COLOURS[:3], COLOURS[4], OTHERS[0], COLOURS[5], OTHERS[2])  # in turn; without black and grey
 PALER = {"forward": 0.0, "work": 0.0, "backward": 0.45, "weights": 0.62, "update": 0.78}  # towards white
 MESSAGES = "#555555"  # also loading, and whatever else is not a stage's own work
-LINES = dict(zip(SCHEDULES, (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]), strict=True))
 
 
 def draw_pipeline(
-    axes: Axes, events: Sequence[Event | tuple], title: str, *, until: float | None = None,
+    axes: Axes, events: Sequence[tuple], title: str, *, until: float | None = None,
     names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Draw (rank, batch, kind, start, end) in seconds, up to `until`, with the ranks' `names` beside their rows.
@@ -52,41 +49,6 @@ def colour(batch: int, kind: str) -> tuple[float, ...]:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_outlook(pipelines: Sequence[tuple[str, Sequence[Event]]], until: float, rows: Sequence[dict]) -> bytes:
-    """Simulated pipelines below one another, on one time axis up to `until`; then throughput against ranks.
-
-    pipelines: (title, events). rows: dicts with schedule, ranks, images_per_second.
-    """
-    ranks = 1 + max(event.rank for _, events in pipelines for event in events)
-    each = min(0.6 + 0.22 * ranks, 4.5)
-    figure = Figure(figsize=(13, (each + 0.4) * len(pipelines) + 4.2), layout="constrained")
-    every = figure.subplots(len(pipelines) + 1, 1, height_ratios=[each] * len(pipelines) + [3.6])
-    for axes, (title, events) in zip(every, pipelines, strict=False):
-        draw_pipeline(axes, events, title, until=until)
-        if axes is not every[len(pipelines) - 1]:
-            axes.set_xlabel("")
-    kinds = ("forward", "backward", "weights", "update")
-    seen = {event.kind for _, events in pipelines for event in events}
-    handles = [Patch(color=colour(0, kind)) for kind in kinds if kind in seen]
-    words = {"weights": "backward of the weights"}
-    named = [words.get(kind, kind) for kind in kinds if kind in seen]
-    if seen - set(kinds):
-        handles, named = [*handles, Patch(color=MESSAGES)], [*named, "messages, loading"]
-    every[0].legend(handles, named, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(named), frameon=False)
-    below = every[-1]
-    for schedule in dict.fromkeys(row["schedule"] for row in rows):
-        points = sorted((row["ranks"], row["images_per_second"]) for row in rows if row["schedule"] == schedule)
-        below.plot(*zip(*points, strict=True), "o-", color=LINES[schedule], label=schedule, markersize=4.5)
-    below.set(title="Throughput by number of ranks", xlabel="ranks", ylabel="images/s", ylim=(0, None))
-    below.set_xscale("log", base=2)
-    below.set_xticks(sorted({row["ranks"] for row in rows}))
-    below.xaxis.set_major_formatter("{x:g}")
-    below.xaxis.set_minor_locator(NullLocator())
-    below.legend(frameon=False)
-    return as_png(figure)
-
-
-@matplotlib.rc_context(STYLE)
 def draw_pipelines(runs: Sequence[tuple[str, dict]]) -> bytes:
     """(name, what its pipeline.json holds) of real runs, below one another: the first batches of the last epoch."""
     heights = [0.9 + 0.42 * len(about["ranks"]) for _, about in runs]
@@ -94,7 +56,7 @@ def draw_pipelines(runs: Sequence[tuple[str, dict]]) -> bytes:
     every = figure.subplots(len(runs), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, (name, about) in zip(every, runs, strict=True):
         events = [
-            Event(place, batch, "work", start, end)
+            (place, batch, "work", start, end)
             for place, one in enumerate(about["ranks"])
             for batch, (start, end) in enumerate(one["batches"])
         ]

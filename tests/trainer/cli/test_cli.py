@@ -113,7 +113,7 @@ def run_and_read(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: train | compare | report | eval | export | memory | simulate"),
+        ([], "required: train | compare | report | eval | export"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--wrong"], "unrecognized arguments: --wrong"),
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
@@ -209,8 +209,6 @@ def test_help_and_module_entry():
         ["--help"],
         ["train", "--help"],
         ["compare", "--help"],
-        ["memory", "--help"],
-        ["simulate", "--help"],
     ):
         assert main(arguments) == 0
     wrong = subprocess.run([sys.executable, "-m", "sid_trainer", "train", "--no"], capture_output=True, text=True)

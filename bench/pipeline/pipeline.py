@@ -1,6 +1,6 @@
 """Stage pipelines on 2 ranks of one thread each: SID's against one rank, and against backpropagation's pipelines.
 
-    python bench/pipeline.py --data PATH --out bench/results/pipeline.json
+    python bench/pipeline/pipeline.py --data PATH --out bench/results/pipeline.json
 
 Contenders are launched in turn, one after the other and round by round: each rank is a process pinned to a core of its
 own, reads CIFAR-10 through the trainer's own batches, runs an epoch to warm up and one that counts. A figure is the
@@ -8,7 +8,7 @@ median over rounds. "Held" is what autograd keeps for backward, without messages
 `torch.distributed.pipelining`'s, on the plain backbone with its classifier, cut where its measured costs balance, with
 several numbers of microbatches. Every contender has the same images, batch size and optimizer. Evaluation is not timed.
 
-The simulator (`sid simulate`) is held against the same epochs: its costs are measured by as many ranks at once as it
+The simulator (`simulate.py`) is held against the same epochs: its costs are measured by as many ranks at once as it
 tells of, so that each core is as slowed down by the other as in the pipeline; what a message costs the ranks themselves
 is measured with two that work meanwhile.
 
@@ -28,7 +28,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import record
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
+from bench import record
 
 NETWORKS = {  # the settings of `sid train` that say what is trained
     "mlp": {"arch": "mlp", "depth": 16, "train_images": 12800, "batch_size": 128},
@@ -91,8 +93,9 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     from torch import nn
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+    from bench.pipeline.costs import Classifier, measure_blocks
     from sid_trainer.data.batches import Batches, Labels, pixel_statistics
-    from sid_trainer.distributed.balance import Classifier, balanced, measure_blocks
+    from sid_trainer.distributed.balance import balanced
     from sid_trainer.methods.factory import OPTIMIZERS
     from sid_trainer.runs.build import make_data, make_network
     from sid_trainer.training.memory import SavedBytes
@@ -342,10 +345,10 @@ def bubble(middle: dict, batches: int) -> dict:
 
 def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]], links: list[dict]) -> dict:
     """The simulator's images/s at 1 and 2 ranks beside the measured ones."""
+    from bench.pipeline.simulator import NetworkLink, simulate
     from sid_trainer.distributed.balance import StageCost
-    from sid_trainer.runs.simulate import Link, simulate
 
-    link = Link(seconds_per_byte_on_rank=statistics.median(one["on_rank"] / one["bytes"] for one in links))
+    link = NetworkLink(seconds_per_byte_on_rank=statistics.median(one["on_rank"] / one["bytes"] for one in links))
     size, images, told = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"], {}
     for name, every in zip(("sid, 1 rank", "sid, 2 ranks"), measured.values(), strict=True):
         ranks = found[name].get("ranks")

@@ -1,0 +1,104 @@
+"""Measure the bytes that a training step holds: by method, depth and batch size, in both layouts.
+
+    python bench/training/memory.py --out bench/results/memory.json
+
+The steps run on the CPU in float32, on images of 3 x 32 x 32 with 10 classes. `sid report --memory FILE` draws the
+result.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from sid_trainer import build_network
+from sid_trainer.files import write_atomically
+from sid_trainer.methods.common import StepOptions
+from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, cascade_bytes, make_step
+from sid_trainer.training.memory import SavedBytes, allocated_peak
+
+NETWORKS = (("shared", "simple_cnn"), ("shared", "mlp"), ("stagewise", "mlp"))  # networks of any depth
+COLUMNS = {
+    "saved_bytes": "held for backward (by autograd, or by the fused cascade)",
+    "peak_bytes": "allocated at once, beyond parameters and gradients",
+}
+UNFUSED = "sid, unfused"  # one stage's activations at a time, although equal stages could be fused
+
+
+def measure(
+    methods: Sequence[str], depths: Sequence[int], batch_sizes: Sequence[int], quiet: bool = False
+) -> list[dict]:
+    """Return a row for each network, method, depth and batch size. Raises ValueError for sizes below 1."""
+    from tqdm import tqdm
+
+    for name, values in (("depths", depths), ("batch_sizes", batch_sizes)):
+        if min(values) < 1:
+            raise ValueError(f"{name} must be 1 or more, not {min(values)}")
+    steps = [(method, True) for method in methods] + [("sid", False)] * ("sid" in methods)
+    cells = [
+        cell for cell in product(NETWORKS, steps, depths, batch_sizes) if cell[1][1] or cell[0][0] == "shared"
+    ]  # stagewise stages differ, so they are never fused
+    rows = []
+    bar = tqdm(cells, unit=" steps", leave=False, disable=True if quiet else None)
+    for (layout, arch), (method, fused), depth, size in bar:
+        plain = layout == "stagewise" and method in BACKPROPAGATED
+        network = build_network(arch, layout, depth=depth, plain=plain).to(memory_format=torch.channels_last)
+        step = make_step(method, network, (), StepOptions(fused=fused))
+        inputs, targets = torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))
+        inputs = inputs.to(memory_format=torch.channels_last)
+        with SavedBytes(network.parameters()) as saved:
+            step(inputs, targets)
+        held = saved.peak + cascade_bytes(network, method, size, StepOptions(fused=fused))
+        peak = allocated_peak(lambda step=step, x=inputs, y=targets: step(x, y), warm=False)
+        name = method if fused else UNFUSED
+        row = {"layout": layout, "arch": arch, "method": name, "depth": depth, "batch_size": size}
+        rows.append(row | {"saved_bytes": held, "peak_bytes": peak})
+    return rows
+
+
+def write(rows: Sequence[dict], file: Path) -> None:
+    """Write the rows as JSON."""
+    record = {
+        "what": "bytes of a training step: " + ", ".join(COLUMNS.values()),
+        "torch": str(torch.__version__),
+        "rows": rows,
+    }
+    write_atomically(file, lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """Return tables of MiB by method and depth, one for each network, batch size and column."""
+    cells = {((row["layout"], row["arch"]), row["method"], row["depth"], row["batch_size"]): row for row in rows}
+    networks, methods, depths, sizes = (list(dict.fromkeys(key[i] for key in cells)) for i in range(4))
+    lines = []
+    for network, size, (column, what) in product(networks, sizes, COLUMNS.items()):
+        lines.append(f"\n{' '.join(network)}, batch {size}, MiB {what}")
+        lines.append(f"{'depth':>18s}" + "".join(f"{depth:10d}" for depth in depths))
+        for method in (m for m in methods if (network, m, depths[0], size) in cells):
+            numbers = (cells[network, method, depth, size][column] / 2**20 for depth in depths)
+            lines.append(f"{method:>18s}" + "".join(f"{number:10.2f}" for number in numbers))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    add("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
+    add("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
+    add("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
+    args = parser.parse_args(arguments)
+    try:
+        rows = measure(args.methods, args.depths, args.batch_sizes)
+        write(rows, args.out)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"memory.py: error: {error}\n")
+    print(tables(rows))
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
