@@ -1,4 +1,4 @@
-"""What every test file shares: seeds, the markers `gpu` and `slow`, and the backends that can run here.
+"""What every test file shares: seeds, the markers `gpu` and `exhaustive`, and the backends that can run here.
 
 A test that takes the fixture `backend` runs on each of them: reference and cpu on the CPU, and with a GPU also
 reference, cuda and triton there. The report's header says which, and why the others are not.
@@ -86,9 +86,9 @@ def pytest_report_header():
 
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU: PyTorch sees none here")
-    not_asked = pytest.mark.skip(reason="takes minutes: set SID_TEST_SLOW=1")
+    not_asked = pytest.mark.skip(reason="takes hours: set SID_TEST_EXHAUSTIVE=1")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if item.get_closest_marker("slow") and os.environ.get("SID_TEST_SLOW") != "1":
+        if item.get_closest_marker("exhaustive") and os.environ.get("SID_TEST_EXHAUSTIVE") != "1":
             item.add_marker(not_asked)

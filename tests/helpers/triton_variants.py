@@ -1,16 +1,16 @@
 """Every kernel variant the Triton backend can launch, and how to compile one ahead of time without a GPU.
 
-Variants are enumerated from the tables that `run` uses. A compiled variant is judged by its binary: registers,
-and spills and stack, which must be zero. Needs a process in which triton does not interpret.
+Variants are enumerated from the tables that `run` uses. A compiled variant is judged by its binary: registers, and
+stack, which must be zero. Needs a process in which Triton does not interpret.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -51,8 +51,7 @@ class Compiled(NamedTuple):
     variant: Variant
     target: str
     registers: int
-    spills: int  # bytes on NVIDIA, registers on AMD
-    stack: int  # bytes
+    stack: int  # bytes of stack and local memory; on AMD also the number of spilled registers
     shared: int  # bytes of a program
     vector_accesses: int  # 128-bit global loads and stores
     truncates: bool  # a conversion to bfloat16 or float16 that does not round to nearest
@@ -77,7 +76,7 @@ def local_loss_variant(
 
 
 def full_product(logits: str, prior: str, soft: str, aligned: bool) -> list[Variant]:
-    """All plans times all flags, for one choice of element types."""
+    """Return all plans times all flags, for one choice of element types."""
     flags = itertools.product((True, False), repeat=len(FLAGS))
     return [local_loss_variant(plan, f, logits, prior, soft, aligned) for f in flags for plan in triton_kernels.PLANS]
 
@@ -199,8 +198,8 @@ def head_set(nvidia: bool) -> list[Variant]:
     return variants
 
 
-def compile_variant(job: tuple[Variant, str]) -> Compiled:
-    variant, target = job
+def compile_variant(variant: Variant, target: str) -> Compiled:
+    """Compile for a target of TARGETS, or read the binary from Triton's cache if nothing it depends on has changed."""
     modules = {"cascade_tile": triton_cascade_rows, "head_tile": triton_head_rows, "scale_rows": core_triton_kernels}
     function = getattr(modules.get(variant.kernel, triton_rows), variant.kernel)
     pointers, constants = dict(variant.pointers), dict(variant.constants)
@@ -220,32 +219,27 @@ def compile_variant(job: tuple[Variant, str]) -> Compiled:
     options = {"num_warps": variant.warps, "num_stages": variant.prefetch}
     options |= dict(variant.options) if TARGETS[target].backend == "cuda" else {}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    registers, spills, stack, *rest = (_amd if target.startswith("gfx") else _nvidia)(compiled, target)
-    return Compiled(variant, target, registers, spills, stack, compiled.metadata.shared, *rest)
+    registers, stack, *rest = (_amd if target.startswith("gfx") else _nvidia)(compiled)
+    return Compiled(variant, target, registers, stack, compiled.metadata.shared, *rest)
 
 
-def _nvidia(compiled, target: str) -> tuple[int, int, int, int, bool]:
+def _nvidia(compiled) -> tuple[int, int, int, bool]:
+    """Registers, bytes of stack and local memory, wide accesses, whether it truncates. Whatever spills needs stack."""
     ptx = compiled.asm["ptx"]
-    arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    blackwell = os.path.join(folder, "ptxas-blackwell")
-    ptxas = blackwell if target == "sm_100" and os.path.exists(blackwell) else os.path.join(folder, "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stack, stores, loads = (
-        sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", log))
-        for what in ("stack frame", "spill stores", "spill loads")
-    )
-    registers = int(re.search(r"Used (\d+) registers", log).group(1))
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found)
     wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
     truncates = bool(re.search(r"cvt\.(?!rn)\w+(?:\.\w+)*\.(?:bf16|f16)(?:x2)?\.f32", ptx))
-    return registers, stores + loads, stack, wide, truncates
+    return registers, stack + local, wide, truncates
 
 
-def _amd(compiled, target: str) -> tuple[int, int, int, int, bool]:
+def _amd(compiled) -> tuple[int, int, int, bool]:
+    """The same; spilled registers count as stack."""
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -253,4 +247,4 @@ def _amd(compiled, target: str) -> tuple[int, int, int, int, bool]:
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     wide = len(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", assembly))
-    return field("vgpr_count"), spills, field("private_segment_fixed_size"), wide, False
+    return field("vgpr_count"), spills + field("private_segment_fixed_size"), wide, False

@@ -1,12 +1,11 @@
-"""Every Triton kernel compiled ahead of time for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942, without a GPU.
+"""Every Triton kernel compiled ahead of time, without a GPU: no binary may spill registers or use a stack.
 
-The binaries must not spill. By default a covering set of variants is compiled; SID_TEST_SLOW=1 takes the full
-product of plans and flags for each dtype (about 9,200 compilations, two hours on two cores).
+A covering set of variants is compiled for NVIDIA sm_80 and sm_90; sm_100 and AMD gfx942 are marked `slow`. The full
+product of plans and flags for each dtype (about 9,200 compilations, two hours on two cores) is marked `exhaustive`.
+Binaries stay in build/triton, Triton's own cache, until a kernel, an option or the compiler changes.
 """
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,27 +18,22 @@ if INTERPRETING:
 
 from helpers import triton_variants as tv
 
+pytestmark = pytest.mark.aot
+
+CACHE = Path(__file__).parents[3] / "build/triton"
+TARGETS = [pytest.param(name, marks=[] if name in ("sm_80", "sm_90") else [pytest.mark.slow]) for name in tv.TARGETS]
 # Bytes of shared memory a program may have: of sm_86 and sm_89, the least of those from sm_80 on, and of gfx942.
 SHARED = {"sm": 99 * 1024, "gf": 64 * 1024}
 
 
-def compile_all(variants, targets, cache) -> list[tv.Compiled]:
-    """Two processes; fresh ones, because a process that holds torch's threads should not be forked."""
-    jobs = [(variant, target) for target in targets for variant in variants]
-    old = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
-    try:
-        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(tv.compile_variant, jobs, chunksize=2))
-    finally:
-        if old is None:
-            del os.environ["TRITON_CACHE_DIR"]
-        else:
-            os.environ["TRITON_CACHE_DIR"] = old
+@pytest.fixture(autouse=True)
+def cache(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
 
 
-def check(compiled: list[tv.Compiled]) -> None:
-    bad = [c for c in compiled if c.spills or c.stack or c.shared > SHARED[c.target[:2]]]
+def check(variants: list[tv.Variant], target: str) -> None:
+    compiled = [tv.compile_variant(variant, target) for variant in variants]
+    bad = [c for c in compiled if c.stack or c.shared > SHARED[target[:2]]]
     assert not bad, "\n".join(map(str, bad))
     assert not [c for c in compiled if c.truncates]
 
@@ -60,39 +54,46 @@ def test_the_covering_set_covers():
     assert {v.aligned for v in variants} == {True, False}
 
 
-@pytest.mark.parametrize("target", tv.TARGETS)
-def test_no_spills(target, tmp_path):
-    variants = tv.covering_set() + tv.other_variants()
-    compiled = compile_all(variants, [target], tmp_path)
-    expected = 6 * len(triton_kernels.PLANS) + 2 + 2 * len(tv.DTYPES) * len(scale_tiles())
-    assert len(compiled) == expected
-    check(compiled)
+@pytest.mark.parametrize("dtype", tv.DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills(target, dtype):
+    """The local loss: the covering set's variants whose logits are of this dtype."""
+    variants = [v for v in tv.covering_set() if dict(v.pointers)["logits"] == dtype]
+    assert len(variants) == 2 * len(triton_kernels.PLANS)
+    check(variants, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_in_small_kernels(target):
+    variants = tv.other_variants()
+    assert len(variants) == 2 + 2 * len(tv.DTYPES) * len(scale_tiles())
+    check(variants, target)
 
 
 @pytest.mark.parametrize("kernel", ("cascade", "head"))
-@pytest.mark.parametrize("target", tv.TARGETS)
-def test_no_spills_in_products(target, kernel, tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_in_products(target, kernel):
     """The cascade and the belief head: every plan of theirs, at sizes of models."""
     variants = (tv.cascade_set if kernel == "cascade" else tv.head_set)(nvidia=target != "gfx942")
     assert len(set(variants)) == 2 * len(tv.CASCADES if kernel == "cascade" else tv.HEADS)
     if target == "sm_100":  # these tiles compile as for sm_90: each size in one of its two dtypes will do
         variants = [v for i, v in enumerate(variants) if i % 4 in (0, 3)]
-    check(compile_all(variants, [target], tmp_path))
+    check(variants, target)
 
 
-def test_rows_use_wide_accesses(tmp_path):
+def test_rows_use_wide_accesses():
     """Where sizes allow, z, q, p and dz move 16 bytes at a time: as many accesses as one thread's elements need."""
     plan = triton_kernels.plan_for(4096)
-    variants = [tv.local_loss_variant(plan, (True,) * len(tv.FLAGS), d, d, d, True) for d in tv.DTYPES]
-    for c, size in zip(compile_all(variants, ["sm_90"], tmp_path), (4, 2, 2), strict=True):
-        assert c.vector_accesses == 4 * plan.block // (32 * plan.warps) * size // 16
+    for dtype, size in zip(tv.DTYPES, (4, 2, 2), strict=True):
+        variant = tv.local_loss_variant(plan, (True,) * len(tv.FLAGS), dtype, dtype, dtype, True)
+        compiled = tv.compile_variant(variant, "sm_90")
+        assert compiled.vector_accesses == 4 * plan.block // (32 * plan.warps) * size // 16
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("SID_TEST_SLOW") != "1", reason="two hours of compiling; set SID_TEST_SLOW=1")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", tv.DTYPES)
 @pytest.mark.parametrize("target", tv.TARGETS)
-def test_no_spills_in_the_full_product(target, dtype, tmp_path):
+def test_no_spills_in_the_full_product(target, dtype):
     variants = tv.full_product(dtype, dtype, dtype, aligned=True)
     assert len(variants) == 64 * len(triton_kernels.PLANS)
-    check(compile_all(variants, [target], tmp_path))
+    check(variants, target)
