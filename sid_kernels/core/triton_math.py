@@ -8,7 +8,7 @@ import triton.language as tl
 # The least argument a logarithm of a probability is taken at: float32's smallest normal number.
 TINY = tl.constexpr(2.0**-126)
 MASKED = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
+# NaN has no name here: Triton compares the globals of kernels compiled one after the other, and NaN differs from itself.
 
 
 @triton.jit
@@ -109,9 +109,9 @@ def settle(label, ignore_index, classes, loss, fidelity, consistency):
     """Rows that do not count become 0, rows with a label out of range NaN; also returns which are which."""
     ignored = label == ignore_index
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
-    loss = tl.where(ignored, 0.0, tl.where(bad, NAN, loss))
-    fidelity = tl.where(ignored, 0.0, tl.where(bad, NAN, fidelity))
-    consistency = tl.where(ignored, 0.0, tl.where(bad, NAN, consistency))
+    loss = tl.where(ignored, 0.0, tl.where(bad, float("nan"), loss))
+    fidelity = tl.where(ignored, 0.0, tl.where(bad, float("nan"), fidelity))
+    consistency = tl.where(ignored, 0.0, tl.where(bad, float("nan"), consistency))
     return loss, fidelity, consistency, ignored, bad
 
 
@@ -146,5 +146,5 @@ def settled_gradient(
     dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], alpha[:, None], REVERSE) * factor
     if HARD:
         _, _, _, ignored, bad = settle(label, ignore_index, classes, log_sum, log_sum, log_sum)
-        dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
+        dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], float("nan"), dz))
     return dz

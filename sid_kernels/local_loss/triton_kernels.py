@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ..core.triton_math import (
     MASKED,
-    NAN,
     finish,
     gradient,
     reference,
@@ -230,7 +229,7 @@ def local_loss_loop(
                 q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
                 dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
                 if HARD:
-                    dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], NAN, dz))
+                    dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], float("nan"), dz))
                 tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
     emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 

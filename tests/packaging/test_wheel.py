@@ -26,8 +26,8 @@ EXAMPLES = ROOT / "examples"
 def why_not() -> str | None:
     if not COMPILED:
         return "the checkout has no compiled modules"
-    if not list((ROOT / "build").glob("cmake-*/CMakeCache.txt")) and os.environ.get("SID_TEST_SLOW") != "1":
-        return "build/cmake-* does not exist, so building takes minutes; set SID_TEST_SLOW=1"
+    if not list((ROOT / "build").glob("cmake-*/CMakeCache.txt")) and os.environ.get("SID_TEST_EXHAUSTIVE") != "1":
+        return "build/cmake-* does not exist, so building takes minutes; set SID_TEST_EXHAUSTIVE=1"
     if int(version("setuptools").split(".")[0]) < 77 or importlib.util.find_spec("pybind11") is None:
         return "needs setuptools >= 77 and pybind11: pip install -e '.[test]'"
     if shutil.which("cmake", path=build_path()) is None:
