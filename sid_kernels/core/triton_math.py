@@ -8,7 +8,7 @@ import triton.language as tl
 # The least argument a logarithm of a probability is taken at: float32's smallest normal number.
 TINY = tl.constexpr(2.0**-126)
 MASKED = tl.constexpr(float("-inf"))
-# NaN has no name here: Triton compares the globals of kernels compiled one after the other, and NaN differs from itself.
+# NaN has no name here: Triton compares the globals of the kernels it compiles, and NaN differs from itself.
 
 
 @triton.jit

@@ -50,8 +50,8 @@ def test_every_source_is_counted():
 def test_nothing_spills(architecture):
     """The module has the expected kernels, without a stack or local memory (so no spills) and with few registers."""
     done = subprocess.run([cuobjdump(), "-res-usage", str(MODULE)], capture_output=True, text=True, check=True)
-    binaries = done.stdout.split("Fatbin elf code:")[1:]
-    usage = "".join(b for b in binaries if re.search(rf"arch = sm_{architecture}\n", b))
+    binaries = re.findall(r"Fatbin elf code:(.*?)(?=Fatbin|\Z)", done.stdout, re.DOTALL)
+    usage = "".join(b for b in binaries if f"arch = sm_{architecture}\n" in b)
     if not usage:
         pytest.skip(f"{MODULE.name} was built without sm_{architecture}")
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
