@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
+from sid_kernels.belief_head import triton_kernels as head_kernels
+from sid_kernels.cascade import triton_kernels as cascade_kernels
+from sid_kernels.core import triton_math
 from sid_kernels.core.triton import INTERPRETING, scale_tiles
+from sid_kernels.local_loss import triton_kernels as loss_kernels
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
 if INTERPRETING:
@@ -79,6 +85,23 @@ def test_no_spills_in_products(target, kernel):
     if target == "sm_100":  # these tiles compile as for sm_90: each size in one of its two dtypes will do
         variants = [v for i, v in enumerate(variants) if i % 4 in (0, 3)]
     check(variants, target)
+
+
+MODULES = (triton_math, loss_kernels, cascade_kernels, head_kernels)
+KERNELS = {
+    f"{module.__name__}.{name}": function
+    for module in MODULES
+    for name, function in vars(module).items()
+    if isinstance(function, triton.JITFunction)
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_globals_of_a_kernel_equal_themselves(name):
+    """Triton compares them before every launch but the first, and refuses one that has changed: a NaN always has."""
+    kernel = KERNELS[name]
+    assert kernel.cache_key
+    assert not [key for key, (value, scope) in kernel.used_global_vals.items() if scope[key[0]] != value]
 
 
 def test_rows_use_wide_accesses():
