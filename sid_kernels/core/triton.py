@@ -61,7 +61,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
                 gradient,
                 scale,
                 gradient.stride(0),
-                scale.dim(),
+                scale.stride(0) if scale.dim() else 0,  # 0 also if one number is expanded to all rows
                 rows,
                 classes,
                 ROWS=tile,

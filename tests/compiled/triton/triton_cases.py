@@ -293,7 +293,8 @@ def test_scale(dtype, rows, classes):
     grad = torch.randn(rows, classes).to(dtype)
     row_scale = torch.randn(rows)
     row_scale[0] = 1.0
-    for scale in (torch.tensor(0.25), torch.tensor(1.0), row_scale):
+    one_for_all = torch.tensor(0.5).expand(rows)  # as the backward pass of a sum hands it on
+    for scale in (torch.tensor(0.25), torch.tensor(1.0), row_scale, one_for_all):
         wide = torch.full((rows, classes + 5), 3.0, dtype=dtype)
         got = core_triton.scale_(wide[:, :classes].copy_(grad), scale)
         assert torch.equal(got, (grad.float() * (scale[:, None] if scale.dim() else scale)).to(dtype))
