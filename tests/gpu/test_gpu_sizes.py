@@ -13,6 +13,13 @@ from sid_kernels.core import backends
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back():
+    """Other processes may test on this GPU at the same time."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def test_auto_takes_a_compiled_kernel():
     expected = next((name for name in ("cuda", "triton") if backends.unavailable(name) is None), None)
     assert expected is not None, "neither cuda nor triton kernels run on this GPU"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.grids import DTYPES
-from helpers.local_loss import run
+from helpers.local_loss import assert_same, run
 from helpers.oracle import Case, assert_within_budget, make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
@@ -47,15 +47,15 @@ def call(case, backend, **more):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_give_equal_bits(backend, layout, dtype, divergence):
+def test_layouts_give_the_same(backend, layout, dtype, divergence):
     case = soft_case(divergence=divergence, dtype=dtype)
     expected, gradient = run(case, backend)
     change = LAYOUTS[layout]
     strided = Case(change(case.logits), change(case.prior), change(case.target), case.alpha, case.options)
     assert not strided.logits.is_contiguous()
     result, dlogits = call(strided, backend)
-    for old, new in zip((*expected, gradient), (*result, dlogits), strict=True):
-        assert torch.equal(old, new) and new.is_contiguous()
+    assert_same((*result, dlogits), (*expected, gradient), backend)
+    assert all(x.is_contiguous() for x in (*result, dlogits))
 
 
 def test_one_row_for_all(backend):
@@ -137,7 +137,7 @@ def test_alpha_and_soft_target_of_another_dtype(backend, alpha):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", (7, 16, 37, 1030))
 def test_out(backend, classes, dtype, divergence):
-    """A fresh buffer, a padded one and the logits themselves get the same bits; what lies beside is left alone."""
+    """A fresh buffer, a padded one and the logits themselves get the same; what lies beside is left alone."""
     for soft in (True, False):
         case = make_case(
             5, classes, dtype=dtype, soft=soft, ignored=0.2, label_smoothing=0.1, divergence=divergence
@@ -147,8 +147,8 @@ def test_out(backend, classes, dtype, divergence):
         wide = torch.full((5, classes + 9), 7.0, dtype=dtype, device=backend.device)
         for out in (fresh, wide[:, 4 : 4 + classes], case.logits):
             result, dlogits = call(case, backend, out=out)
-            assert dlogits is out and torch.equal(out, gradient)
-            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+            assert dlogits is out
+            assert_same((*result, out), (*expected, gradient), backend)
         assert (wide[:, :4] == 7).all() and (wide[:, 4 + classes :] == 7).all()
 
 
@@ -158,7 +158,8 @@ def test_out_is_the_padded_logits(backend):
     wide = torch.full((6, 50), 7.0, device=backend.device)
     case.logits = wide[:, 5:42].copy_(case.logits)
     _, dlogits = call(case, backend, out=case.logits)
-    assert torch.equal(dlogits, gradient) and (wide[:, :5] == 7).all() and (wide[:, 42:] == 7).all()
+    assert_same((dlogits,), (gradient,), backend)
+    assert (wide[:, :5] == 7).all() and (wide[:, 42:] == 7).all()
 
 
 def test_out_of_more_dimensions(backend):
