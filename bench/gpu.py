@@ -3,14 +3,17 @@
     python bench/gpu.py [--out bench/results/gpu-NAME.json]
 
 It needs no network: it builds with the Python it is run by, against the torch that is there. Every step has a time
-limit, and all of them together end within nine minutes: a step for which no time is left is skipped, and named. The
-JSON is written after every step. Exit status: 0 no step failed, 1 one did, 2 this machine has no CUDA.
+limit, and all of them together end within `--total` seconds: a step for which no time is left is skipped, and named.
+The JSON is written after every step, and beside it each test's outcome as it comes (gpu-NAME.tests.jsonl).
+compute-sanitizer runs while the tests do; the benchmarks have the machine to themselves. Exit status: 0 no step failed,
+1 one did, 2 this machine has no CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -20,15 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import record
 
-TOTAL = 530.0  # seconds for all steps together; nine minutes are 540
+TOTAL = 400.0  # seconds for all steps together
+WORKERS = 12  # processes that test at the same time, where pytest-xdist is there and the machine has the cores
 TAIL = 10_000  # characters of a step's output that are kept
+BENCH = Path(__file__).resolve().parent
 SANITIZER_EXIT = 9  # what compute-sanitizer exits with after a report
 
 
@@ -44,6 +49,7 @@ class Step:
     read: Callable[[dict, str], dict] = lambda outcome, output: {}  # what to add to (or change in) its outcome
     needed: bool = False  # the steps after it are skipped where it fails
     missing: str | None = None  # why it cannot be run here
+    beside: bool = False  # it runs at the same time as the step before it
 
 
 def run_step(step: Step, limit: float) -> dict:
@@ -81,26 +87,37 @@ def run_step(step: Step, limit: float) -> dict:
 
 
 def run_steps(steps: list[Step], total: float, done: Callable[[list[dict]], None]) -> list[dict]:
-    """Each step in turn, none beyond `total` seconds; `done` gets the outcomes so far after every one."""
+    """Each step in turn, none beyond `total` seconds; `done` gets the outcomes so far after every one, or after those
+    that ran at the same time."""
     began, outcomes, broken = time.monotonic(), [], None
-    for i, step in enumerate(steps):
+    groups: list[list[Step]] = []
+    for step in steps:
+        groups[-1].append(step) if step.beside and groups else groups.append([step])
+    kept = [max((step.least for step in group if not step.missing), default=0.0) for group in groups]
+    for i, group in enumerate(groups):
         left = total - (time.monotonic() - began)
-        limit = min(step.limit, left - sum(later.least for later in steps[i + 1 :] if not later.missing))
-        reason = step.missing or (broken and f"{broken} failed")
-        if reason is None and limit < step.least:
-            limit = min(step.least, left)  # what was kept free for it, up to what starting and ending the others took
-            if limit < 0.8 * step.least:
-                reason = f"no time left: {max(left, 0):.0f} s, and it takes {step.least:.0f} s at least"
-        print(f"{step.name} ...", flush=True)
-        if reason is not None:
-            outcome = {"name": step.name, "status": "skipped", "reason": reason, "seconds": 0.0}
-        else:
-            outcome = run_step(step, limit)
-        if outcome["status"] == "failed":
-            print("\n".join(f"    {line}" for line in outcome.get("output_tail", [])[-30:]))
-            broken = broken or (step.name if step.needed else None)
-        print(f"    {outcome['status']} in {outcome['seconds']:.0f} s {outcome.get('reason', '')}", flush=True)
-        outcomes.append(outcome)
+        free = left - sum(kept[i + 1 :])
+
+        def attempt(step: Step, left=left, free=free, broken=broken) -> dict:
+            limit, reason = min(step.limit, free), step.missing or (broken and f"{broken} failed")
+            if reason is None and limit < step.least:
+                limit = min(step.least, left)  # what was kept free for it, up to what starting and ending others took
+                if limit < 0.8 * step.least:
+                    reason = f"no time left: {max(left, 0):.0f} s, and it takes {step.least:.0f} s at least"
+            if reason is not None:
+                return {"name": step.name, "status": "skipped", "reason": reason, "seconds": 0.0}
+            return run_step(step, limit)
+
+        print(f"{', '.join(step.name for step in group)} ...", flush=True)
+        with ThreadPoolExecutor(len(group)) as pool:
+            found = list(pool.map(attempt, group))
+        for step, outcome in zip(group, found, strict=True):
+            if outcome["status"] == "failed":
+                print("\n".join(f"    {line}" for line in outcome.get("output_tail", [])[-30:]))
+                print("".join(f"    {name}: {why}\n" for name, why in outcome.get("failed_tests", {}).items()), end="")
+                broken = broken or (step.name if step.needed else None)
+            print(f"    {outcome['status']} in {outcome['seconds']:.0f} s {outcome.get('reason', '')}", flush=True)
+        outcomes += found
         done(outcomes)
     return outcomes
 
@@ -116,23 +133,26 @@ def read_backends(outcome: dict, output: str) -> dict:
     return found
 
 
-def read_junit(path: Path, outcome: dict) -> dict:
-    if not path.exists() or not path.stat().st_size:
+def read_outcomes(path: Path, outcome: dict) -> dict:
+    """What outcome_lines.py wrote: there up to the last test that ended, wherever the step did."""
+    if not path.exists():
         return {}
-    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    by_test = {}
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # cut off
+            line = json.loads(text)
+            if by_test.get(line["test"], {}).get("outcome") != "failed":  # a test may fail in two of its phases
+                by_test[line["test"]] = line
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failed = []
-    for case in cases:
-        kinds = {child.tag for child in case}
-        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        counts[kind] += 1
-        if kind == "failed":
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
+    for line in by_test.values():
+        counts[line["outcome"]] += 1
+    failed = {name: line["why"] for name, line in by_test.items() if line["outcome"] == "failed"}
     found = {"tests": counts, "failed_tests": failed}
     if outcome["status"] == "passed" and not counts["passed"]:
         found |= {"status": "failed", "reason": "no GPU test was run"}
     elif failed:
-        found["reason"] = f"{len(failed)} of {len(cases)} tests failed"
+        told = f"{len(failed)} of {len(by_test)} tests failed"
+        found["reason"] = told if "exit_status" in outcome else f"{outcome['reason']}; {told}"
     return found
 
 
@@ -179,36 +199,52 @@ def what_is_missing() -> list[str]:
     return missing
 
 
-def make_steps(scratch: Path, capability: str) -> list[Step]:
-    """capability: "90" for 9.0. The build is for this GPU alone: that takes a fraction of the time."""
+def test_command(outcomes: Path) -> tuple[list[str], dict[str, str]]:
+    """The command of the GPU tests and its environment; in several processes where pytest-xdist is there."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-p", "outcome_lines"]
+    command.append(f"--outcome-lines={outcomes}")
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))}
+    workers = min(WORKERS, os.cpu_count() or 1)
+    if importlib.util.find_spec("xdist") is not None and workers > 1:
+        command += ["-n", str(workers)]
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers are enough
+    return command, environment
+
+
+def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
+    """capability: "90" for 9.0. The build is for this GPU alone: that takes a fraction of the time. outcomes: the file
+    that each test's outcome goes to."""
     python, sanitizer = sys.executable, find("compute-sanitizer")
     programs = {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"}  # cmake, ninja
     architectures = os.environ.get("SID_KERNELS_CUDA_ARCHS", f"{capability}-real")
     case = [python, "bench/sanitizer_case.py"]
     no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
-    tests, benchmark, training = scratch / "tests.xml", scratch / "benchmark.json", scratch / "steps.json"
+    benchmark, training = scratch / "benchmark.json", scratch / "steps.json"
+    tests, environment = test_command(outcomes)
 
     def sanitize(tool: str, **environment) -> Step:
         words = [sanitizer or "compute-sanitizer", "--tool", tool, "--target-processes", "all"]
         words += ["--error-exitcode", str(SANITIZER_EXIT), *case]
-        return Step(tool, lambda limit: words, 70, 30, programs | environment, read_sanitizer, missing=no_sanitizer)
+        return Step(
+            tool, lambda limit: words, 120, 30, programs | environment, read_sanitizer, False, no_sanitizer, beside=True
+        )
 
     return [
         Step("build", lambda limit: [python, "-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"],
-             240, 60, programs | {"SID_KERNELS_CUDA": "on", "SID_KERNELS_CUDA_ARCHS": architectures}, needed=True),
+             120, 45, programs | {"SID_KERNELS_CUDA": "on", "SID_KERNELS_CUDA_ARCHS": architectures}, needed=True),
         Step("backends", lambda limit: [python, "-m", "sid_kernels.info"],
              60, 15, programs, read_backends, needed=True),
-        Step("tests", lambda limit: [python, "-m", "pytest", "-m", "gpu", "tests", "-q", f"--junitxml={tests}"],
-             180, 60, programs, lambda outcome, output: read_junit(tests, outcome)),
+        Step("tests", lambda limit: tests, 220, 60, programs | environment,
+             lambda outcome, output: read_outcomes(outcomes, outcome)),
         # Each tensor an allocation of its own, so that an access beyond its end is one.
         sanitize("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitize("racecheck"),
         Step("benchmark", lambda limit: [python, "bench/report.py", "--device", "cuda", f"--out={benchmark}",
                                          f"--budget={max(limit - 45, 20):.0f}"],  # 45 s: for the size begun last
-             200, 100, programs, lambda outcome, output: read_json(benchmark, outcome)),
+             110, 75, programs, lambda outcome, output: read_json(benchmark, outcome)),
         Step("steps", lambda limit: [python, "bench/step_report.py", "--device", "cuda", f"--out={training}",
                                      "--seconds=2", f"--budget={max(limit - 45, 20):.0f}"],
-             200, 90, programs, lambda outcome, output: read_json(training, outcome)),
+             90, 60, programs, lambda outcome, output: read_json(training, outcome)),
     ]  # fmt: skip
 
 
@@ -235,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
     args = parser.parse_args(argv)
     if args.dry_run:
-        for step in make_steps(Path("."), "90"):
+        for step in make_steps(Path("."), "90", Path("gpu.tests.jsonl")):
             words = record.command(step.command(step.limit))
             print(f"{step.name:10s} {step.limit:4.0f} s at most, {step.least:3.0f} s kept free  {words}")
         return 0
@@ -256,7 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         record.write_json(out, filed)
 
     with tempfile.TemporaryDirectory() as scratch:
-        steps = make_steps(Path(scratch), "".join(map(str, torch.cuda.get_device_capability(0))))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        capability = "".join(map(str, torch.cuda.get_device_capability(0)))
+        steps = make_steps(Path(scratch), capability, out.resolve().with_suffix(".tests.jsonl"))
         outcomes = run_steps(steps, args.total - (time.monotonic() - began), save)
     for outcome in outcomes:
         if "result" in outcome:

@@ -84,6 +84,7 @@ def pytest_report_header():
     return lines
 
 
+@pytest.hookimpl(trylast=True)  # after pytest's own order, by parameters
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU: PyTorch sees none here")
     not_asked = pytest.mark.skip(reason="takes hours: set SID_TEST_EXHAUSTIVE=1")
@@ -92,3 +93,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_gpu)
         if item.get_closest_marker("exhaustive") and os.environ.get("SID_TEST_EXHAUSTIVE") != "1":
             item.add_marker(not_asked)
+    items.sort(key=_turn)
+
+
+def _turn(item) -> int:
+    """On a GPU what only a GPU can show comes first, and the definition last: time may run out."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if not isinstance(backend, Backend) or backend.device == "cpu":
+        return 0
+    return 2 if backend.name == "reference" else 1

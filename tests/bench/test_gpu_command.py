@@ -118,18 +118,60 @@ def test_sanitizer_verdicts(gpu, output, status, verdict):
     assert (outcome["status"], outcome["verdict"]) == (status, verdict)
 
 
-def test_counts_of_tests(gpu, tmp_path):
-    (tmp_path / "test_few.py").write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
-    )
-    report = tmp_path / "tests.xml"
+TESTS = """
+import pytest, time
+def test_a(): pass
+def test_b(): assert 0, "trouble"
+@pytest.mark.skip
+def test_c(): pass
+@pytest.fixture
+def broken(): raise ValueError("no ground")
+def test_d(broken): pass
+"""
+
+
+def test_step(gpu, tmp_path, limit, more="", workers=()):
+    (tmp_path / "test_few.py").write_text(TESTS + more)
+    lines = tmp_path / "lines.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    command += [f"--junitxml={report}", str(tmp_path)]
-    steps = [gpu.Step("tests", lambda limit: command, 60, 0, read=lambda outcome, _: gpu.read_junit(report, outcome))]
-    (outcome,) = run(gpu, steps)
-    assert outcome["tests"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert outcome["failed_tests"] == ["test_few::test_b"]
-    assert (outcome["status"], outcome["reason"]) == ("failed", "1 of 3 tests failed")
+    command += ["-p", "outcome_lines", f"--outcome-lines={lines}", *workers, str(tmp_path)]
+    return gpu.Step(
+        "tests", lambda limit: command, limit, 0, {"PYTHONPATH": str(BENCH)},
+        read=lambda outcome, _: gpu.read_outcomes(lines, outcome),
+    )  # fmt: skip
+
+
+test_step.__test__ = False
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_counts_of_tests(gpu, tmp_path, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    (outcome,) = run(gpu, [test_step(gpu, tmp_path, 60, workers=["-n", str(workers)] if workers else [])])
+    assert outcome["tests"] == {"passed": 1, "failed": 2, "skipped": 1}
+    failed = {name.rpartition("::")[2]: why for name, why in outcome["failed_tests"].items()}
+    assert failed == {"test_b": "AssertionError: trouble\nassert 0", "test_d": "ValueError: no ground"}
+    assert (outcome["status"], outcome["reason"]) == ("failed", "2 of 4 tests failed")
+
+
+def test_outcomes_of_tests_survive_the_end_of_their_time(gpu, tmp_path):
+    (outcome,) = run(gpu, [test_step(gpu, tmp_path, 12, "def test_z(): time.sleep(600)\n")])
+    assert outcome["tests"] == {"passed": 1, "failed": 2, "skipped": 1}
+    assert outcome["reason"] == "stopped at its limit of 12 s; 2 of 4 tests failed"
+
+
+def test_steps_beside_each_other(gpu):
+    steps = [
+        step(gpu, "import time; time.sleep(3)", "one", least=1.0),
+        step(gpu, "import time; time.sleep(3); raise SystemExit(1)", "two", least=3.0, beside=True),
+        step(gpu, "", "absent", missing="it is not installed", least=90.0, beside=True),
+        step(gpu, "print('ran')", "after", least=2.0),
+    ]
+    began = time.monotonic()
+    outcomes = run(gpu, steps, total=30.0)
+    assert time.monotonic() - began < 5.5 and [o["name"] for o in outcomes] == ["one", "two", "absent", "after"]
+    assert [o["status"] for o in outcomes] == ["passed", "failed", "skipped", "passed"]
 
 
 def test_a_build_without_cuda_is_seen(gpu):
@@ -157,7 +199,7 @@ def test_whole_command_with_steps_that_do_nothing(gpu, tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU 9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     bad = [step(gpu, "", "build", needed=True), step(gpu, "raise SystemExit(1)", "tests")]
-    monkeypatch.setattr(gpu, "make_steps", lambda scratch, capability: bad if capability == "90" else [])
+    monkeypatch.setattr(gpu, "make_steps", lambda scratch, capability, outcomes: bad if capability == "90" else [])
     out = tmp_path / "gpu.json"
     assert gpu.main(["--out", str(out)]) == 1
     filed = json.loads(out.read_text())
@@ -184,4 +226,4 @@ def test_dry_run_names_every_step():
     limits = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert all(limit > 0 for limit in limits)
     kept = [float(line.split("most,")[1].split()[0]) for line in done.stdout.splitlines()]
-    assert sum(kept) < 530  # so that a slow step never takes the time of those after it
+    assert sum(kept) < 330  # so that a slow step never takes the time of those after it, in a smaller total either

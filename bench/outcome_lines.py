@@ -1,0 +1,51 @@
+"""A pytest plugin: each test's outcome is filed as it comes, one JSON a line, so that a run which is ended leaves them.
+
+    PYTHONPATH=bench python -m pytest -p outcome_lines --outcome-lines=FILE
+
+A line has the test, its outcome, its seconds and, unless it passed, why not; a failed one the end of its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+
+import record
+
+WHY, TRACE = 300, 4_000  # characters that are kept
+
+
+def pytest_addoption(parser):
+    parser.addoption("--outcome-lines", metavar="FILE", help="write each test's outcome there as it comes")
+
+
+def pytest_configure(config):
+    path = config.getoption("--outcome-lines")
+    if path and not hasattr(config, "workerinput"):  # with xdist: in the process that hears from all the others
+        config.pluginmanager.register(Lines(path))
+
+
+class Lines:
+    def __init__(self, path: str):
+        self.file = open(path, "w", buffering=1)  # a line is written when it is complete
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            self._write(report, report.duration)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self._write(report, 0.0)
+
+    def _write(self, report, seconds: float) -> None:
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 2)}
+        if report.skipped and isinstance(report.longrepr, tuple):
+            line["why"] = record.scrub(report.longrepr[2])
+        elif not report.passed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = report.longreprtext
+            line["why"] = record.scrub(crash.message if crash else text.strip().rpartition("\n")[2])[:WHY]
+            line["trace"] = record.scrub(text[-TRACE:]).splitlines()
+        self.file.write(json.dumps(line) + "\n")
+
+    def pytest_unconfigure(self):
+        self.file.close()
