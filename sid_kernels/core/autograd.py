@@ -87,7 +87,8 @@ def times(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     in_place = None if keeps_graph() or not gradient.is_contiguous() else in_place_scaling(gradient)
     if in_place is None:
         return scaled(gradient, grad_loss)
-    in_place(gradient.view(-1, gradient.shape[-1]), grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
+    rows = gradient if gradient.dim() == 2 else gradient.view(-1, gradient.shape[-1])
+    in_place(rows, grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
     return gradient
 
 

@@ -5,6 +5,8 @@ They need compute capability 8.0 or later. Nothing here except `unavailable` wai
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ compiled, _reason = load("_cuda")
 
 # (device, stream) -> memory that the kernels of one stream share; each launch leaves it ready for the next.
 _workspaces: dict[tuple[int, int], Tensor] = {}
+_SAME_DEVICE = contextlib.nullcontext()
 
 
 def unavailable() -> str | None:
@@ -40,13 +43,24 @@ def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
     Rows whose scale is 1 are neither read nor written.
     """
     device = gradient.device
-    with torch.cuda.device(device):
+    with on_device(device):
         rows, classes = gradient.shape
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream(device)
         step = scale.stride(0) if scale.dim() else 0
         place = matrix(gradient)
         compiled.scale(rows, classes, place, place, scale.data_ptr(), step, stream, device.index)
     return gradient
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which `device` is current; entering one costs more host time than a small kernel, so it is
+    entered only if another device is current."""
+    return _SAME_DEVICE if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of PyTorch's current stream of `device`, without making a Stream object."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def workspace(device: torch.device, stream: int) -> Tensor:

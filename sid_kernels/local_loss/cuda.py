@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import cuda
 from .pack import pack
 from .problem import Problem, Result
@@ -12,9 +10,9 @@ from .problem import Problem, Result
 def run(problem: Problem) -> Result:
     """Return loss, belief and gradient without waiting for the GPU."""
     device = problem.logits.device
-    with torch.cuda.device(device):
+    with cuda.on_device(device):
         result, arguments = pack(problem)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = cuda.current_stream(device)
         workspace = cuda.workspace(device, stream)
         cuda.compiled.local_loss(*arguments, workspace.data_ptr(), stream, device.index)
     return result
