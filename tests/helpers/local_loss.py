@@ -1,5 +1,7 @@
 """Calls of the local loss on a case of `oracle.py`."""
 
+import torch
+
 from helpers.oracle import Case, assert_within_budget
 from sid_kernels import local_loss_and_grad
 
@@ -15,7 +17,7 @@ def run(case: Case, backend, **more):
 
 
 def assert_same(found, expected, backend):
-    """Assert equal bits on a CPU; on a GPU, where the order of sums follows the alignment of rows, equal up to roundings."""
+    """Assert equal bits on a CPU; on a GPU, where sums follow the alignment of rows, equality up to roundings."""
     for got, want in zip(found, expected, strict=True):
         if backend.device == "cpu":
             assert torch.equal(got, want)
