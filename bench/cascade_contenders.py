@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
-from sid_trainer import SIDNetwork, Stage, StageHead, capture, sid_step, stacked_stages
+from sid_trainer import SIDNetwork, StackedHeads, Stage, StageHead, capture, sid_step
 from sid_trainer.methods.common import StepOptions, clear_gradients, update
 from sid_trainer.methods.reference import reference_step as public_step
 from sid_trainer.methods.step import stage_by_stage
@@ -119,25 +119,34 @@ def _one_a_stage(network: SIDNetwork, fused: bool = False) -> list:
     return [None, *(_adam(stage.parameters(), fused) for stage in network.stages)]  # the extractor has no parameters
 
 
+def stack(network: SIDNetwork) -> SIDNetwork:
+    """Return the network with its stages as `StackedHeads`."""
+    depth, classes, hidden = len(network.stages), network.num_classes, network.stages[0].head.hidden
+    heads = StackedHeads(depth, hidden.in_features - classes, classes, hidden.out_features)
+    stacked = SIDNetwork(nn.Identity(), heads, classes)
+    stacked.load_state_dict(network.state_dict())
+    return stacked.to(hidden.weight.device)
+
+
 def direct(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    stacked = stacked_stages(network)
-    optimizer = _adam(stacked.parameters(), fused=True)
-    stacked.show_gradients()
-    for parameter, gradient in zip(stacked.weights, stacked.gradients, strict=True):
+    network = stack(network)
+    weights = network.stages.weights
+    gradients = CascadeWeights(*(torch.empty_like(weight) for weight in weights))
+    optimizer = _adam(weights, fused=True)
+    for parameter, gradient in zip(weights, gradients, strict=True):
         parameter.grad = gradient
 
     def step() -> Tensor:
-        out = stacked.gradients
-        _, dfeatures, _ = refine_cascade_and_grad(features, stacked.weights, target, ALPHA, out=out)
+        _, dfeatures, _ = refine_cascade_and_grad(features, weights, target, ALPHA, out=gradients)
         optimizer.step()
         return dfeatures
 
-    return Run(step, network, features, nbytes(stacked.gradients))
+    return Run(step, network, features, nbytes(gradients))
 
 
 def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: bool = False) -> Run:
-    stacked = stacked_stages(network)
-    optimizer = _adam(stacked.parameters(), fused=True)
+    network = stack(network)
+    optimizer = _adam(network.stages.parameters(), fused=True)
 
     def whole(features, target):
         return sid_step(network, features, target, ALPHA, [None, optimizer])
@@ -152,8 +161,6 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
 
         replay = capture(copied, (features.detach(), target), network=network, optimizers=[optimizer])
 
-        stacked.show_gradients()
-
         def step() -> Tensor:
             replay(features.detach(), target)
             return buffer
@@ -165,7 +172,7 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
         whole(features, target)
         return features.grad
 
-    return Run(step, network, features, nbytes(stacked.gradients))
+    return Run(step, network, features, nbytes(network.stages.weights))
 
 
 def by_stage(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
@@ -287,6 +294,9 @@ def _gradients(problem: Problem, backpropagates: bool) -> dict[str, Tensor]:
 
 
 def _stacked(network: SIDNetwork, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What `of` gives for the parameters, (L, ...) by kind."""
+    if isinstance(network.stages, StackedHeads):
+        return {name: of(x) for name, x in network.stages.weights._asdict().items()}
     heads = [stage.head for stage in network.stages]
     parts = [[of(x) for x in (h.hidden.weight, h.hidden.bias, h.logits.weight, h.logits.bias)] for h in heads]
     return {name: torch.stack(x) for name, x in zip(CascadeWeights._fields, zip(*parts, strict=True), strict=True)}

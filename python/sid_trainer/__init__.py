@@ -4,10 +4,9 @@ from .data.datasets import load_data
 from .methods.baselines import bp_step, deep_supervision_step
 from .methods.capture import CapturedStep, capture
 from .methods.common import StepResult
-from .methods.stacked import StackedStages, stacked_stages
 from .methods.step import sid_step
 from .network.architectures import build_network, cut
-from .network.heads import StageHead
+from .network.heads import StackedHeads, StageHead
 from .network.modules import SIDNetwork, Stage
 from .training.config import TrainConfig
 from .training.trainer import Trainer
@@ -17,7 +16,7 @@ __all__ = [
     "SIDNetwork",
     "Stage",
     "StageHead",
-    "StackedStages",
+    "StackedHeads",
     "StepResult",
     "TrainConfig",
     "Trainer",
@@ -28,5 +27,4 @@ __all__ = [
     "deep_supervision_step",
     "load_data",
     "sid_step",
-    "stacked_stages",
 ]

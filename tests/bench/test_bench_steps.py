@@ -66,14 +66,14 @@ def test_a_wrong_cascade_step_is_found(bench, wrong):
 
         def step():
             dfeatures = run.step()
-            first = network.stages[0].head
+            weights = run.network.stages.weights
             if wrong == "features":
                 return dfeatures * 1.001
             with torch.no_grad():
                 if wrong == "update":
-                    first.hidden.weight.add_(1e-5)
+                    weights.hidden_weight[0].add_(1e-5)
                 else:
-                    (first.hidden.weight if wrong == "hidden_weight" else first.logits.bias).grad.mul_(1.01)
+                    getattr(weights, wrong).grad[0].mul_(1.01)
             return dfeatures
 
         return run._replace(step=step)

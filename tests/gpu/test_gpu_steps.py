@@ -7,7 +7,7 @@ from helpers.cascade_oracle import assert_within_budget, make_case
 from helpers.head_oracle import Problem
 from helpers.head_oracle import assert_within_budget as head_within_budget
 from sid_kernels import CascadeWeights, PriorHead, belief_head_and_grad, refine_cascade_and_grad
-from sid_trainer import SIDNetwork, Stage, StageHead, sid_step, stacked_stages
+from sid_trainer import SIDNetwork, StackedHeads, sid_step
 
 pytestmark = pytest.mark.gpu
 
@@ -55,19 +55,19 @@ def test_cascade_in_bfloat16_is_near_float32():
 
 def make_step(depth=10, classes=10, rows=128):
     torch.manual_seed(0)
-    network = SIDNetwork(torch.nn.Identity(), [Stage(StageHead(128, classes)) for _ in range(depth)], classes).cuda()
-    stacked = stacked_stages(network)
-    optimizer = torch.optim.Adam(stacked.parameters(), lr=1e-3, fused=True, capturable=True)
+    heads = StackedHeads(depth, 128, classes).cuda()
+    weights, gradients = heads.weights, CascadeWeights(*(torch.empty_like(x) for x in heads.weights))
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-3, fused=True, capturable=True)
     features, target = torch.randn(rows, 128, device="cuda"), torch.randint(0, classes, (rows,), device="cuda")
 
     def step():
-        result, _, gradients = refine_cascade_and_grad(features, stacked.weights, target, 0.5, out=stacked.gradients)
-        for parameter, gradient in zip(stacked.weights, gradients, strict=True):
+        result, _, _ = refine_cascade_and_grad(features, weights, target, 0.5, out=gradients)
+        for parameter, gradient in zip(weights, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         return result
 
-    return step, features, target, stacked
+    return step, features, target, weights, gradients
 
 
 def test_a_cascade_step_is_a_handful_of_launches():
@@ -84,7 +84,7 @@ def test_a_cascade_step_is_a_handful_of_launches():
 
 
 def test_a_cascade_step_waits_for_nothing_and_replays():
-    step, features, target, stacked = make_step()
+    step, features, target, weights, written = make_step()
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -92,17 +92,17 @@ def test_a_cascade_step_waits_for_nothing_and_replays():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    before = [x.detach().clone() for x in stacked.weights]
+    before = [x.detach().clone() for x in weights]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     for _ in range(2):
         features.normal_()
         target.random_(10)
-        for x, value in zip(stacked.weights, before, strict=True):
+        for x, value in zip(weights, before, strict=True):
             x.data.copy_(value)
         graph.replay()
-        found = [result.stage_loss.clone(), *(g.clone() for g in stacked.gradients)]
+        found = [result.stage_loss.clone(), *(g.clone() for g in written)]
         again, _, gradients = refine_cascade_and_grad(features, CascadeWeights(*before), target, 0.5)
         assert all(torch.equal(a, b) for a, b in zip(found, (again.stage_loss, *gradients), strict=True))
 
@@ -112,7 +112,7 @@ def test_the_trainers_step_on_another_stream():
     results = []
     for side in (False, True):
         torch.manual_seed(0)
-        network = SIDNetwork(torch.nn.Linear(20, 32), [Stage(StageHead(32, 10)) for _ in range(4)], 10).cuda()
+        network = SIDNetwork(torch.nn.Linear(20, 32), StackedHeads(4, 32, 10), 10).cuda()
         x, y = torch.randn(64, 20, device="cuda"), torch.randint(0, 10, (64,), device="cuda")
         stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())

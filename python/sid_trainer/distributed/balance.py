@@ -95,7 +95,7 @@ def measure_stages(
     if not isinstance(network.extractor, nn.Identity):
         raise ValueError("network must be stagewise: the stages of a shared extractor cannot be owned by ranks")
     with measured_copy(network, inputs.device, rounds) as network:
-        optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay, fused=False)
+        optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay)
         clock = Clock(inputs.device, len(network.stages))
         options = StepOptions(alpha, dtype=dtype)
         for _ in range(WARM + rounds):

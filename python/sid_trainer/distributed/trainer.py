@@ -18,7 +18,6 @@ from ..data.batches import Labels
 from ..files import write_atomically
 from ..methods.common import StepResult, autocast, clear_gradients
 from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
-from ..methods.stacked import stacked_stages
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks, stage_streams
 from ..network.modules import SIDNetwork, at_least_float32
@@ -46,10 +45,6 @@ class ParallelTrainer(Trainer):
         parts: Sequence[range] | None = None, in_flight: int = 2, sharded: bool = False,
         about: dict | None = None, quiet: bool = False,
     ):  # fmt: skip
-        if stacked_stages(network) is not None:
-            config = replace(config, fused=False)  # replicas reduce a stage's gradients at a time
-            if about and "run" in about:  # one process that goes on with the run must do the same
-                about = about | {"run": about["run"] | {"fused": False}}
         self.place, self.sharded = place, sharded and place.replicas > 1
         self.parts = [range(len(network.stages))] if parts is None else list(parts)
         self.between: list[Layout] = []  # of what each stage hands on to another rank
@@ -67,8 +62,7 @@ class ParallelTrainer(Trainer):
         if place.stages == 1:
             on_streams = config.streams and self.device.type == "cuda"
             hooks = stage_streams(self.device, len(self.own)) if on_streams else StageHooks(place.replicas > 1)
-            options = replace(self.options, fused=False)
-            self.run_step = make_step(config.method, self.wrapped, self.optimizers, options, hooks)
+            self.run_step = make_step(config.method, self.wrapped, self.optimizers, self.options, hooks)
         else:
             self.part = SIDNetwork(nn.Identity(), [self.wrapped.stages[i] for i in self.own], network.num_classes)
             self.run_step = self.pipeline_step

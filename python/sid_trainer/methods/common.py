@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..network.heads import StackedHeads
 from ..network.modules import SIDNetwork, at_least_float32
 
 Alpha = float | Tensor | Sequence[float | Tensor]  # a captured CUDA graph can change a 0-d tensor on its device
@@ -31,7 +32,7 @@ class StepOptions:
         label_smoothing: Share of each label that is spread over all classes, in [0, 1].
         dtype: Forward passes run under autocast to this dtype unless it is float32.
         step_schedule: One of `STEP_SCHEDULES`, described in `sid_step`.
-        fused: Whether equal stages run in `sid_kernels.refine_cascade`.
+        fused: Whether `StackedHeads` are trained at once by `sid_kernels.refine_cascade` in the schedule "one-pass".
 
     Raises ValueError for a value that is not allowed.
     """
@@ -58,6 +59,11 @@ class StepOptions:
     def loss(self) -> dict[str, Any]:
         """The keyword arguments of `local_loss_and_grad`."""
         return {"divergence": self.divergence, "label_smoothing": self.label_smoothing}
+
+    @property
+    def trains_at_once(self) -> bool:
+        """Whether a step trains all stages of `StackedHeads` at once, not one by one."""
+        return self.fused and self.step_schedule == "one-pass"
 
     def stage_alphas(self, depth: int) -> Sequence[float | Tensor]:
         """Return one alpha per stage. Raises ValueError if another number of them was given."""
@@ -102,7 +108,18 @@ def owned_parameters(optimizers: Optimizers) -> set[int]:
 def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
     """Raise ValueError if an optimizer owns a parameter that is not the network's."""
     if optimizers and not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:
+        raise ValueError("optimizers must be over the network's own parameters; one owns other tensors")
+
+
+def check_optimizers(optimizers: Optimizers, network: SIDNetwork) -> None:
+    """Raise ValueError unless there are no optimizers or one for each of the network's `local_modules`."""
+    if not optimizers:
+        return
+    owned, expected = owned_parameters(optimizers[1:]), len(network.local_modules)
+    own = any(id(parameter) in owned for parameter in network.stages.parameters())  # stops at the first
+    if len(optimizers) != expected or not (own or next(network.stages.parameters(), None) is None):
         raise ValueError(
-            "optimizers must be over the network's own parameters; those of stacked_stages(network) are for"
-            " sid_step one-pass"
+            f"optimizers must be {expected} over the network's own parameters, one for the extractor and one for"
+            f" {'all stages' if isinstance(network.stages, StackedHeads) else 'each stage'}, not {len(optimizers)}"
+            f"{'' if own else ' over other parameters'}"
         )

@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from sid_kernels import local_loss_and_grad
 
+from ..network.heads import StackedHeads
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import (
     Alpha,
@@ -21,12 +22,13 @@ from .common import (
     StepOptions,
     StepResult,
     autocast,
+    check_optimizers,
     clear_gradients,
     teacher_beliefs,
     update,
 )
 from .reference import reference_step
-from .stacked import check_optimizers, fused_stages, stacked_stages
+from .stacked import train_stacked
 from .streams import StageHooks
 
 
@@ -50,18 +52,17 @@ def sid_step(
         inputs: (B, ...), what the network's extractor takes.
         targets: Classes (B,), int64, or probabilities (B, C).
         alpha: Weight of fidelity against consistency in [0, 1]; one number or one per stage.
-        optimizers: `[extractor's, stage 1's, ..., stage L's]` or, for equal stages, `[extractor's, all stages']`, the
-            latter over `stacked_stages(network).parameters()`. An extractor without parameters has None. The gradients
-            they own are cleared first and all parameters updated. Without optimizers the step only adds to the
-            gradients in `.grad`, as `backward` does.
+        optimizers: `[extractor's, stage 1's, ..., stage L's]`, or `[extractor's, all stages']` if `network.stages` is
+            `StackedHeads`. An extractor without parameters has None. The gradients they own are cleared first and all
+            parameters updated. Without optimizers the step only adds to the gradients in `.grad`, as `backward` does.
         schedule: Order of the work. "one-pass": each stage runs, learns and is updated before the next one runs; its
             graph is freed at once, so only one stage's activations are held. "two-phase", as in the paper: a pass
             without gradients computes all priors, then every stage learns. "reference", as in the public
             implementation: the two phases, but one backward over the sum of all losses, which holds the graphs of all
             stages. On deterministic stages all three give the same gradients. They differ if a layer draws random
             numbers or keeps statistics.
-        fused: Let equal plain stages of the schedule "one-pass" run in `sid_kernels.refine_cascade`: the same numbers
-            in less time. At most 16 MiB (or one stage, if that is more) is held.
+        fused: Train `StackedHeads` at once with `sid_kernels.refine_cascade` in the schedule "one-pass": the same
+            numbers in less time, with at most 16 MiB (or one stage, if that is more) held.
         divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`.
         dtype: Forward passes run under autocast to this dtype unless it is float32.
         streams: Hooks around stages that run one by one, for example `StageStreams`.
@@ -85,22 +86,22 @@ def local_step(
     options.stage_alphas(len(network.stages))
     if options.step_schedule == "reference":
         return reference_step(network, inputs, targets, options, optimizers)
-    stacked = stacked_stages(network) if options.fused and options.step_schedule == "one-pass" else None
-    at_once = check_optimizers(optimizers, network, stacked)
-    clear_gradients(optimizers)
+    check_optimizers(optimizers, network)
+    clear_gradients(optimizers[:1])
     with autocast(inputs, options.dtype):
         extracted = network.extractor(inputs)
     # The extractor's graph ends here. What the stages send back to it is summed in float32.
     features = at_least_float32(extracted.detach())
-    if stacked is not None and features.dtype is torch.float32 and features.dim() == 2:
-        losses, logits, dfeatures = fused_stages(stacked, features, targets, options, optimizers, at_once)
+    if options.trains_at_once and isinstance(network.stages, StackedHeads):
+        losses, logits, dfeatures = train_stacked(network.stages, features, targets, options, optimizers[1:])
     else:
+        clear_gradients(optimizers[1:])
         features.requires_grad_(extracted.requires_grad)  # a leaf whose gradient sums over the stages that read it
         two_phase = options.step_schedule == "two-phase"
         teachers = teacher_beliefs(network, inputs, options.dtype) if two_phase else None
         losses, logits = stage_by_stage(network, features, targets, options, optimizers, teachers, hooks)
         dfeatures = features.grad
-    if extracted.requires_grad:
+    if extracted.requires_grad and dfeatures is not None:
         extracted.backward(dfeatures.to(extracted.dtype))
     update(optimizers[:1])
     return StepResult(losses, logits)
@@ -125,8 +126,10 @@ def stage_by_stage(
     prior, losses = network.uniform(features) if prior is None else prior, []
     # Autograd adds the gradients of shared features on the stream where this node is created; it is kept to the end.
     accumulation = get_gradient_edge(features) if features.requires_grad else None
+    one_optimizer = isinstance(network.stages, StackedHeads)  # which updates all stages after the last one
+    stages = list(network.local_stages())  # before the hooks: StackedHeads may create gradients on this stream
     hooks.step_started()
-    for i, stage in enumerate(network.stages):
+    for i, stage in enumerate(stages):
         with hooks.run_stage(i):  # waits for the outputs of the stage before, not for its backward and update
             with autocast(features, options.dtype):
                 outputs, logits = stage(features, prior)  # its features, (B, C)
@@ -134,10 +137,13 @@ def stage_by_stage(
             result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss)
             hooks.outputs_ready(outputs, result.belief)
             logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
-            hooks.update(partial(update, optimizers[1 + i : 2 + i]))
+            if not one_optimizer:
+                hooks.update(partial(update, optimizers[1 + i : 2 + i]))
         losses.append(result.loss)
         prior = result.belief if teachers is None else teachers[i]
         features = outputs if outputs is features else outputs.detach()  # shared by all stages, or this stage's own
     hooks.step_finished()
+    if one_optimizer:
+        update(optimizers[1:])
     del accumulation
     return torch.stack(losses), logits.detach()

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .heads import FeaturePooling, LinearClassifier, StageHead
+from .heads import FeaturePooling, LinearClassifier, StackedHeads, StageHead
 from .modules import SIDNetwork, Stage
 
 SHARED_DEPTH = 10  # belief stages, as in the public implementation
@@ -216,6 +216,7 @@ def build_network(
     head_depth: int = 1,
     hidden_dim: int = 256,
     grid: int = 4,
+    fused: bool = True,
 ) -> SIDNetwork:
     """Return a network with new parameters, drawn as PyTorch and torchvision do, from the global generator.
 
@@ -232,6 +233,8 @@ def build_network(
         head_depth: Number of hidden layers of each head.
         hidden_dim: Size of the heads' hidden layers.
         grid: Stagewise heads and the plain classifier read image features pooled to grid x grid cells.
+        fused: Build the shared layout's heads as one module `StackedHeads` if `head_depth` is 1. Otherwise `stages` is
+            a ModuleList of `Stage(StageHead(...))`. The drawn parameters are the same.
 
     Raises ValueError for an unknown name and for sizes that make no network.
     """
@@ -252,5 +255,8 @@ def build_network(
         return SIDNetwork(nn.Sequential(*blocks), [Stage(classifier)], num_classes)
     if arch == "simple_cnn":  # the public implementation ends its extractor with a linear layer
         pooling.append(nn.Linear(pooling.dim, pooling.dim))
+    extractor = nn.Sequential(*blocks, pooling)
+    if fused and head_depth == 1:
+        return SIDNetwork(extractor, StackedHeads(depth, pooling.dim, num_classes, hidden_dim), num_classes)
     heads = [StageHead(pooling.dim, num_classes, hidden_dim, depth=head_depth) for _ in range(depth)]
-    return SIDNetwork(nn.Sequential(*blocks, pooling), [Stage(head) for head in heads], num_classes)
+    return SIDNetwork(extractor, [Stage(head) for head in heads], num_classes)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .heads import StackedHeads, StageCall
+
 
 class Stage(nn.Module):
     """One local learner: a body that computes its features (shared layout: the identity) and a head on them."""
@@ -35,17 +37,35 @@ class SIDNetwork(nn.Module):
     `forward` is plain inference. It returns the *logits* of the last stage, like any PyTorch classifier: their argmax
     is the prediction and their softmax the final belief. If gradients are enabled, they flow through the whole chain of
     softmaxes, which is what backpropagation trains. SID itself never calls `forward`.
+
+    Args:
+        extractor: Computes the features that the first stage reads; `nn.Identity()` for a stagewise network.
+        stages: L modules called as `Stage` is, or `StackedHeads`.
+        num_classes: Number of classes C.
     """
 
-    def __init__(self, extractor: nn.Module, stages: Iterable[nn.Module], num_classes: int):
+    def __init__(self, extractor: nn.Module, stages: Iterable[nn.Module] | StackedHeads, num_classes: int):
         super().__init__()
         self.extractor = extractor
-        self.stages = nn.ModuleList(stages)
+        self.stages = stages if isinstance(stages, StackedHeads) else nn.ModuleList(stages)
         self.num_classes = num_classes
 
     def uniform(self, features: Tensor) -> Tensor:
         """Return p_0, the belief that the first stage reads: (B, C), every entry 1/C."""
         return features.new_full((features.shape[0], self.num_classes), 1 / self.num_classes)
+
+    @property
+    def local_modules(self) -> list[nn.Module]:
+        """The modules that local training gives one optimizer each: the extractor and every stage.
+
+        `StackedHeads` count as one module.
+        """
+        stages = [self.stages] if isinstance(self.stages, StackedHeads) else self.stages
+        return [self.extractor, *stages]
+
+    def local_stages(self) -> Iterable[StageCall]:
+        """Return the stages as functions (features, prior) -> (features, logits) for one backward per stage."""
+        return self.stages.local_stages() if isinstance(self.stages, StackedHeads) else self.stages
 
     def stage_logits(self, inputs: Tensor, call: Callable[..., Any] = call_module) -> list[Tensor]:
         """Return the logits (B, C) of every stage, first to last; each prior is the softmax of the logits before.

@@ -26,6 +26,7 @@ from ..distributed.rendezvous import (
     world_size,
 )
 from ..distributed.state import PIPELINE
+from ..methods.factory import LOCAL
 from ..network.architectures import build_network
 from ..network.modules import SIDNetwork
 from ..training.checkpoint import LAST, PREVIOUS, check_same, load_checkpoint
@@ -60,6 +61,7 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
         plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
+        fused=run.fused and run.method in LOCAL and run.schedule == "one-pass",
     )  # fmt: skip
 
 
@@ -69,6 +71,8 @@ def make_trainer(
     """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
     the same time; `place` is this one's, where they have met."""
     place = place or meet(run)
+    if place is not None and run.layout == "shared" and run.head_depth == 1:
+        run = dataclasses.replace(run, fused=False)  # replicas reduce the gradients of one stage at a time
     with said_once(place):
         alphas = stage_alphas(run)
         data = make_data(run)

@@ -119,7 +119,7 @@ class Trainer:
         config = self.config
         self.optimizers = make_optimizers(
             self.network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
-            step_schedule=config.schedule, fused=config.fused,
+            step_schedule=config.schedule,
         )  # fmt: skip
         steps = config.epochs * len(self.batches["train"])
         self.schedulers = [make_lr_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
@@ -282,10 +282,8 @@ class Trainer:
         network = self.whole(self.network.state_dict())
         for name, value in network.items():
             if name in self.begun_finite and not value.is_meta and not value.isfinite().all():
-                words = name.split(".", 2)
-                what = f"{words[2]} of stage {int(words[1]) + 1}" if words[0] == "stages" else name
                 epoch, step = (self.epoch, self.step) if self.step else (self.epoch - 1, len(self.batches["train"]))
-                raise self.non_finite(f"{what} is not finite after epoch {epoch}, step {step}")
+                raise self.non_finite(f"{parameter_place(name, value)} is not finite after epoch {epoch}, step {step}")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -343,6 +341,18 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
         self.metrics, self.activation_bytes = json.loads(state["metrics"])
+
+
+def parameter_place(name: str, value: Tensor) -> str:
+    """Name an entry of a state dict that is not finite, for example "body.0.weight of stage 2"."""
+    kind, _, rest = name.partition(".")
+    number, _, parameter = rest.partition(".")
+    if kind != "stages":
+        return name
+    if number.isdigit():
+        return f"{parameter} of stage {int(number) + 1}"
+    stage = int(value.flatten(1).isfinite().all(1).int().argmin())  # StackedHeads: the first dimension is the stage
+    return f"{rest} of stage {stage + 1}"
 
 
 def unlike(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD, Adam, NAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from sid_trainer import build_network, capture, sid_step, stacked_stages
+from sid_trainer import build_network, capture, sid_step
 from sid_trainer.methods.capture import _Snapshot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -17,7 +17,7 @@ def make(device, kind=Adam, **options):
     torch.manual_seed(0)
     network = build_network("simple_cnn", num_classes=10, in_channels=1, depth=4).to(device)
     optimizers = [kind(network.extractor.parameters(), lr=1e-2, **options)]
-    optimizers.append(kind(stacked_stages(network).parameters(), lr=1e-2, **options))
+    optimizers.append(kind(network.stages.parameters(), lr=1e-2, **options))
     return network, optimizers
 
 

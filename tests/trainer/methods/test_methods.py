@@ -70,7 +70,7 @@ def test_the_schedules_have_the_same_gradients(arch, layout, options):
         network.zero_grad()
         losses[schedule] = sid_step(network, inputs, targets, alphas, schedule=schedule, **options).stage_loss
         found[schedule] = [p.grad.clone() for p in network.parameters()]
-    groups = [list(m.parameters()) for m in (network.extractor, *network.stages) if list(m.parameters())]
+    groups = [list(m.parameters()) for m in network.local_modules if list(m.parameters())]
     for schedule in STEP_SCHEDULES[1:]:
         torch.testing.assert_close(losses[schedule].double(), losses["one-pass"].double())
         ours, theirs = iter(found["one-pass"]), iter(found[schedule])

@@ -1,4 +1,4 @@
-"""Equal stages in one memory: the same numbers as stage by stage, and to a user still one module a stage."""
+"""StackedHeads: the same numbers as one module per stage, in every schedule and method, wherever the memory is."""
 
 import copy
 import io
@@ -9,219 +9,239 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
+from helpers.stages import gradients, values
 from sid_kernels.cascade import cpu as cascade_cpu
-from sid_trainer import SIDNetwork, Stage, StageHead, build_network, sid_step, stacked_stages
+from sid_trainer import SIDNetwork, StackedHeads, Stage, StageHead, build_network, sid_step
 from sid_trainer.methods.baselines import bp_step, deep_supervision_step
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
 
-def make(depth=5, dim=16, classes=10, rows=24, plain=False, width=32):
+def make(depth=5, dim=16, classes=10, rows=24, fused=True, hidden_dim=32):
     torch.manual_seed(0)
-    stages = [Stage(StageHead(dim, classes, width)) for _ in range(depth)]
+    if fused:
+        stages = StackedHeads(depth, dim, classes, hidden_dim)
+    else:
+        stages = [Stage(StageHead(dim, classes, hidden_dim)) for _ in range(depth)]
     network = SIDNetwork(nn.Linear(12, dim), stages, classes)
-    if plain:  # a hook wants to see the stages called, so they are
-        network.stages[0].register_forward_hook(lambda *_: None)
     return network, torch.randn(rows, 12), torch.randint(0, classes, (rows,))
 
 
-def values(network):
-    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+def optimizers(network, kind=SGD, **options):
+    return [kind(module.parameters(), **options) for module in network.local_modules]
 
 
-def gradients(network):
-    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+def assert_near(found, wanted, rounding=ROUNDING):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= rounding * value.abs().max(), name
 
 
-def optimizers(network, kind=SGD, at_once=False, **options):
-    stages = [stacked_stages(network)] if at_once else network.stages
-    return [kind(x.parameters(), **options) for x in (network.extractor, *stages)]
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-@pytest.mark.parametrize("alpha", [0.5, [0.9, 0.7, 0.5, 0.3, 0.1], torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize("alpha", [0.5, [0.9, 0.7, 0.5, 0.3, 0.1], torch.tensor(0.3), [torch.tensor(0.3), 0.5, 1, 0, 1]],
+                         ids=str)  # fmt: skip
 def test_gradients_and_losses_are_those_of_stage_by_stage(classes, alpha):
     results = []
-    for plain in (False, True):
-        network, inputs, targets = make(classes=classes, plain=plain)
-        assert (stacked_stages(network) is None) == plain
+    for fused in (True, False):
+        network, inputs, targets = make(classes=classes, fused=fused)
         results.append((sid_step(network, inputs, targets, alpha), gradients(network)))
     (result, found), (expected, wanted) = results
     torch.testing.assert_close(result.stage_loss, expected.stage_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= ROUNDING * value.abs().max(), name
+    assert_near(found, wanted)
 
 
 def test_soft_targets_and_gradients_that_add_up():
     network, inputs, _ = make()
-    plain, _, _ = make(plain=True)
+    plain, _, _ = make(fused=False)
     targets = torch.rand(24, 10).softmax(-1)
     for _ in range(2):
         sid_step(network, inputs, targets)
         sid_step(plain, inputs, targets)
-    for name, value in gradients(plain).items():
-        assert (gradients(network)[name] - value).abs().max() <= ROUNDING * value.abs().max(), name
+    assert_near(gradients(network), gradients(plain))
 
 
+STEPS = {
+    "one-pass": partial(sid_step, fused=False),
+    "two-phase": partial(sid_step, schedule="two-phase"),
+    "reference": partial(sid_step, schedule="reference"),
+    "bfloat16": partial(sid_step, fused=False, dtype=torch.bfloat16),
+    "bp": bp_step,
+    "bp-checkpoint": partial(bp_step, checkpointed=True),
+    "bp-accumulate": partial(bp_step, parts=3),
+    "deep-supervision": deep_supervision_step,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         (Adam, {"lr": 1e-2}),
-        (Adam, {"lr": 1e-2, "fused": True}),
         (AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
         (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}),
+        (None, {}),
     ],
+    ids=["adam", "adamw", "sgd", "gradients"],
 )
-def test_one_update_of_all_stages_is_an_update_of_each(kind, options):
+def test_steps_that_run_stages_one_by_one_have_the_bits_of_modules(name, kind, options):
+    """With optimizers the parameters, without them the gradients, which add up."""
     ends = []
-    for at_once in (False, True):
-        network, inputs, targets = make()
-        owners = optimizers(network, kind, at_once, **options)
-        for _ in range(4):
-            sid_step(network, inputs, targets, 0.5, owners)
-        ends.append(values(network))
-        assert stacked_stages(network) is not None
-    for name, value in ends[0].items():
-        if options.get("fused"):  # its vectors and their rest round differently, and end at other elements
-            torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-6)
+    for fused in (True, False):
+        network, inputs, targets = make(fused=fused)
+        if name in ("one-pass", "two-phase", "bfloat16"):
+            owners = optimizers(network, kind, **options) if kind else ()
         else:
-            assert torch.equal(value, ends[1][name]), name
+            owners = [kind(network.parameters(), **options)] if kind else ()
+        for _ in range(3):
+            result = STEPS[name](network, inputs, targets, optimizers=owners)
+        ends.append(result._asdict() | (values(network) if kind else gradients(network)))
+    assert_equal(*ends)
 
 
 def test_equal_bits_run_to_run():
     ends = []
     for _ in range(2):
         network, inputs, targets = make(rows=100)
-        owners = optimizers(network, Adam, True, lr=1e-2, fused=True)
+        owners = optimizers(network, Adam, lr=1e-2, fused=True)
         for _ in range(3):
             result = sid_step(network, inputs, targets, 0.5, owners)
         ends.append(values(network) | {"losses": result.stage_loss})
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert_equal(*ends)
 
 
-def test_a_stage_is_read_changed_saved_and_loaded_by_itself():
-    network, inputs, targets = make()
-    before = values(network)
-    stacked = stacked_stages(network)
-    assert all(torch.equal(value, before[name]) for name, value in values(network).items())
-    assert list(network.state_dict()) == list(before)
-    # changed through the stage, seen in the stack, and the other way round
-    with torch.no_grad():
-        network.stages[2].head.logits.bias.fill_(3.0)
-        stacked.weights.hidden_bias[1].fill_(4.0)
-    assert (stacked.weights.logits_bias[2] == 3.0).all() and (network.stages[1].head.hidden.bias == 4.0).all()
-    # one stage's file holds that stage alone
-    file, whole = io.BytesIO(), io.BytesIO()
-    torch.save(network.stages[0].state_dict(), file)
-    torch.save(network.state_dict(), whole)
-    assert file.tell() < 4 * sum(p.numel() for p in network.stages[0].parameters()) + 3000
-    other, _, _ = make()
-    stacked_stages(other)
-    whole.seek(0)
-    other.load_state_dict(torch.load(whole, weights_only=True))
-    assert torch.equal(stacked_stages(other).weights.logits_bias, stacked.weights.logits_bias)
-    # swapped in by assignment: the stack takes it in at the next step
-    file.seek(0)
-    network.stages[1].load_state_dict(torch.load(file, weights_only=True), assign=True)
-    again = stacked_stages(network)
-    assert torch.equal(again.weights.hidden_weight[1], network.stages[0].head.hidden.weight)
-    sid_step(network, inputs, targets)
+def double_and_back(network):
+    return network.double().float()
 
 
-def test_copies_and_moves_are_stacked_anew():
-    network, inputs, targets = make()
-    stacked = stacked_stages(network)
-    twin = copy.deepcopy(network)
-    assert stacked_stages(twin) is not stacked
-    with torch.no_grad():
-        twin.stages[0].head.logits.bias.fill_(9.0)
-    assert not (network.stages[0].head.logits.bias == 9.0).any()
-    network.double()
-    assert stacked_stages(network) is None
-    network.float()
-    assert (again := stacked_stages(network)) is not None
-    assert torch.equal(again.weights.logits_weight[1], network.stages[1].head.logits.weight)
-    # moved away and back by reference: the optimizer's stacked parameters take the values in
-    owners = optimizers(network, SGD, True, lr=0.1)
-    for parameter in network.stages.parameters():
+def to_device_and_back(network):
+    for parameter in network.parameters():  # what `.to` does between two devices
         parameter.data = parameter.data.clone()
-    before = values(network)
+    return network.to("cpu", memory_format=torch.channels_last)
+
+
+def shared_memory(network):
+    return network.share_memory()
+
+
+def assigned(network):
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_()
+
+
+@pytest.mark.parametrize("move", [copy.deepcopy, double_and_back, to_device_and_back, shared_memory, assigned])
+def test_steps_after_a_move_are_those_of_modules(move):
+    """Some steps, a move of the parameters' memory, some steps more: gradients and weights of the unfused path."""
+    networks, batches = [], []
+    for fused in (True, False):
+        network, *batch = make(fused=fused)
+        batches.append(batch)
+        networks.append(network)
+    for moved in (False, True):
+        if moved:
+            networks = [move(network) for network in networks]
+        owners = [optimizers(network, SGD, lr=0.1, momentum=0.9) for network in networks]
+        for _ in range(3):
+            for network, batch, own in zip(networks, batches, owners, strict=True):
+                sid_step(network, *batch, 0.5, own)
+            assert_near(*map(gradients, networks), rounding=1e-4)
+            for name, value in values(networks[1]).items():
+                torch.testing.assert_close(values(networks[0])[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_shares_nothing():
+    network, inputs, targets = make()
+    sid_step(network, inputs, targets)
+    twin, before = copy.deepcopy(network), values(network) | {"grad": network.stages.hidden_bias.grad.clone()}
+    sid_step(twin, inputs, targets, 0.5, optimizers(twin, SGD, lr=0.1))
+    assert_equal(values(network) | {"grad": network.stages.hidden_bias.grad}, before)
+    assert not torch.equal(twin.stages.hidden_bias, network.stages.hidden_bias)
+
+
+@pytest.mark.parametrize("between", ["nothing", "set to None", "zeroed", "not contiguous"])
+def test_gradients_of_the_step_before_do_not_matter(between):
+    network, inputs, targets = make()
+    owners = optimizers(network, SGD, lr=0.0)
     sid_step(network, inputs, targets, 0.5, owners)
-    assert stacked_stages(network) is again
-    assert all(not torch.equal(value, before[name]) for name, value in values(network).items())
+    before, memory = gradients(network), network.stages.hidden_weight.grad.data_ptr()
+    weight = network.stages.hidden_weight
+    if between == "not contiguous":
+        weight.grad = torch.zeros(weight.shape[::-1]).permute(2, 1, 0)
+    elif between != "nothing":
+        owners[1].zero_grad(set_to_none=between == "set to None")
+    sid_step(network, inputs, targets, 0.5, owners)
+    assert_equal(gradients(network), before)
+    if between in ("nothing", "zeroed"):
+        assert weight.grad.data_ptr() == memory  # new memory would cost as much as the kernel
 
 
-def test_which_networks_do_not_qualify():
-    def check(change):
+def test_frozen_weights_stay_and_have_no_gradient():
+    for fused in (True, False):
         network, inputs, targets = make()
-        change(network)
-        assert stacked_stages(network) is None
-        assert sid_step(network, inputs, targets).stage_loss.isfinite().all()
+        network.stages.hidden_weight.requires_grad_(False)
+        before = values(network)
+        sid_step(network, inputs, targets, 0.5, optimizers(network, SGD, lr=0.1), fused=fused)
+        changed = {name for name, value in values(network).items() if not torch.equal(value, before[name])}
+        assert network.stages.hidden_weight.grad is None and changed == before.keys() - {"stages.hidden_weight"}
 
-    def wider(network):
-        network.stages[1] = Stage(StageHead(16, 10, 40))
 
-    def frozen(network):
-        network.stages[1].head.hidden.bias.requires_grad_(False)
-
-    def other_head(network):
-        class Mine(StageHead):
-            pass
-
-        network.stages[0] = Stage(Mine(16, 10))
-
-    def body(network):
-        network.stages[0] = Stage(StageHead(16, 10, 32), nn.ReLU())
-
-    def deeper(network):
-        network.stages[0] = Stage(StageHead(16, 10, 32, depth=2))
-
-    def linear(network):
-        network.stages[0] = Stage(StageHead(16, 10, depth=0))
-
-    def pooling(network):
-        network.stages[0] = Stage(StageHead(16, 10, 32, pooling=nn.Tanh()))
-
-    def without_bias(network):
-        network.stages[2].head.logits = nn.Linear(32, 10, bias=False)
-
-    def twice(network):
-        network.stages[1] = network.stages[0]
-
-    def own_forward(network):
-        head = network.stages[0].head
-        head.forward = lambda features, prior, old=head.forward: old(features, prior)
-
-    def gradient_hook(network):
-        network.stages[0].head.hidden.weight.register_post_accumulate_grad_hook(lambda p: None)
-
-    heads, parameters = (other_head, deeper, linear, pooling, own_forward), (wider, frozen, without_bias, twice)
-    for change in (*heads, *parameters, body, gradient_hook):
-        check(change)
+def test_the_state_of_modules_is_loaded():
+    """A checkpoint of `Stage(StageHead)` modules, as this class replaced them."""
+    plain, inputs, _ = make(fused=False)
+    file = io.BytesIO()
+    torch.save(plain.state_dict(), file)
+    file.seek(0)
+    network, _, _ = make()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    assert_equal(values(network), values(plain))
+    assert torch.equal(network(inputs), plain(inputs))
+    for depth in (4, 6):
+        with pytest.raises(RuntimeError, match="size mismatch|Missing key|Unexpected key"):
+            make(depth)[0].load_state_dict(plain.state_dict())
+    assert set(make()[0].state_dict()) == {
+        "extractor.weight",
+        "extractor.bias",
+        *(f"stages.{n}" for n in StackedHeads.SOURCES),
+    }
 
 
 def test_optimizers_that_do_not_fit_are_refused_before_anything_changes():
     network, inputs, targets = make()
-    owners = optimizers(network, SGD, True, lr=0.1)
     before = values(network)
-    network.stages[0].register_forward_hook(lambda *_: None)  # now it goes stage by stage
-    with pytest.raises(ValueError, match="one a stage, 6, each over its own parameters"):
-        sid_step(network, inputs, targets, 0.5, owners)
-    with pytest.raises(ValueError, match="one a stage, 6"):
-        sid_step(network, inputs, targets, 0.5, owners, schedule="two-phase")
+    stale = optimizers(make()[0], SGD, lr=0.1)
+    for schedule in ("one-pass", "two-phase"):
+        for owners in (stale, stale[:1], [*stale, None]):
+            with pytest.raises(
+                ValueError, match="optimizers must be 2 over the network's own parameters, .*all stages"
+            ):
+                sid_step(network, inputs, targets, 0.5, owners, schedule=schedule)
+    plain, _, _ = make(fused=False)
+    with pytest.raises(
+        ValueError, match="optimizers must be 6 over .* one for each stage, not 2 over other parameters"
+    ):
+        sid_step(plain, inputs, targets, 0.5, stale)
     for step in (partial(sid_step, schedule="reference"), bp_step, deep_supervision_step):
-        with pytest.raises(ValueError, match="those of stacked_stages.* are for sid_step one-pass"):
-            step(network, inputs, targets, optimizers=owners)
-    assert all(torch.equal(value, before[name]) for name, value in values(network).items())
+        with pytest.raises(ValueError, match="optimizers must be over the network's own parameters"):
+            step(network, inputs, targets, optimizers=stale)
+    assert_equal(values(network), before)
 
 
 def test_what_the_cascade_holds_does_not_grow_with_depth(allocated):
     """Beyond its group of stages, which is all of them at usual sizes: here small enough that it is two."""
     peaks = []
     for depth in (32, 64):
-        network, inputs, targets = make(depth=depth, dim=16, rows=1024, width=256)
-        owners = optimizers(network, SGD, True, lr=0.1)
+        network, inputs, targets = make(depth=depth, dim=16, rows=1024, hidden_dim=256)
+        owners = optimizers(network, SGD, lr=0.1)
 
         def call(network=network, inputs=inputs, targets=targets, owners=owners):
             result = sid_step(network, inputs, targets, 0.5, owners)
@@ -232,32 +252,5 @@ def test_what_the_cascade_holds_does_not_grow_with_depth(allocated):
     assert max(peaks) <= (16 << 20) + (1 << 20) and peaks[1] <= peaks[0] + (64 << 10)
 
 
-def test_shared_memory_new_parameters_and_inference_mode():
-    network, inputs, targets = make()
-    owners = optimizers(network, SGD, True, lr=0.1)
-
-    def moves():
-        before = values(network)
-        sid_step(network, inputs, targets, 0.5, owners)
-        return all(not torch.equal(value, before[name]) for name, value in values(network).items())
-
-    assert moves()
-    network.share_memory()  # moves every parameter's memory away under it
-    assert moves()
-    plain, _, _ = make(plain=True)
-    network.load_state_dict(network.state_dict(), assign=True)  # other parameters, where the old ones were
-    for parameter in network.parameters():
-        parameter.requires_grad_()
-    plain.load_state_dict(network.state_dict())
-    sid_step(network, inputs, targets)
-    sid_step(plain, inputs, targets)
-    for name, value in gradients(plain).items():
-        assert (gradients(network)[name] - value).abs().max() <= ROUNDING * value.abs().max(), name
-    fresh, _, _ = make()
-    with torch.inference_mode():
-        stacked_stages(fresh)
-    fresh(inputs).sum().backward()
-
-
-def test_the_trainers_network_qualifies():
-    assert stacked_stages(build_network("simple_cnn")) is not None
+def test_the_default_network_is_stacked():
+    assert isinstance(build_network("simple_cnn").stages, StackedHeads)

@@ -1,5 +1,5 @@
 """SID's step in its schedules: gradients and updates against a reference written here. All methods and networks:
-test_trainer_methods.py."""
+test_methods.py."""
 
 import pytest
 import torch
@@ -7,24 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adam
 
+from helpers.stages import gradients
 from sid_trainer import build_network, sid_step
 from sid_trainer.methods.common import STEP_SCHEDULES
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
 
-def make(depth=10, in_channels=3, size=16, batch=16, seed=0):
-    torch.manual_seed(seed)
-    network = build_network("simple_cnn", layout="shared", num_classes=10, in_channels=in_channels, depth=depth)
+def make(depth=10, in_channels=3, size=16, batch=16, fused=True):
+    torch.manual_seed(0)
+    network = build_network("simple_cnn", num_classes=10, in_channels=in_channels, depth=depth, fused=fused)
     return network, torch.randn(batch, in_channels, size, size), torch.randint(0, 10, (batch,))
 
 
-def gradients(network):
-    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-
-
 def summed_loss_gradients(network, inputs, targets, alphas):
-    """One backward over the sum of all stages' losses, teachers detached."""
+    """One backward over the sum of all stages' losses, teachers detached. The stages are modules."""
     network.zero_grad()
     features = network.extractor(inputs)
     prior, total = torch.full((len(inputs), 10), 0.1), 0
@@ -47,11 +44,14 @@ def assert_within_rounding(found, expected, rounding=ROUNDING):
         assert error <= rounding, f"{name}: off by {error:.1e} of the largest"
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("schedule", STEP_SCHEDULES)
 @pytest.mark.parametrize(("in_channels", "size"), [(3, 32), (1, 8), (1, 28)])
-def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
-    network, inputs, targets = make(in_channels=in_channels, size=size)
+def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size, fused):
+    network, inputs, targets = make(in_channels=in_channels, size=size, fused=False)
     expected = summed_loss_gradients(network, inputs, targets, [0.5] * 10)
+    if fused:
+        network, inputs, targets = make(in_channels=in_channels, size=size)
     sid_step(network, inputs, targets, 0.5, schedule=schedule)
     assert_within_rounding(gradients(network), expected)
     sid_step(network, inputs, targets, 0.5, schedule=schedule)  # gradients add up, as with backward
@@ -59,9 +59,9 @@ def test_gradients_are_those_of_the_summed_loss(schedule, in_channels, size):
 
 
 def test_the_schedule_reference_and_alpha_by_stage():
-    network, inputs, targets = make()
     alphas = [0.9 - 0.05 * i for i in range(10)]
-    expected = summed_loss_gradients(network, inputs, targets, alphas)
+    expected = summed_loss_gradients(*make(fused=False), alphas)
+    network, inputs, targets = make()
     one = sid_step(network, inputs, targets, alphas)
     assert_within_rounding(gradients(network), expected)
     network.zero_grad()
@@ -90,7 +90,7 @@ def test_updates_are_those_of_the_reference(channels_last):
         network, inputs = network.double(), inputs.double()
         if channels_last:
             network = network.to(memory_format=torch.channels_last)
-        modules = (network.extractor, *network.stages)
+        modules = network.local_modules
         optimizers = [SGD(module.parameters(), lr=0.05, momentum=0.9) for module in modules]
         start = [parameter.clone() for parameter in network.parameters()]
         for _ in range(3):
@@ -106,7 +106,7 @@ def test_fused_adam_on_channels_last_weights_is_adam():
     for fused in (False, True):
         network, inputs, targets = make()
         network = network.to(memory_format=torch.channels_last)
-        modules = (network.extractor, *network.stages)
+        modules = network.local_modules
         optimizers = [Adam(module.parameters(), lr=1e-3, fused=fused) for module in modules]
         for _ in range(2):
             sid_step(network, inputs, targets, 0.5, optimizers)
@@ -134,12 +134,14 @@ def test_wrong_arguments_are_named():
         sid_step(network, inputs, targets, schedule="three-phase")
     with pytest.raises(ValueError, match="one for each of the 2 stages, not 3"):
         sid_step(network, inputs, targets, [0.5] * 3)
-    with pytest.raises(ValueError, match="one a stage, 3, .*, not 1"):
+    with pytest.raises(
+        ValueError, match="optimizers must be 2 .*, one for the extractor and one for all stages, not 1"
+    ):
         sid_step(network, inputs, targets, 0.5, [SGD(network.parameters(), lr=1)])
 
 
 def test_the_reference_network():
-    network = build_network("simple_cnn", layout="shared", num_classes=10, in_channels=3, depth=2)
+    network = build_network("simple_cnn", layout="shared", num_classes=10, in_channels=3, depth=2, fused=False)
     convolutions = [(32, 3, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 64, 3, 3), (128,), (128, 128, 3, 3), (128,)]
     stage = [(256, 138), (256,), (10, 256), (10,)]
     assert [tuple(p.shape) for p in network.parameters()] == [*convolutions, (128, 128), (128,), *stage, *stage]

@@ -9,30 +9,32 @@ from sid_trainer.methods.common import STEP_SCHEDULES
 from sid_trainer.training.memory import SavedBytes, allocated_peak
 
 
-def cascade_bytes(step, depth, **options):
-    """What the cascade alone holds: its features are given, not computed. Stages are called, for a hook sees them."""
+def cascade_bytes(step, depth, fused=False, **options):
+    """Return what the stages alone hold, run one by one: their features are given, not computed."""
     torch.manual_seed(0)
-    network = build_network("simple_cnn", depth=depth)
+    network = build_network("simple_cnn", depth=depth, fused=fused)
     network.extractor = nn.Identity()
-    network.stages[0].register_forward_hook(lambda *_: None)
+    options |= {"fused": False} if step is sid_step else {}
     with SavedBytes(network.parameters()) as saved:
         step(network, torch.randn(128, 128), torch.randint(0, 10, (128,)), **options)
     assert saved.alive == 0
     return saved.peak
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("schedule", STEP_SCHEDULES)
-def test_what_the_cascade_holds_by_depth(schedule):
-    few, many = (cascade_bytes(sid_step, depth, schedule=schedule) for depth in (4, 32))
+def test_what_the_cascade_holds_by_depth(schedule, fused):
+    few, many = (cascade_bytes(sid_step, depth, fused, schedule=schedule) for depth in (4, 32))
     if schedule == "reference":  # its one backward is over the graphs of all stages
         assert many > 6 * few
     else:
         assert 0 < many <= few
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("step", [bp_step, deep_supervision_step])
-def test_backpropagation_holds_every_stage(step):
-    few, many = (cascade_bytes(step, depth) for depth in (4, 32))
+def test_backpropagation_holds_every_stage(step, fused):
+    few, many = (cascade_bytes(step, depth, fused) for depth in (4, 32))
     assert many > 6 * few
 
 

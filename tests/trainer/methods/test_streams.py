@@ -64,9 +64,9 @@ class Backend:
         return first in self.work[second][1]
 
 
-def make(layout, depth=3):
+def make(layout, depth=3, fused=False):
     torch.manual_seed(0)
-    network = build_network("mlp", layout, num_classes=5, in_channels=1, image_size=(4, 4), depth=depth)
+    network = build_network("mlp", layout, num_classes=5, in_channels=1, image_size=(4, 4), depth=depth, fused=fused)
     return network, torch.randn(6, 1, 4, 4), torch.randint(0, 5, (6,))
 
 
@@ -102,7 +102,7 @@ def test_a_stage_waits_for_what_the_one_before_hands_on_and_for_nothing_else(lay
     network, inputs, targets = make(layout)
     backend = Backend()
     streams = StageStreams("cpu", 3, backend)
-    optimizers = make_optimizers(network, "sid", step_schedule=schedule, fused=False)
+    optimizers = make_optimizers(network, "sid", step_schedule=schedule)
     teachers = step.teacher_beliefs
 
     def one_piece_of_work(*args):
@@ -113,7 +113,7 @@ def test_a_stage_waits_for_what_the_one_before_hands_on_and_for_nothing_else(lay
 
     monkeypatch.setattr(step, "teacher_beliefs", one_piece_of_work)
     tell(backend, network, optimizers, monkeypatch)
-    sid_step(network, inputs, targets, 0.5, optimizers, schedule=schedule, fused=False, streams=streams)
+    sid_step(network, inputs, targets, 0.5, optimizers, schedule=schedule, streams=streams)
 
     placed = {name: stream for name, (stream, _) in backend.work.items()}
     for i in (1, 2, 3):
@@ -203,12 +203,12 @@ def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
-@pytest.mark.parametrize("layout", ["shared", "stagewise"])
-def test_streams_that_only_order_change_no_bit(layout, schedule):
+@pytest.mark.parametrize(("layout", "fused"), [("shared", False), ("shared", True), ("stagewise", False)])
+def test_streams_that_only_order_change_no_bit(layout, fused, schedule):
     found = []
-    for streams in (None, StageHooks(), StageStreams("cpu", 3, Backend())):
-        network, inputs, targets = make(layout)
-        optimizers = make_optimizers(network, "sid", step_schedule=schedule, fused=False)
+    for streams in (None, StageHooks(), StageHooks(defer_updates=True), StageStreams("cpu", 3, Backend())):
+        network, inputs, targets = make(layout, fused=fused)
+        optimizers = make_optimizers(network, "sid", step_schedule=schedule)
         for _ in range(3):
             result = sid_step(
                 network, inputs, targets, 0.5, optimizers, schedule=schedule, fused=False, streams=streams
@@ -261,10 +261,10 @@ def trained(network, batches, streams, captured=False, dtype=torch.float32):
     """Every tensor that some steps of a copy of the network leave, and every step's result."""
     network = copy.deepcopy(network)
     # A graph reads the rate as float32: this one is the same number in float64.
-    optimizers = make_optimizers(network, "sid", lr=2**-10, fused=False)
+    optimizers = make_optimizers(network, "sid", lr=2**-10)
 
     def one(inputs, targets):
-        return sid_step(network, inputs, targets, 0.5, optimizers, fused=False, streams=streams, dtype=dtype)
+        return sid_step(network, inputs, targets, 0.5, optimizers, streams=streams, dtype=dtype)
 
     call = one
     results = []

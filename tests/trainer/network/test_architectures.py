@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.stages import values
 from sid_trainer import build_network, cut, sid_step
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
-from sid_trainer.network.heads import FeaturePooling, StageHead
+from sid_trainer.network.heads import FeaturePooling, StackedHeads, StageHead
 from sid_trainer.training.config import alpha_by_depth
 
 CELLS = [(arch, layout) for arch in TRUNKS for layout in LAYOUTS]
@@ -107,6 +108,20 @@ def test_pooling_and_heads():
         head = StageHead(6, 3, 16, depth=depth)
         linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
         assert len(linear) == depth + 1 and head(torch.randn(2, 6), torch.full((2, 3), 1 / 3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("arch", list(TRUNKS))
+def test_stacked_heads_are_drawn_as_stages_are(arch):
+    networks = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        networks.append(build_network(arch, in_channels=1, image_size=(8, 8), depth=3, fused=fused))
+    assert isinstance(networks[0].stages, StackedHeads) and isinstance(networks[1].stages, nn.ModuleList)
+    (ours, theirs), images = (values(network) for network in networks), torch.randn(2, 1, 8, 8)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert torch.equal(*(network.eval().beliefs(images) for network in networks))
+    for other in ({"head_depth": 2}, {"head_depth": 0}, {"layout": "stagewise"}):
+        assert isinstance(build_network(arch, in_channels=1, image_size=(8, 8), **other).stages, nn.ModuleList)
 
 
 @pytest.mark.parametrize(("options", "message"), [
