@@ -18,22 +18,15 @@ struct CascadeProblem {
   const float* logits_weight = nullptr;  // (L, C, H)
   const float* logits_bias = nullptr;    // (L, C)
 
-  Rows prior;                       // p_0 (B, C), float32; no data: uniform
-  const int64_t* labels = nullptr;  // (B) hard labels; null: soft targets
-  Rows soft;                        // (B, C) class probabilities; no data: hard labels
-  const float* alpha = nullptr;     // (L); null: every stage has alpha_value
-  float alpha_value = 0.5f;
-  float label_smoothing = 0.0f;
-  int64_t ignore_index = -100;
-  bool reverse = false;
-  bool mean = true;  // divide losses and gradients by the number of rows that are not ignored
+  Rows prior;     // p_0 (B, C), float32; no data: uniform
+  LossSpec spec;  // labels (B), soft targets (B, C), alpha (L)
 
   float* hidden = nullptr;                // (L, H, B): in: the features' part of the first layer; out: h_i
-  float* dhidden = nullptr;               // (L, H, B): gradient before the ReLU; null: compute no gradients
-  float* beliefs = nullptr;               // (L, B, C)
-  float* dlogits = nullptr;               // (L, B, C); needed if dhidden is given
-  float* logits = nullptr;                // (B, C): logits of the last stage
   float* losses = nullptr;                // (3, L): reduced loss, fidelity and consistency
+  float* beliefs = nullptr;               // (L, B, C)
+  float* logits = nullptr;                // (B, C): logits of the last stage
+  float* dlogits = nullptr;               // (L, B, C); needed if dhidden is given
+  float* dhidden = nullptr;               // (L, H, B): gradient before the ReLU; null: compute no gradients
   float* hidden_bias_gradient = nullptr;  // (L, H); needed if dhidden is given
   float* logits_bias_gradient = nullptr;  // (L, C); needed if dhidden is given
 };

@@ -24,27 +24,37 @@ struct MutableRows {
   DType dtype = DType::f32;
 };
 
+// Options that every operation has, as sid_kernels/core/options.py.
+struct LossOptions {
+  bool reverse = false;          // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
+  float label_smoothing = 0.0f;  // s: the target becomes (1 - s) y + s / classes
+  int64_t ignore_index = -100;   // rows with this label are ignored: loss 0 and gradient 0
+  Reduction reduction = Reduction::mean;  // mean: divide by the number of rows that are not ignored
+};
+
+// What a loss is measured against: target y, alpha and options.
+struct LossSpec {
+  const int64_t* labels = nullptr;  // (rows) hard labels; null: soft targets
+  Rows soft;                        // (rows, classes) class probabilities; no data: hard labels
+  const float* alpha = nullptr;     // row r (cascade: stage r) has alpha[r * alpha_stride]; null: all have alpha_value
+  int64_t alpha_stride = 0;         // 0: one alpha for all, 1: one for each
+  float alpha_value = 0.5f;
+  LossOptions options;
+};
+
 // Inputs and outputs of the local loss of a stage, for rows of logits z with belief p = softmax(z).
 struct LocalLossProblem {
   int64_t rows = 0, classes = 0;
 
-  Rows logits;                      // z
-  Rows prior;                       // q; no data: uniform, without memory traffic
-  const int64_t* labels = nullptr;  // (rows) hard labels; null: soft targets
-  Rows soft;                        // (rows, classes) class probabilities; no data: hard labels
-  const float* alpha = nullptr;     // row r has alpha[r * alpha_stride]; null: every row has alpha_value
-  int64_t alpha_stride = 0;         // 0: one alpha for all rows, 1: one per row
-  float alpha_value = 0.5f;
-  float label_smoothing = 0.0f;  // s: the target becomes (1 - s) y + s / classes
-  int64_t ignore_index = -100;   // rows with this label are ignored: loss 0 and gradient 0
-  bool reverse = false;          // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
-  Reduction reduction = Reduction::mean;
+  Rows logits;  // z
+  Rows prior;   // q; no data: uniform, without memory traffic
+  LossSpec spec;
 
+  float* loss = nullptr;  // loss, fidelity, consistency: (rows) values each for reduction none, otherwise one
   MutableRows belief;     // p, written for every row, even ignored ones; no data: not wanted
-  MutableRows dlogits;    // gradient of the reduced loss; no data: not wanted; may be the logits' memory
-  float* loss = nullptr;  // each output has (rows) values for reduction none, otherwise one
   float* fidelity = nullptr;
   float* consistency = nullptr;
+  MutableRows dlogits;  // gradient of the reduced loss; no data: not wanted; may be the logits' memory
 };
 
 }  // namespace sid

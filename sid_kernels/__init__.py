@@ -7,10 +7,10 @@ loss.backward()
 
 from importlib.metadata import PackageNotFoundError, version
 
-import torch  # noqa: F401  (before the compiled modules, so that they share its OpenMP runtime)
+import torch  # noqa: F401  # before the compiled modules, so that they share its OpenMP runtime
 
-# The module and the function share a name. The function stays what the name means: a later
-# `import sid_kernels.fused_local_loss` finds the module loaded and leaves the attribute alone.
+# The module and the function share a name, and the name means the function. A later
+# `import sid_kernels.fused_local_loss` finds the module loaded and does not change the attribute.
 from .fused_belief_head import BeliefHead, PriorHead, belief_head_and_grad, fused_belief_head
 from .fused_local_loss import LocalLoss, fused_local_loss, local_loss_and_grad
 from .refine_cascade import CascadeResult, CascadeWeights, refine_cascade, refine_cascade_and_grad

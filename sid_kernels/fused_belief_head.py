@@ -1,4 +1,4 @@
-"""The public operations `fused_belief_head` (differentiable) and `belief_head_and_grad` (gradients in hand).
+"""The public operations `fused_belief_head` (differentiable) and `belief_head_and_grad` (returns the gradients).
 
 This file chooses between the direct call and the operator of `belief_head/torch_op.py`, and holds the autograd
 Function of unreduced losses. It computes nothing.
@@ -6,14 +6,17 @@ Function of unreduced losses. It computes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .belief_head import dispatch, torch_op
-from .belief_head.dispatch import Gradients
-from .belief_head.problem import PriorHead
-from .core.autograd import attach, autocast_dtype, first_derivative, needs_operator
+from .belief_head.problem import Gradients, LinearLayer, PriorHead, Wanted
+from .core.autograd import attach, autocast_dtype, first_derivative, needs_operator, wants_grad
+from .core.options import make_options
 from .local_loss.problem import LocalLoss
 
 
@@ -32,12 +35,12 @@ def fused_belief_head(
     return_belief: bool = True,
     backend: str = "auto",
 ) -> LocalLoss:
-    """Linear layer, softmax and local loss of one SID stage (arXiv 2510.03273), at most a chunk of logits at a time.
+    """Compute linear layer, softmax and local loss of one SID stage (arXiv 2510.03273), a chunk of logits at a time.
 
-    The numbers are those of `fused_local_loss(hidden @ weight.T + bias, prior, ...)`. The gradients of hidden, weight
-    and bias are computed with the loss, chunk by chunk, and handed out by `backward` ("none": computed there, from
-    logits that are computed again). With `return_belief=False`, and a prior that is None or another head, nothing of
-    the size (N, C) exists at any time: a chunk takes 56 MiB on a CPU, 256 MiB on a GPU, or one row if that is more.
+    The results are those of `fused_local_loss(hidden @ weight.T + bias, prior, ...)`. The gradients of hidden, weight
+    and bias are computed with the loss, chunk by chunk, and `backward` returns them. With reduction "none", `backward`
+    computes them, from recomputed logits. With `return_belief=False`, and a prior that is None or another head, no
+    tensor (N, C) exists at any time. A chunk takes 56 MiB on a CPU, 256 MiB on a GPU, or one row if that is more.
 
     Args:
         hidden: h, (..., H), float32, bfloat16 or float16 (float64 on the reference backend). Differentiable.
@@ -47,34 +50,31 @@ def fused_belief_head(
             (hidden (..., H'), weight (C, H'), bias (C,) or None), whose softmax is computed chunk by chunk. A constant.
         target: y, integer labels (...) or class probabilities (..., C). A constant.
         alpha: weight of fidelity against consistency in [0, 1]: a float, or a tensor () or (...).
-        divergence, label_smoothing, ignore_index, reduction, backend: as in `fused_local_loss`.
-        return_belief: False leaves LocalLoss.belief None.
+        return_belief: if False, LocalLoss.belief is None.
 
-    Under autocast the parts of the head (and of a prior head) are taken in autocast's dtype, as `nn.Linear` does.
+    The other arguments are those of `fused_local_loss`. Under autocast the head (and a prior head) uses autocast's
+    dtype, as `nn.Linear` does.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, before anything is run.
         IndexError: a label out of range, on a CPU. On CUDA that row's loss and gradient are NaN.
-        RuntimeError: the backend asked for cannot be used here; or a second derivative is asked for.
+        RuntimeError: the backend cannot be used here, or a second derivative is asked for.
     """
-    hidden, weight, bias, prior = _autocast(hidden, weight, bias, prior)
+    layer, prior = _autocast(LinearLayer(hidden, weight, bias), prior)
     options = (divergence, label_smoothing, ignore_index, reduction)
     parts = prior if isinstance(prior, tuple) else (prior,)
-    if needs_operator(hidden, weight, bias, *parts, target, alpha):
-        return torch_op.call(hidden, weight, bias, prior, target, alpha, options, return_belief, backend)[0]
-    inputs = (hidden, weight, bias)
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    need = tuple(wanted and isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    with_it = need if reduction != "none" else (False,) * 3
-    result, gradients = dispatch.solve(
-        hidden, weight, bias, prior, target, alpha, options, return_belief, with_it, backend
-    )
-    if not wanted:
+    if needs_operator(*layer, *parts, target, alpha):
+        return torch_op.call(layer, prior, target, alpha, options, return_belief, backend)[0]
+    checked = make_options(*options)
+    need = Wanted(*(wants_grad(x) for x in layer))
+    now = need if checked.reduction != "none" else Wanted(False, False, False)
+    result, gradients = dispatch.solve(layer, prior, target, alpha, checked, return_belief, now, backend)
+    if not any(need):
         return result
-    if reduction == "none":
-        constants = (prior, target, alpha, options, backend)
-        return result._replace(loss=_Unreduced.apply(result.loss.detach(), need, constants, *inputs))
-    return result._replace(loss=attach("fused_belief_head", result.loss, gradients, inputs))
+    if checked.reduction == "none":
+        constants = (prior, target, alpha, checked, backend)
+        return result._replace(loss=_Unreduced.apply(result.loss.detach(), need, constants, *layer))
+    return result._replace(loss=attach("fused_belief_head", result.loss, gradients, layer))
 
 
 def belief_head_and_grad(
@@ -92,60 +92,74 @@ def belief_head_and_grad(
     return_belief: bool = True,
     backend: str = "auto",
 ) -> tuple[LocalLoss, Gradients]:
-    """`fused_belief_head` without autograd: (LocalLoss, Gradients(hidden, weight, bias)).
+    """Compute `fused_belief_head` without autograd: return (LocalLoss, Gradients(hidden, weight, bias)).
 
-    The gradients are those of the reduced loss ("none": of the sum), in the hidden's dtype (float16 holds those of a
-    mean over many rows poorly); bias: None where there is none. Autocast is not looked at. Raises as
-    `fused_belief_head` does.
+    The gradients are those of the reduced loss ("none": of the sum), in the hidden's dtype; float16 represents those of
+    a mean over many rows poorly. Gradients.bias is None without a bias. Autocast has no effect. The arguments and the
+    errors are those of `fused_belief_head`.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
-    need = (True, True, bias is not None)
+    layer, need = LinearLayer(hidden, weight, bias), Wanted(True, True, bias is not None)
     parts = prior if isinstance(prior, tuple) else (prior,)
-    if needs_operator(hidden, weight, bias, *parts, target, alpha):
-        ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
-        result, gradients = torch_op.call(
-            hidden, weight, bias, prior, target, alpha, options, return_belief, backend, need, ones
-        )
-        result = LocalLoss(*(None if x is None else x.detach() for x in result))
-        return result, Gradients(*(x.detach() if n else None for x, n in zip(gradients, need, strict=True)))
-    return dispatch.solve(hidden, weight, bias, prior, target, alpha, options, return_belief, need, backend)
+    if not needs_operator(*layer, *parts, target, alpha):
+        return dispatch.solve(layer, prior, target, alpha, make_options(*options), return_belief, need, backend)
+    ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
+    result, gradients = torch_op.call(layer, prior, target, alpha, options, return_belief, backend, need, ones)
+    loss, belief, fidelity, consistency = (None if x is None else x.detach() for x in result)
+    assert loss is not None and fidelity is not None and consistency is not None
+    found = Gradients(*(x.detach() if wanted else None for x, wanted in zip(gradients, need, strict=True)))
+    return LocalLoss(loss, belief, fidelity, consistency), found
 
 
 class BeliefHead(nn.Linear):
-    """Linear layer from hidden (..., H) to the logits of C classes, and the local loss of the belief they give.
+    """Linear layer from hidden (..., H) to the logits of C classes, and the local loss of their belief.
 
-    Parameters, their initial values and state dict are `nn.Linear(hidden_dim, num_classes)`'s. Called, it returns the
-    local loss without ever holding all logits; `logits` is the plain layer, for inference.
+    Parameters, their initial values and the state dict are those of `nn.Linear(hidden_dim, num_classes)`. A call
+    returns the local loss without holding all logits; `logits` is the plain layer, for inference.
     """
 
-    def __init__(self, hidden_dim: int, num_classes: int, bias: bool = True, *, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(hidden_dim, num_classes, bias, device=device, dtype=dtype)
 
-    def forward(
-        self, hidden: Tensor, prior: Tensor | PriorHead | None, target: Tensor, alpha: float | Tensor = 0.5, **options
+    def forward(  # type: ignore[override]  # a head needs more than nn.Linear
+        self,
+        hidden: Tensor,
+        prior: Tensor | PriorHead | None,
+        target: Tensor,
+        alpha: float | Tensor = 0.5,
+        **options: Any,
     ) -> LocalLoss:
-        """hidden (..., H), prior (..., C), None or `another_head.as_prior(its_hidden)`, target (...) or (..., C).
+        """Compute the local loss of hidden (..., H) against target, (...) or (..., C).
 
-        `options` and errors: those of `fused_belief_head`.
+        prior: (..., C), None, or `another_head.as_prior(its_hidden)`. options: the keyword arguments of
+        `fused_belief_head`, which documents all arguments and errors.
         """
         return fused_belief_head(hidden, self.weight, self.bias, prior, target, alpha, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., H) -> (..., C)."""
+        """Return the logits (..., C) of hidden (..., H)."""
         return F.linear(hidden, self.weight, self.bias)
 
     def as_prior(self, hidden: Tensor) -> PriorHead:
-        """The belief of this head over hidden (..., H), as a prior that is never stored. No gradient comes back."""
+        """Return the belief of this head over hidden (..., H) as a prior that is never stored and gets no gradient."""
         bias = None if self.bias is None else self.bias.detach()
         return PriorHead(hidden.detach(), self.weight.detach(), bias)
 
 
 class _Unreduced(torch.autograd.Function):
-    """Losses of every row: their gradients depend on how much each row counts, which is known in backward only."""
+    """Losses of single rows. Their gradients depend on the incoming gradient of each row, so backward computes them."""
 
     @staticmethod
-    def forward(ctx, loss, need, constants, *inputs):
-        prior, target, alpha, *ctx.rest = constants
+    def forward(ctx: Any, loss: Tensor, need: Wanted, constants: tuple, *inputs: Tensor | None) -> Tensor:
+        prior, target, alpha, *ctx.options_and_backend = constants
         parts = prior if isinstance(prior, tuple) else (prior, None, None)
         ctx.prior_is_head, ctx.need = isinstance(prior, tuple), need
         ctx.alpha = None if isinstance(alpha, Tensor) else alpha
@@ -154,28 +168,29 @@ class _Unreduced(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple:
         if grad_loss is None:
             return (None,) * 6
         hidden, weight, bias, target, alpha, *parts = ctx.saved_tensors
-        prior = PriorHead(*parts) if ctx.prior_is_head else parts[0]
-        options, backend = ctx.rest
+        layer, prior = LinearLayer(hidden, weight, bias), PriorHead(*parts) if ctx.prior_is_head else parts[0]
+        options, backend = ctx.options_and_backend
+        alpha = ctx.alpha if alpha is None else alpha
+        gradients: Sequence[Tensor | None]
         _, gradients = dispatch.solve(
-            hidden, weight, bias, prior, target, ctx.alpha if alpha is None else alpha, options, False, ctx.need,
-            backend, grad_loss.detach(),
-        )  # fmt: skip
-        if torch.is_grad_enabled():  # create_graph=True: a constant, whose own derivative is refused
+            layer, prior, target, alpha, options, False, ctx.need, backend, grad_loss.detach()
+        )
+        if torch.is_grad_enabled():  # create_graph=True: a constant whose own derivative raises
             one = torch.ones((), device=hidden.device)
             gradients = [None if x is None else first_derivative(ctx, x, one, "fused_belief_head") for x in gradients]
         return None, None, None, *gradients
 
 
-def _autocast(hidden, weight, bias, prior):
-    if not isinstance(hidden, Tensor) or (dtype := autocast_dtype(hidden)) is None:
-        return hidden, weight, bias, prior
+def _autocast(layer: LinearLayer, prior: Tensor | PriorHead | None) -> tuple[LinearLayer, Tensor | PriorHead | None]:
+    """Return the layer, and a prior that is a head, in the dtype of autocast."""
+    if not isinstance(layer.hidden, Tensor) or (dtype := autocast_dtype(layer.hidden)) is None:
+        return layer, prior
 
-    def cast(x):
+    def cast(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    prior = PriorHead(*map(cast, prior)) if isinstance(prior, tuple) else prior
-    return cast(hidden), cast(weight), cast(bias), prior
+    return LinearLayer(*map(cast, layer)), PriorHead(*map(cast, prior)) if isinstance(prior, tuple) else prior

@@ -1,4 +1,4 @@
-"""`python -m sid_kernels.info`: versions, which backends are usable here, and why the others are not."""
+"""Prints versions, which backends are usable here and why the others are not: `python -m sid_kernels.info`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .core import backends, cpu
 
 
 def _version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -20,7 +21,7 @@ def _version(package: str) -> str:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Name and state of everything that decides what runs, one pair a line."""
+    """Return name and state of everything that decides what runs."""
     lines = [
         ("sid_kernels", __version__),
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
@@ -43,6 +44,7 @@ def describe() -> list[tuple[str, str]]:
 
 
 def main() -> int:
+    """Print one line for each pair of `describe`."""
     for name, state in describe():
         print(f"{name:20} {state}")
     return 0

@@ -1,6 +1,6 @@
-"""The public operations `refine_cascade` (differentiable) and `refine_cascade_and_grad` (gradients in hand).
+"""The public operations `refine_cascade` (differentiable) and `refine_cascade_and_grad` (returns the gradients).
 
-This file chooses between the plain call and the operator of `cascade/torch_op.py`. It computes nothing.
+This file chooses between the direct call and the operator of `cascade/torch_op.py`. It computes nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cascade import dispatch, torch_op
-from .cascade.problem import CascadeResult, CascadeWeights, check_kinds
-from .core.autograd import attach, autocast_dtype, needs_operator
+from .cascade import torch_op
+from .cascade.dispatch import solve
+from .cascade.problem import CascadeResult, CascadeWeights, cascade_options, check_kinds
+from .core.autograd import attach, autocast_dtype, needs_operator, wants_grad
 
 
 def refine_cascade(
@@ -28,16 +29,16 @@ def refine_cascade(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> CascadeResult:
-    """L equal belief stages that read the same features (the "shared" layout), each with its own local loss.
+    """Compute L equal belief stages that read the same features (the "shared" layout), each with its own local loss.
 
     With f the features and p_0 the prior, stage i = 1..L computes
 
         h_i = relu(hidden_weight[i] concat(p_{i-1}, f) + hidden_bias[i]),  z_i = logits_weight[i] h_i + logits_bias[i]
         p_i = softmax(z_i),  L_i = alpha_i CE(y, p_i) + (1 - alpha_i) KL(p_{i-1} || p_i)       (arXiv 2510.03273)
 
-    and no gradient flows from a stage to the one before it: the result is that of calling `fused_local_loss` stage by
-    stage with a `detach` between them. All gradients are computed with the loss; `backward` hands them out. The memory
-    held meanwhile does not grow with L beyond 16 MiB (or what one stage needs, if that is more).
+    and no gradient flows from a stage to the previous one: the result is that of calling `fused_local_loss` stage by
+    stage with a `detach` between stages. All gradients are computed with the loss, and `backward` returns them. The
+    memory held meanwhile does not grow with L beyond 16 MiB (or what one stage needs, if that is more).
 
     Args:
         features: f, (B, D), float32, bfloat16 or float16 (float64: stage by stage). Differentiable.
@@ -45,17 +46,17 @@ def refine_cascade(
         target: y, integer labels (B,) or class probabilities (B, C). A constant.
         alpha: weight of fidelity against consistency in [0, 1]: a float, L floats, or a tensor () or (L,).
         prior: p_0, (B, C), in the features' dtype, or None for the uniform belief. A constant.
-        divergence, label_smoothing, ignore_index: as in `fused_local_loss`.
         reduction: "mean" or "sum", over rows.
-        backend: "auto", "reference", "cpu", "cuda" or "triton". Where no kernel of it takes the whole cascade, its
-            stages run one by one with that backend's fused local loss.
+        backend: "auto", "reference", "cpu", "cuda" or "triton". If it has no kernel that takes the whole cascade, the
+            stages run one by one with its local loss.
 
-    Under autocast on a GPU the products run in autocast's dtype, as `nn.Linear`'s do; on a CPU in float32.
+    The other options are those of `fused_local_loss`. Under autocast the products run in autocast's dtype on a GPU, as
+    in `nn.Linear`, and in float32 on a CPU.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range, before anything is run.
         IndexError: a label out of range, on a CPU. On CUDA that row's losses and gradients are NaN.
-        RuntimeError: the backend asked for cannot be used here; or a second derivative is asked for.
+        RuntimeError: the backend cannot be used here, or a second derivative is asked for.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     check_kinds(features, weights)
@@ -64,12 +65,13 @@ def refine_cascade(
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
         prior = prior.to(dtype) if isinstance(prior, Tensor) and prior.is_floating_point() else prior
     if needs_operator(features, *weights, target, prior, alpha):
-        return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, *options, backend)[:6])
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (features, *weights))
-    result, dfeatures, gradients = dispatch.solve(
-        features, weights, target, alpha, prior, options, backend, wanted, wanted and features.requires_grad, None
+        return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, options, backend)[:6])
+    wanted = wants_grad(features, *weights)
+    need = (wanted, wanted and features.requires_grad)
+    result, dfeatures, gradients = solve(
+        features, weights, target, alpha, prior, cascade_options(*options), backend, need
     )
-    if not wanted:
+    if gradients is None:
         return result
     return result._replace(loss=attach("refine_cascade", result.loss, (dfeatures, *gradients), (features, *weights)))
 
@@ -89,19 +91,23 @@ def refine_cascade_and_grad(
     need_features: bool = True,
     out: CascadeWeights | None = None,
 ) -> tuple[CascadeResult, Tensor | None, CascadeWeights]:
-    """`refine_cascade` without autograd: (CascadeResult, dfeatures (B, D), gradients of the weights).
+    """Compute `refine_cascade` without autograd: return (CascadeResult, dfeatures (B, D), gradients of the weights).
 
-    `out`: where the weights' gradients go (contiguous, like the weights, memory of their own); None: new memory.
-    `need_features=False` leaves out the gradient of the features, which is then None. Autocast is not
-    looked at. Raises as `refine_cascade` does.
+    out: memory for the gradients of the weights, contiguous, like the weights; None: new memory. need_features: if
+    False, dfeatures is not computed and is None. Autocast has no effect. The other arguments and the errors are those
+    of `refine_cascade`.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     check_kinds(features, weights)
-    if needs_operator(features, *weights, target, prior, alpha):
-        found = torch_op.call(features, weights, target, alpha, prior, *options, backend, need_grad=True)
-        found = [x.detach() for x in found]
-        gradients = CascadeWeights(*found[7:])
-        if out is not None:
-            gradients = CascadeWeights(*(own.copy_(x) for own, x in zip(out, gradients, strict=True)))
-        return CascadeResult(*found[:6]), found[6] if need_features else None, gradients
-    return dispatch.solve(features, weights, target, alpha, prior, options, backend, True, need_features, out)
+    if not needs_operator(features, *weights, target, prior, alpha):
+        result, dfeatures, found = solve(
+            features, weights, target, alpha, prior, cascade_options(*options), backend, (True, need_features), out
+        )
+        assert found is not None
+        return result, dfeatures, found
+    outputs = torch_op.call(features, weights, target, alpha, prior, options, backend, need_grad=True)
+    outputs = [x.detach() for x in outputs]
+    gradients = CascadeWeights(*outputs[7:])
+    if out is not None:
+        gradients = CascadeWeights(*(x.copy_(gradient) for x, gradient in zip(out, gradients, strict=True)))
+    return CascadeResult(*outputs[:6]), outputs[6] if need_features else None, gradients

@@ -1,5 +1,5 @@
-// The one signature both bindings have, and what it means. Pointers arrive as integers, because nothing
-// here may depend on PyTorch's ABI; a null pointer where memory must be is refused.
+// Converts the arguments of the bindings to the structs of csrc/. sid_kernels/core/native.py makes the tuples.
+// Pointers arrive as integers, so that nothing depends on the ABI of PyTorch. A missing pointer raises ValueError.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -10,57 +10,55 @@
 
 namespace sid {
 
+namespace py = pybind11;
+
+// Return the address in an integer; 0 is null.
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-struct Matrix {  // (address, row stride in elements, dtype), in Python a tuple
-  uintptr_t address;
-  int64_t stride;
-  int dtype;
-};
+// Return item i of a tuple.
+template <class T> T item(const py::tuple& t, size_t i) { return t[i].cast<T>(); }
+template <class T> T* pointer(const py::tuple& t, size_t i) { return pointer<T>(item<uintptr_t>(t, i)); }
 
-inline Matrix matrix(const pybind11::tuple& t) {
-  return {t[0].cast<uintptr_t>(), t[1].cast<int64_t>(), t[2].cast<int>()};
+// Return the matrix (address, row stride in elements, dtype).
+inline Rows rows_to_read(const py::tuple& t) {
+  return {pointer<const void>(t, 0), item<int64_t>(t, 1), static_cast<DType>(item<int>(t, 2))};
+}
+inline MutableRows rows_to_write(const py::tuple& t) {
+  return {pointer<void>(t, 0), item<int64_t>(t, 1), static_cast<DType>(item<int>(t, 2))};
 }
 
-inline LocalLossProblem local_loss_arguments(int64_t rows, int64_t classes, const pybind11::tuple& logits,
-                                             const pybind11::tuple& prior, uintptr_t labels,
-                                             const pybind11::tuple& soft, uintptr_t alpha, int64_t alpha_stride,
-                                             float alpha_value, float label_smoothing, int64_t ignore_index,
-                                             bool reverse, int reduction, const pybind11::tuple& belief,
-                                             const pybind11::tuple& dlogits, uintptr_t loss, uintptr_t fidelity,
-                                             uintptr_t consistency) {
-  auto in = [](const pybind11::tuple& t) {
-    const Matrix m = matrix(t);
-    return Rows{pointer<const void>(m.address), m.stride, static_cast<DType>(m.dtype)};
-  };
-  auto out = [](const pybind11::tuple& t) {
-    const Matrix m = matrix(t);
-    return MutableRows{pointer<void>(m.address), m.stride, static_cast<DType>(m.dtype)};
-  };
-  LocalLossProblem a;
-  a.rows = rows;
-  a.classes = classes;
-  a.logits = in(logits);
-  a.prior = in(prior);
-  a.labels = pointer<const int64_t>(labels);
-  a.soft = in(soft);
-  a.alpha = pointer<const float>(alpha);
-  a.alpha_stride = alpha_stride;
-  a.alpha_value = alpha_value;
-  a.label_smoothing = label_smoothing;
-  a.ignore_index = ignore_index;
-  a.reverse = reverse;
-  a.reduction = static_cast<Reduction>(reduction);
-  a.belief = out(belief);
-  a.dlogits = out(dlogits);
-  a.loss = pointer<float>(loss);
-  a.fidelity = pointer<float>(fidelity);
-  a.consistency = pointer<float>(consistency);
-  const bool each = a.reduction == Reduction::none;
-  const bool losses = a.loss && a.fidelity && a.consistency;
-  if ((rows > 0 && (!a.logits.data || (!a.labels && !a.soft.data))) || (!losses && !(each && rows == 0)))
+// Return the spec (labels, soft, alpha, alpha_stride, alpha_value, options).
+inline LossSpec loss_spec(const py::tuple& t) {
+  const auto options = item<py::tuple>(t, 5);
+  return {pointer<const int64_t>(t, 0),
+          rows_to_read(item<py::tuple>(t, 1)),
+          pointer<const float>(t, 2),
+          item<int64_t>(t, 3),
+          item<float>(t, 4),
+          {item<bool>(options, 0), item<float>(options, 1), item<int64_t>(options, 2),
+           static_cast<Reduction>(item<int>(options, 3))}};
+}
+
+// Return the problem with the outputs (loss, belief, fidelity, consistency, dlogits).
+inline LocalLossProblem local_loss_problem(int64_t rows, int64_t classes, const py::tuple& logits,
+                                           const py::tuple& prior, const py::tuple& spec, const py::tuple& outputs) {
+  LocalLossProblem problem;
+  problem.rows = rows;
+  problem.classes = classes;
+  problem.logits = rows_to_read(logits);
+  problem.prior = rows_to_read(prior);
+  problem.spec = loss_spec(spec);
+  problem.loss = pointer<float>(outputs, 0);
+  problem.belief = rows_to_write(item<py::tuple>(outputs, 1));
+  problem.fidelity = pointer<float>(outputs, 2);
+  problem.consistency = pointer<float>(outputs, 3);
+  problem.dlogits = rows_to_write(item<py::tuple>(outputs, 4));
+  const bool target = problem.spec.labels || problem.spec.soft.data;
+  const bool losses = problem.loss && problem.fidelity && problem.consistency;
+  const bool no_losses = rows == 0 && problem.spec.options.reduction == Reduction::none;
+  if ((rows > 0 && (!problem.logits.data || !target)) || (!losses && !no_losses))
     throw std::invalid_argument("sid_kernels: null pointer for logits, target or a loss (is this a real tensor?)");
-  return a;
+  return problem;
 }
 
 }  // namespace sid

@@ -1,67 +1,78 @@
-// sid_kernels._C: the CPU kernels. Torch-free: addresses, sizes and strides come as integers.
+// sid_kernels._C: the CPU kernels, as functions of addresses, sizes and strides. See arguments.h for the tuples.
 #include "arguments.h"
 #include "cpu/cascade.h"
 
 namespace py = pybind11;
 
+namespace {
+
+// Below this number of elements, a call takes less time than releasing the interpreter lock.
+constexpr int64_t kReleaseElements = 65536;
+
+// Return None, or (row, label) of the first label out of range; then the kernel has written nothing.
+py::object label_result(const sid::BadLabel& bad) {
+  if (bad.row < 0) return py::none();
+  return py::make_tuple(bad.row, bad.label);
+}
+
+py::object local_loss(int64_t rows, int64_t classes, const py::tuple& logits, const py::tuple& prior,
+                      const py::tuple& spec, const py::tuple& outputs, int threads) {
+  const sid::LocalLossProblem problem = sid::local_loss_problem(rows, classes, logits, prior, spec, outputs);
+  if (rows * classes < kReleaseElements) return label_result(sid::local_loss_cpu(problem, threads));
+  sid::BadLabel bad;
+  {
+    py::gil_scoped_release release;
+    bad = sid::local_loss_cpu(problem, threads);
+  }
+  return label_result(bad);
+}
+
+// sizes: (L, B, C, H). weights: (hidden_weight, its row stride, hidden_bias, logits_weight, logits_bias).
+// outputs: (losses, beliefs, logits). gradients: (dlogits, dhidden, hidden_bias, logits_bias), all 0 for none.
+py::object cascade(const py::tuple& sizes, const py::tuple& weights, const py::tuple& prior, const py::tuple& spec,
+                   uintptr_t hidden, const py::tuple& outputs, const py::tuple& gradients, int threads) {
+  using sid::item;
+  using sid::pointer;
+  sid::CascadeProblem problem;
+  problem.stages = item<int64_t>(sizes, 0);
+  problem.rows = item<int64_t>(sizes, 1);
+  problem.classes = item<int64_t>(sizes, 2);
+  problem.hidden_dim = item<int64_t>(sizes, 3);
+  problem.hidden_weight = pointer<const float>(weights, 0);
+  problem.hidden_weight_stride = item<int64_t>(weights, 1);
+  problem.hidden_bias = pointer<const float>(weights, 2);
+  problem.logits_weight = pointer<const float>(weights, 3);
+  problem.logits_bias = pointer<const float>(weights, 4);
+  problem.prior = sid::rows_to_read(prior);
+  problem.spec = sid::loss_spec(spec);
+  problem.hidden = pointer<float>(hidden);
+  problem.losses = pointer<float>(outputs, 0);
+  problem.beliefs = pointer<float>(outputs, 1);
+  problem.logits = pointer<float>(outputs, 2);
+  problem.dlogits = pointer<float>(gradients, 0);
+  problem.dhidden = pointer<float>(gradients, 1);
+  problem.hidden_bias_gradient = pointer<float>(gradients, 2);
+  problem.logits_bias_gradient = pointer<float>(gradients, 3);
+  const bool inputs = problem.hidden_weight && problem.hidden_bias && problem.logits_weight && problem.logits_bias &&
+                      (problem.spec.labels || problem.spec.soft.data);
+  const bool results = problem.hidden && problem.losses && problem.beliefs && problem.logits;
+  const bool derivatives =
+      !problem.dhidden || (problem.dlogits && problem.hidden_bias_gradient && problem.logits_bias_gradient);
+  if (problem.rows < 1 || !inputs || !results || !derivatives)
+    throw std::invalid_argument(
+        "sid_kernels: null pointer for a weight, the target or an output (is this a real tensor?), or no rows");
+  sid::BadLabel bad;
+  {
+    py::gil_scoped_release release;
+    bad = sid::cascade_cpu(problem, threads);
+  }
+  return label_result(bad);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &sid::cpu_instruction_set);
-  // -> None, or (row, label) of the first label out of range; then nothing was written.
-  m.def("local_loss",
-        [](int64_t rows, int64_t classes, const py::tuple& logits, const py::tuple& prior, uintptr_t labels,
-           const py::tuple& soft, uintptr_t alpha, int64_t alpha_stride, float alpha_value, float label_smoothing,
-           int64_t ignore_index, bool reverse, int reduction, const py::tuple& belief, const py::tuple& dlogits,
-           uintptr_t loss, uintptr_t fidelity, uintptr_t consistency, int threads) -> py::object {
-          const sid::LocalLossProblem args = sid::local_loss_arguments(
-              rows, classes, logits, prior, labels, soft, alpha, alpha_stride, alpha_value, label_smoothing,
-              ignore_index, reverse, reduction, belief, dlogits, loss, fidelity, consistency);
-          sid::BadLabel bad;
-          if (rows * classes < 65536) {
-            bad = sid::local_loss_cpu(args, threads);  // shorter than handing the interpreter over
-          } else {
-            py::gil_scoped_release release;
-            bad = sid::local_loss_cpu(args, threads);
-          }
-          if (bad.row < 0) return py::none();
-          return py::make_tuple(bad.row, bad.label);
-        });
-  // -> as above. Addresses of float32 arrays, shaped as csrc/cascade.h says; labels int64.
-  m.def("cascade",
-        [](int64_t stages, int64_t rows, int64_t classes, int64_t hidden_dim, uintptr_t hidden_weight,
-           int64_t hidden_weight_stride, uintptr_t hidden_bias, uintptr_t logits_weight, uintptr_t logits_bias,
-           const py::tuple& prior, uintptr_t labels, const py::tuple& soft, uintptr_t alpha, float alpha_value,
-           float label_smoothing, int64_t ignore_index, bool reverse, bool mean, uintptr_t hidden, uintptr_t dhidden,
-           uintptr_t beliefs, uintptr_t dlogits, uintptr_t logits, uintptr_t losses, uintptr_t hidden_bias_gradient,
-           uintptr_t logits_bias_gradient, int threads) -> py::object {
-          using sid::pointer;
-          auto in = [](const py::tuple& t) {
-            const sid::Matrix x = sid::matrix(t);
-            return sid::Rows{pointer<const void>(x.address), x.stride, static_cast<sid::DType>(x.dtype)};
-          };
-          sid::CascadeProblem a;
-          a.stages = stages, a.rows = rows, a.classes = classes, a.hidden_dim = hidden_dim;
-          a.hidden_weight = pointer<const float>(hidden_weight), a.hidden_weight_stride = hidden_weight_stride;
-          a.hidden_bias = pointer<const float>(hidden_bias);
-          a.logits_weight = pointer<const float>(logits_weight), a.logits_bias = pointer<const float>(logits_bias);
-          a.prior = in(prior), a.labels = pointer<const int64_t>(labels), a.soft = in(soft);
-          a.alpha = pointer<const float>(alpha), a.alpha_value = alpha_value, a.label_smoothing = label_smoothing;
-          a.ignore_index = ignore_index, a.reverse = reverse, a.mean = mean;
-          a.hidden_bias_gradient = pointer<float>(hidden_bias_gradient);
-          a.logits_bias_gradient = pointer<float>(logits_bias_gradient);
-          a.hidden = pointer<float>(hidden), a.dhidden = pointer<float>(dhidden), a.beliefs = pointer<float>(beliefs);
-          a.dlogits = pointer<float>(dlogits), a.logits = pointer<float>(logits), a.losses = pointer<float>(losses);
-          const bool weights = a.hidden_weight && a.hidden_bias && a.logits_weight && a.logits_bias;
-          const bool gradients = !a.dhidden || (a.dlogits && a.hidden_bias_gradient && a.logits_bias_gradient);
-          const bool outputs = a.hidden && a.beliefs && a.logits && a.losses && gradients;
-          if (rows < 1 || (!weights || !outputs || (!a.labels && !a.soft.data)))
-            throw std::invalid_argument(
-                "sid_kernels: null pointer for a weight, the target or an output (is this a real tensor?), or no rows");
-          sid::BadLabel bad;
-          {
-            py::gil_scoped_release release;
-            bad = sid::cascade_cpu(a, threads);
-          }
-          if (bad.row < 0) return py::none();
-          return py::make_tuple(bad.row, bad.label);
-        });
+  m.def("local_loss", &local_loss);
+  m.def("cascade", &cascade);
 }

@@ -147,7 +147,7 @@ template <int V> struct Tile {
   // Compute belief, losses and dlogits of stage i from its logits z (rows, C).
   void compute_loss(int64_t i, const float* z) const {
     const int64_t row = i * problem.rows + first;  // in the arrays (L, B, ...)
-    const Rows &prior = problem.prior, &soft = problem.soft;
+    const Rows& prior = problem.prior;
     LocalLossProblem stage;
     stage.rows = rows;
     stage.classes = classes;
@@ -155,15 +155,12 @@ template <int V> struct Tile {
     if (i) stage.prior = {problem.beliefs + (row - problem.rows) * classes, classes, DType::f32};
     else if (prior.data)
       stage.prior = {static_cast<const float*>(prior.data) + first * prior.stride, prior.stride, DType::f32};
-    if (problem.labels) stage.labels = problem.labels + first;
-    if (soft.data) {
-      const char* data = static_cast<const char*>(soft.data) + first * soft.stride * size_of(soft.dtype);
-      stage.soft = {data, soft.stride, soft.dtype};
-    }
-    stage.alpha_value = problem.alpha ? problem.alpha[i] : problem.alpha_value;
-    stage.label_smoothing = problem.label_smoothing;
-    stage.ignore_index = problem.ignore_index;
-    stage.reverse = problem.reverse;
+    LossSpec& spec = stage.spec = problem.spec;
+    Rows& soft = spec.soft;
+    if (spec.labels) spec.labels += first;
+    if (soft.data) soft.data = static_cast<const char*>(soft.data) + first * soft.stride * size_of(soft.dtype);
+    if (spec.alpha) spec.alpha_value = spec.alpha[i * spec.alpha_stride];
+    spec.alpha = nullptr;
     stage.belief = {problem.beliefs + row * classes, classes, DType::f32};
     if (problem.dhidden) stage.dlogits = {problem.dlogits + row * classes, classes, DType::f32};
     float* loss = losses + row;

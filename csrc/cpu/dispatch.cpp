@@ -78,13 +78,14 @@ void advise_huge_pages(const MutableRows& out, int64_t rows, int64_t classes) {
 
 const char* cpu_instruction_set() { return kLevel == 2 ? "avx512" : kLevel == 1 ? "avx2" : "baseline"; }
 
-BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted) {
+BadLabel count_labels(const LossSpec& spec, int64_t rows, int64_t classes, int64_t* counted) {
   *counted = rows;
-  if (!labels) return {};
+  if (!spec.labels) return {};
   *counted = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    if (labels[r] == ignore_index) continue;
-    if (labels[r] < 0 || labels[r] >= classes) return {r, labels[r]};
+    const int64_t label = spec.labels[r];
+    if (label == spec.options.ignore_index) continue;
+    if (label < 0 || label >= classes) return {r, label};
     ++*counted;
   }
   return {};
@@ -92,9 +93,10 @@ BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int6
 
 BadLabel local_loss_cpu(const LocalLossProblem& problem, int threads) {
   int64_t counted;
-  const BadLabel bad = count_labels(problem.labels, problem.rows, problem.classes, problem.ignore_index, &counted);
+  const BadLabel bad = count_labels(problem.spec, problem.rows, problem.classes, &counted);
   if (bad.row >= 0) return bad;
-  const bool per_row = problem.reduction == Reduction::none, mean = problem.reduction == Reduction::mean;
+  const Reduction reduction = problem.spec.options.reduction;
+  const bool per_row = reduction == Reduction::none, mean = reduction == Reduction::mean;
   const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
 
   static thread_local std::vector<float> buffer;  // loss, fidelity and consistency of each row
@@ -139,9 +141,10 @@ BadLabel local_loss_cpu(const LocalLossProblem& problem, int threads) {
 BadLabel cascade_cpu(const CascadeProblem& problem, int threads) {
   const int64_t rows = problem.rows, classes = problem.classes, hidden_dim = problem.hidden_dim;
   int64_t counted;
-  const BadLabel bad = count_labels(problem.labels, rows, classes, problem.ignore_index, &counted);
+  const BadLabel bad = count_labels(problem.spec, rows, classes, &counted);
   if (bad.row >= 0) return bad;
-  const float scale = problem.mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
+  const bool mean = problem.spec.options.reduction == Reduction::mean;
+  const float scale = mean ? 1.0f / static_cast<float>(std::max<int64_t>(counted, 1)) : 1.0f;
   const CascadeKernel kernel = cascade_kernel();
   if (forked) threads = 1;
   // Use the widest tiles that still give every thread one: wide tiles read the weights least often.
@@ -164,7 +167,7 @@ BadLabel cascade_cpu(const CascadeProblem& problem, int threads) {
   for (int64_t i = 0; i < 3 * problem.stages; ++i) {
     double total = 0.0;
     for (int64_t r = 0; r < rows; ++r) total += losses[i * rows + r];
-    problem.losses[i] = static_cast<float>(problem.mean ? total / std::max<int64_t>(counted, 1) : total);
+    problem.losses[i] = static_cast<float>(mean ? total / std::max<int64_t>(counted, 1) : total);
   }
   if (!problem.dhidden) return {};
   for (int64_t i = 0; i < problem.stages; ++i)

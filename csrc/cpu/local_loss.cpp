@@ -117,11 +117,11 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   }
 
   SummedRow sum_row(int64_t r) const {
-    const int64_t label = Soft ? -1 : problem.labels[r];
-    const bool counts = Soft || label != problem.ignore_index;
+    const int64_t label = Soft ? -1 : problem.spec.labels[r];
+    const bool counts = Soft || label != problem.spec.options.ignore_index;
     RowTarget row{static_cast<float>(problem.classes),
-                  problem.alpha ? problem.alpha[r * problem.alpha_stride] : problem.alpha_value,
-                  problem.label_smoothing,
+                  problem.spec.alpha ? problem.spec.alpha[r * problem.spec.alpha_stride] : problem.spec.alpha_value,
+                  problem.spec.options.label_smoothing,
                   Prior,
                   !Soft,
                   0.0f};
@@ -213,9 +213,9 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, const RowLosses& losses) const {
     const int m = static_cast<int>(problem.classes);
     const float* zr = z.row(r);
-    const int64_t label = Soft ? -1 : problem.labels[r];
-    const bool counts = Soft || label != problem.ignore_index;
-    if (problem.alpha) row.alpha = problem.alpha[r * problem.alpha_stride];
+    const int64_t label = Soft ? -1 : problem.spec.labels[r];
+    const bool counts = Soft || label != problem.spec.options.ignore_index;
+    if (problem.spec.alpha) row.alpha = problem.spec.alpha[r * problem.spec.alpha_stride];
     if (!Soft) row.label_logit = counts ? zr[label] : 0.0f;
     const Vec zi = load_first(zr, m, kMasked), qi = Prior ? load_first(q.row(r), m, 0.0f) : broadcast(row.uniform());
     const VecI at_label = lanes() == static_cast<int32_t>(label);
@@ -244,10 +244,14 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   void run(int64_t begin, int64_t end, float scale, const RowLosses& losses) const {
     const auto float32 = [](DType t, const void* data) { return !data || t == DType::f32; };
     if (problem.classes <= kWidth && float32(problem.logits.dtype, this) &&
-        float32(problem.prior.dtype, problem.prior.data) && float32(problem.soft.dtype, problem.soft.data) &&
+        float32(problem.prior.dtype, problem.prior.data) && float32(problem.spec.soft.dtype, problem.spec.soft.data) &&
         float32(problem.belief.dtype, problem.belief.data)) {
-      RowTarget row{
-          static_cast<float>(problem.classes), problem.alpha_value, problem.label_smoothing, Prior, !Soft, 0.0f};
+      RowTarget row{static_cast<float>(problem.classes),
+                    problem.spec.alpha_value,
+                    problem.spec.options.label_smoothing,
+                    Prior,
+                    !Soft,
+                    0.0f};
       const Vec one = load_first(kOnes, static_cast<int>(problem.classes), 0.0f);
       const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label());
       auto each_row = [&](auto belief) {  // a branch in every row costs 1% at (128, 10) (measured)
@@ -283,7 +287,7 @@ void run_rows(const LocalLossProblem& problem, int64_t begin, int64_t end, float
       problem,
       {problem.logits, Scratch::of(s.z, problem.logits, problem.classes)},
       {problem.prior, Prior ? Scratch::of(s.q, problem.prior, problem.classes) : nullptr},
-      {problem.soft, Soft ? Scratch::of(s.y, problem.soft, problem.classes) : nullptr},
+      {problem.spec.soft, Soft ? Scratch::of(s.y, problem.spec.soft, problem.classes) : nullptr},
       {problem.belief, Scratch::of(s.p, problem.belief, kBlock)},
       {problem.dlogits, Scratch::of(s.dz, problem.dlogits, kBlock)},
       streaming,
@@ -294,8 +298,8 @@ void run_rows(const LocalLossProblem& problem, int64_t begin, int64_t end, float
 
 template <template <class> class Divergence, bool MayNeedLogitSum, class... Args>
 void choose(const LocalLossProblem& problem, Args... args) {
-  const bool prior = problem.prior.data, soft = problem.soft.data;
-  const bool logit_sum = MayNeedLogitSum && (!prior || (!soft && problem.label_smoothing > 0.0f));
+  const bool prior = problem.prior.data, soft = problem.spec.soft.data;
+  const bool logit_sum = MayNeedLogitSum && (!prior || (!soft && problem.spec.options.label_smoothing > 0.0f));
   auto pick = [&](auto f_hard, auto f_soft) { soft ? f_soft(problem, args...) : f_hard(problem, args...); };
   if (!prior)
     pick(run_rows<Divergence, false, false, MayNeedLogitSum>, run_rows<Divergence, false, true, MayNeedLogitSum>);
@@ -308,7 +312,7 @@ void choose(const LocalLossProblem& problem, Args... args) {
 
 void local_loss_rows(const LocalLossProblem& problem, int64_t begin, int64_t end, float scale, bool streaming,
                      const RowLosses& losses) {
-  if (problem.reverse) choose<Reverse, false>(problem, begin, end, scale, streaming, losses);
+  if (problem.spec.options.reverse) choose<Reverse, false>(problem, begin, end, scale, streaming, losses);
   else choose<Forward, true>(problem, begin, end, scale, streaming, losses);
 }
 

@@ -10,7 +10,7 @@ struct BadLabel {
 };
 
 // Check the labels and count the rows that are not ignored into `counted`. Without labels, every row counts.
-BadLabel count_labels(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index, int64_t* counted);
+BadLabel count_labels(const LossSpec& spec, int64_t rows, int64_t classes, int64_t* counted);
 
 // Where the losses of each row go: (rows) values each.
 struct RowLosses {

@@ -68,7 +68,8 @@ LaunchPlan plan_local_loss(const LocalLossProblem& problem, int multiprocessors,
     plan.blocks = static_cast<int>(std::min(problem.rows, concurrent_rows)) * plan.cluster;
   }
   plan.blocks = std::max(plan.cluster, std::min(plan.blocks, kMaxBlocks));
-  plan.count_first = problem.reduction == Reduction::mean && problem.labels && problem.rows > kMaxRowsCountedPerBlock;
+  plan.count_first = problem.spec.options.reduction == Reduction::mean && problem.spec.labels &&
+                     problem.rows > kMaxRowsCountedPerBlock;
   return plan;
 }
 
@@ -84,7 +85,7 @@ SID_KERNEL(kCountThreads, 1) count_labels(const Job job) {
   sync_block();
   unsigned count = 0;
   for (int64_t r = block() * threads() + thread(); r < job.problem.rows; r += kCountBlocks * threads())
-    count += job.problem.labels[r] != job.problem.ignore_index;
+    count += job.problem.spec.labels[r] != job.problem.spec.options.ignore_index;
   if (count) atomic_add(&counted, count);
   sync_block();
   if (thread() == 0) job.workspace->counted[block()] = counted;
@@ -97,11 +98,11 @@ const char* enqueue(const LocalLossProblem& problem, const LaunchPlan& plan, voi
   job.problem = problem;
   job.plan = plan;
   job.workspace = static_cast<Workspace*>(workspace);
-  const float classes = static_cast<float>(problem.classes), s = problem.label_smoothing;
+  const float classes = static_cast<float>(problem.classes), s = problem.spec.options.label_smoothing;
   job.constants = {s, 1.0f - s, s / classes, 1.0f - s + s / classes, 0.0f, 0.0f, 1.0f / classes, -std::log(classes)};
   job.constants.log_off = log_probability(job.constants.off);
   job.constants.log_on = log_probability(job.constants.on);
-  job.needs_logit_sum = !problem.prior.data || (problem.labels && s > 0.0f);
+  job.needs_logit_sum = !problem.prior.data || (problem.spec.labels && s > 0.0f);
   while (1 << job.lanes_log2 < plan.lanes * plan.cluster) ++job.lanes_log2;
   const int rows = static_cast<int>(problem.rows), rows_per_warp = plan.warp ? 32 / plan.lanes : 1;
   job.row_limit = (rows + rows_per_warp - 1) / rows_per_warp * rows_per_warp;
@@ -126,9 +127,9 @@ const char* local_loss_cuda(const LocalLossProblem& problem, void* workspace, vo
   if (problem.rows < 0 || problem.rows > kMaxIndex) return "the number of rows must be at most 2^31 - 2^24";
   if (problem.classes < 1 || problem.classes > kMaxIndex)
     return "the number of classes must be at least 1 and at most 2^31 - 2^24";
-  if (!problem.labels == !problem.soft.data && problem.rows > 0)
+  if (!problem.spec.labels == !problem.spec.soft.data && problem.rows > 0)
     return "either labels or class probabilities must be given";
-  if (problem.rows == 0 && problem.reduction == Reduction::none) return nullptr;
+  if (problem.rows == 0 && problem.spec.options.reduction == Reduction::none) return nullptr;
   DeviceProperties properties;
   if (const char* error = device_properties(device, &properties)) return error;
   return enqueue(problem, plan_local_loss(problem, properties.multiprocessors, properties.clusters), workspace, stream);

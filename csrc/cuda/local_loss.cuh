@@ -29,7 +29,7 @@ struct DeviceRow {
 
 // Load U smoothed target probabilities of a row. For hard labels, set y to the value of a class other than the label.
 template <int U> SID_DEVICE void targets(const Job& job, int row, int element, float (&y)[U]) {
-  const Rows& soft = job.problem.soft;
+  const Rows& soft = job.problem.spec.soft;
   const int size = soft.dtype == DType::f32 ? 4 : 2;
   if (soft.data) load_some(soft.dtype, static_cast<const char*>(soft.data) + row * soft.stride * size, element, y);
 #pragma unroll
@@ -55,7 +55,7 @@ SID_DEVICE void add(const Job& job, RowState<Divergence>& state, int row, int el
 #pragma unroll
     for (int i = 0; i < U; ++i) state.part.add_logit(t[i], 1.0f);
   }
-  if (job.problem.soft.data) {
+  if (job.problem.spec.soft.data) {
     float y[U];
     targets(job, row, element, y);
 #pragma unroll
@@ -76,10 +76,10 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     for (double& total : shared.totals[i]) total = 0.0;
   if (thread() == 0) shared.counted = 0;
   cluster > 1 ? sync_cluster() : sync_block();  // a block may write into another only after that one has started
-  if (problem.reduction == Reduction::mean) count_rows(job, shared, size);
+  if (problem.spec.options.reduction == Reduction::mean) count_rows(job, shared, size);
   if (thread() == 0) {
     const float counted = static_cast<float>(shared.counted);
-    shared.weight = problem.reduction != Reduction::mean ? 1.0f : counted > 0.0f ? 1.0f / counted : 0.0f;
+    shared.weight = problem.spec.options.reduction != Reduction::mean ? 1.0f : counted > 0.0f ? 1.0f / counted : 0.0f;
   }
   sync_block();
 
@@ -99,11 +99,11 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     {  // ---- sum ----
       const View<T> view(job, active ? r : static_cast<int>(problem.rows) - 1, lane);
       round = view.rounds() - 1;
-      const int64_t given_label = problem.labels ? problem.labels[view.row] : 0;
-      alpha = problem.alpha ? problem.alpha[view.row * problem.alpha_stride] : problem.alpha_value;
+      const int64_t given_label = problem.spec.labels ? problem.spec.labels[view.row] : 0;
+      alpha = problem.spec.alpha ? problem.spec.alpha[view.row * problem.spec.alpha_stride] : problem.spec.alpha_value;
       view.load(job, round, zs, qs);
-      if (problem.labels) {
-        counts = active && given_label != problem.ignore_index;
+      if (problem.spec.labels) {
+        counts = active && given_label != problem.spec.options.ignore_index;
         if (counts && given_label >= 0 && given_label < problem.classes) label = static_cast<int>(given_label);
         if (counts) label_logit = label >= 0 ? view.z.load(label) : NAN;
       }
@@ -143,16 +143,20 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       state.merge_cluster(slots + (second_slots ? (1 + state.N) * (size >> 5) * cluster : 0), cluster);
       second_slots = !second_slots;
     }
-    const bool invalid_label = problem.labels && counts && label < 0;
-    const DeviceRow row{
-        job, alpha, job.constants.smoothing, label_logit, problem.prior.data != nullptr, problem.labels != nullptr};
+    const bool invalid_label = problem.spec.labels && counts && label < 0;
+    const DeviceRow row{job,
+                        alpha,
+                        job.constants.smoothing,
+                        label_logit,
+                        problem.prior.data != nullptr,
+                        problem.spec.labels != nullptr};
     RowResult result = state.part.finish(row, state.max);
     if (invalid_label) result.loss = result.fidelity = result.consistency = NAN;
     if (!active) continue;
     if (lane == 0) {
       const float values[3] = {counts ? result.loss : 0.0f, counts ? result.fidelity : 0.0f,
                                counts ? result.consistency : 0.0f};
-      if (problem.reduction == Reduction::none) {
+      if (problem.spec.options.reduction == Reduction::none) {
         problem.loss[r] = values[0], problem.fidelity[r] = values[1], problem.consistency[r] = values[2];
       } else {
         double* total = shared.totals[warp ? thread() >> job.lanes_log2 : 0];
@@ -169,7 +173,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       auto belief_of = [&](float t) { return fast_exp2(fmaf(t, kLog2e, -log2_sum)); };
       GradientCoefficients coefficients = Divergence<float>::gradient_coefficients(row, result, scale);
       if (!problem.prior.data) Divergence<float>::fold_prior(coefficients, row.uniform(), row.log_uniform());
-      if (problem.labels) Divergence<float>::fold_target(coefficients, row.off_label(), row.log_off_label());
+      if (problem.spec.labels) Divergence<float>::fold_target(coefficients, row.off_label(), row.log_off_label());
       // Start these loads early; their values are used after the packs.
       const bool corrects_label = problem.dlogits.data && label >= 0 && view.owns(label);
       const bool has_edge = V > 1 && view.edge >= 0;
@@ -191,7 +195,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
               belief[j] = belief_of(t);
               g[j] = Divergence<float>::gradient(coefficients, t, belief[j], qs[k].get(i + j));
             }
-            if (problem.soft.data && problem.dlogits.data) {
+            if (problem.spec.soft.data && problem.dlogits.data) {
               float y[U];
               targets(job, view.row, element + i, y);
 #pragma unroll
@@ -212,7 +216,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       if (has_edge) {
         const float t = z_edge - base, belief = belief_of(t);
         float g = Divergence<float>::gradient(coefficients, t, belief, q_edge);
-        if (problem.soft.data) {
+        if (problem.spec.soft.data) {
           float y[1];
           targets(job, view.row, view.edge, y);
           g += Divergence<float>::target_gradient(coefficients, belief, y[0], log_probability(y[0]));
@@ -232,7 +236,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
   }
 
   // ---- reduce: the block that finishes last adds the sums of all blocks, in a fixed order ------------
-  if (problem.reduction == Reduction::none) return;
+  if (problem.spec.options.reduction == Reduction::none) return;
   sync_block();
   double sum[3] = {};
   if (thread() < kMaxGroups)
@@ -251,7 +255,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
     for (int i = 0; i < 3; ++i) sum[i] += load_shared_by_blocks(&job.workspace->partial[b][i]);
   sum_block(sum, shared.scratch, size >> 5);
   if (thread() == 0) {
-    const double divisor = problem.reduction == Reduction::mean && shared.counted ? shared.counted : 1.0;
+    const double divisor = problem.spec.options.reduction == Reduction::mean && shared.counted ? shared.counted : 1.0;
     *problem.loss = static_cast<float>(sum[0] / divisor);
     *problem.fidelity = static_cast<float>(sum[1] / divisor);
     *problem.consistency = static_cast<float>(sum[2] / divisor);
@@ -265,7 +269,7 @@ template <class T, template <class> class Divergence> const char* enqueue_as(con
   return launch(local_loss<T, Divergence>, grid, stream, job);
 }
 template <class T> const char* enqueue_as(const Job& job, void* stream) {
-  return job.problem.reverse ? enqueue_as<T, Reverse>(job, stream) : enqueue_as<T, Forward>(job, stream);
+  return job.problem.spec.options.reverse ? enqueue_as<T, Reverse>(job, stream) : enqueue_as<T, Forward>(job, stream);
 }
 
 }  // namespace

@@ -78,14 +78,14 @@ SID_DEVICE void sum_block(double (&x)[3], double (*scratch)[3], int warps) {
 // Count the labels first, first + step, ... that are not ignore_index.
 SID_DEVICE unsigned count_labels(const LocalLossProblem& problem, int first, int step) {
   unsigned n = 0;
-  for (int64_t r = first; r < problem.rows; r += step) n += problem.labels[r] != problem.ignore_index;
+  for (int64_t r = first; r < problem.rows; r += step) n += problem.spec.labels[r] != problem.spec.options.ignore_index;
   return n;
 }
 
 // Add up in shared.counted the number of rows that the reduction "mean" divides by.
 SID_DEVICE void count_rows(const Job& job, SharedMemory& shared, int size) {
   unsigned count = 0;
-  if (!job.problem.labels) count = thread() == 0 ? static_cast<unsigned>(job.problem.rows) : 0;
+  if (!job.problem.spec.labels) count = thread() == 0 ? static_cast<unsigned>(job.problem.rows) : 0;
   else if (!job.plan.count_first) count = count_labels(job.problem, thread(), size);
   else
     for (int i = thread(); i < kCountBlocks; i += size) count += job.workspace->counted[i];

@@ -1,6 +1,6 @@
-"""What a caller of `fused_belief_head` may pass and what runs: the one place where it is checked.
+"""Arguments of `fused_belief_head` in canonical form: the one place where they are checked.
 
-`make_head` looks at metadata only, before anything is computed or written.
+`make_problem` looks at metadata only, before anything is computed or written.
 """
 
 from __future__ import annotations
@@ -10,69 +10,82 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import (
-    as_rows,
-    canonical_alpha,
-    canonical_target,
-    check_device,
-    check_dtype,
-    check_tensor,
-)
-from ..local_loss.problem import check_options, check_support
+from ..core.checks import as_rows, check_device, check_dtype, check_tensor, make_spec
+from ..core.options import LossOptions, LossSpec
 
 
 class PriorHead(NamedTuple):
     """A prior that is never stored: the belief softmax(hidden @ weight.T + bias) of another head. A constant."""
 
-    hidden: Tensor  # (..., H'), rows as the head's own
+    hidden: Tensor  # (..., H'), with the rows of the head's own hidden
     weight: Tensor  # (C, H')
     bias: Tensor | None = None  # (C,)
 
 
-class HeadProblem(NamedTuple):
-    """The operation in canonical form: N rows, unit column strides, any row strides."""
+class LinearLayer(NamedTuple):
+    """The inputs of a linear layer, logits = hidden @ weight.T + bias."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (C, H)
+    bias: Tensor | None  # (C,)
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of a head; None: not wanted."""
+
+    hidden: Tensor | None  # (..., H)
+    weight: Tensor | None  # (C, H)
+    bias: Tensor | None  # (C,)
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a head are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class BeliefHeadProblem(NamedTuple):
+    """A belief head over N rows; columns are adjacent, rows have any stride."""
 
     hidden: Tensor  # h, (N, H)
     weight: Tensor  # (C, H)
     bias: Tensor | None  # (C,)
     prior: Tensor | PriorHead | None  # (N, C); None: uniform
-    labels: Tensor | None  # (N,) int64; exactly one of labels and soft is given
-    soft: Tensor | None  # (N, C)
-    alpha: float | Tensor  # tensor: float32, () or (N,)
-    reverse: bool
-    label_smoothing: float
-    ignore_index: int
-    reduction: str
+    spec: LossSpec
     need_belief: bool
-    need_grad: bool
-    need_hidden_grad: bool
+    need: Wanted
 
-    def rows(self, part: slice) -> HeadProblem:
-        """The same for some of the rows."""
+    @property
+    def need_grad(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(self.need)
+
+    def rows(self, part: slice) -> BeliefHeadProblem:
+        """Return the problem of some of the rows."""
         prior = self.prior
         if isinstance(prior, PriorHead):
             prior = prior._replace(hidden=prior.hidden[part])
         elif prior is not None:
             prior = prior[part]
-        alpha = self.alpha[part] if isinstance(self.alpha, Tensor) and self.alpha.dim() else self.alpha
-        labels, soft = (None if x is None else x[part] for x in (self.labels, self.soft))
-        return self._replace(hidden=self.hidden[part], prior=prior, labels=labels, soft=soft, alpha=alpha)
+        return self._replace(hidden=self.hidden[part], prior=prior, spec=self.spec.rows(part))
 
 
-class HeadPass(NamedTuple):
-    """What a kernel that keeps the logits on chip returns for a `HeadProblem`."""
+class BeliefHeadOutputs(NamedTuple):
+    """What a kernel that keeps the logits on chip returns for a `BeliefHeadProblem`."""
 
-    losses: Tensor  # (3, N) float32: loss, fidelity, consistency; each row's share of the reduced value
-    belief: Tensor | None  # (N, C), in the prior's dtype (the hidden's where there is none)
+    losses: Tensor  # (3, N) float32: loss, fidelity and consistency; each row's share of the reduced value
+    belief: Tensor | None  # (N, C), in the prior's dtype (the hidden's without a prior)
     dlogits: Tensor | None  # (N, C), in the hidden's dtype
     dhidden: Tensor | None  # (N, H)
 
 
 def belief_dtype(dtype: torch.dtype, prior: Tensor | PriorHead | None, reverse: bool) -> torch.dtype:
-    """Of the belief, and of a prior that is computed here: the prior's, or the hidden's, `dtype`.
+    """Return the dtype of the belief, and of a prior computed here: the prior's, or `dtype`, the hidden's.
 
-    A prior head in half precision has its prior in float32 in the reverse divergence, which takes the logarithm: half
-    precision would cut it off.
+    The reverse divergence takes the logarithm of a prior head's belief, which half precision would cut off: for a
+    hidden in half precision it is float32.
     """
     if isinstance(prior, Tensor):
         return prior.dtype
@@ -80,23 +93,22 @@ def belief_dtype(dtype: torch.dtype, prior: Tensor | PriorHead | None, reverse: 
     return torch.float32 if half and reverse and prior is not None else dtype
 
 
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def make_problem(
+    layer: LinearLayer,
     prior: Tensor | PriorHead | None,
     target: Tensor,
     alpha: float | Tensor,
-    divergence: str,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
+    options: LossOptions,
     need_belief: bool,
-    need_grad: bool,
-    need_hidden_grad: bool,
-) -> HeadProblem:
-    classes = check_head("", hidden, weight, bias)
-    check_options(divergence, label_smoothing, ignore_index, reduction)
+    need: Wanted,
+) -> BeliefHeadProblem:
+    """Return the problem of `fused_belief_head`'s arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+    """
+    hidden, weight, bias = layer
+    classes = check_layer("", layer)
     shape = hidden.shape[:-1] + (classes,)
     if isinstance(prior, tuple):
         prior = _prior_head(prior, hidden, classes)
@@ -109,28 +121,20 @@ def make_head(
         if (prior.dtype is torch.float64) != (hidden.dtype is torch.float64):
             raise TypeError(f"prior has dtype {prior.dtype} and hidden {hidden.dtype}; float64 goes with float64 only")
         prior = as_rows(prior.detach(), classes)
-    labels, soft = canonical_target(target, hidden, shape)
-    check_support(divergence, label_smoothing, labels)
-    return HeadProblem(
+    return BeliefHeadProblem(
         as_rows(hidden.detach(), hidden.shape[-1]),
         as_rows(weight.detach(), weight.shape[1]),
         None if bias is None else bias.detach(),
         prior,
-        labels,
-        soft,
-        canonical_alpha(alpha, hidden, shape),
-        divergence == "reverse",
-        float(label_smoothing),
-        ignore_index,
-        reduction,
+        make_spec(target, alpha, options, hidden, shape),
         need_belief,
-        need_grad,
-        need_hidden_grad,
+        need,
     )
 
 
-def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """C of a linear layer whose parts fit together; `prefix` stands before their names in an error."""
+def check_layer(prefix: str, layer: LinearLayer | PriorHead) -> int:
+    """Return C of a linear layer whose inputs fit together; `prefix` precedes their names in an error."""
+    hidden, weight, bias = layer
     check_tensor(f"{prefix}hidden", hidden)
     check_tensor(f"{prefix}weight", weight)
     check_dtype(f"{prefix}hidden", hidden)
@@ -154,22 +158,23 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _prior_head(prior: tuple, hidden: Tensor, classes: int) -> PriorHead:
+    """Return a checked prior head, its hidden as (N, H')."""
     if not 2 <= len(prior) <= 3:
         raise TypeError(f"prior is a tuple of {len(prior)}; as a head it must be (hidden, weight, bias)")
-    prior = PriorHead(*prior)
-    found = check_head("prior.", *prior)
+    head = PriorHead(*prior)
+    found = check_layer("prior.", head)
     if found != classes:
         raise ValueError(f"prior.weight has {found} classes; it must have as many as weight, {classes}")
-    if prior.hidden.shape[:-1] != hidden.shape[:-1]:
+    if head.hidden.shape[:-1] != hidden.shape[:-1]:
         rows = tuple(hidden.shape[:-1])
-        raise ValueError(f"prior.hidden has shape {tuple(prior.hidden.shape)}; its rows must be hidden's, {rows}")
-    if prior.hidden.dtype != hidden.dtype or prior.hidden.device != hidden.device:
+        raise ValueError(f"prior.hidden has shape {tuple(head.hidden.shape)}; its rows must be hidden's, {rows}")
+    if head.hidden.dtype != hidden.dtype or head.hidden.device != hidden.device:
         raise TypeError(
-            f"prior.hidden has dtype {prior.hidden.dtype} on {prior.hidden.device}; "
+            f"prior.hidden has dtype {head.hidden.dtype} on {head.hidden.device}; "
             f"it must be like hidden: {hidden.dtype} on {hidden.device}"
         )
     return PriorHead(
-        as_rows(prior.hidden.detach(), prior.hidden.shape[-1]),
-        prior.weight.detach(),
-        None if prior.bias is None else prior.bias.detach(),
+        as_rows(head.hidden.detach(), head.hidden.shape[-1]),
+        head.weight.detach(),
+        None if head.bias is None else head.bias.detach(),
     )

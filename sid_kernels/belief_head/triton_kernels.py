@@ -1,14 +1,13 @@
 # The Triton kernel of a belief head: logits, local loss and gradients of a tile of rows, over triton_math.
 #
-# The logits of a tile are accumulated in registers, in float32, and never written. It imports triton and is imported by
-# triton_head alone.
+# The logits of a tile are accumulated in registers, in float32, and never stored.
 import triton
 import triton.language as tl
 
 from ..core.triton_math import MASKED, settle, settled_gradient, whole_rows
 from ..local_loss.triton_kernels import gradient_scale, prior_and_target
 
-# Arguments that change from call to call and say nothing about wide accesses: compiling again for them would be waste.
+# Arguments that change between calls and do not affect the width of accesses: no kernel is compiled for their values.
 PER_CALL = ["rows", "alpha_stride", "scan_rows", "ignore_index", "alpha", "losses"]
 
 
@@ -22,35 +21,35 @@ def head_tile(
     alpha_value, smoothing, uniform, log_classes, scale,
     HAS_BIAS: tl.constexpr, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr,
     NEED_BELIEF: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_HIDDEN_GRAD: tl.constexpr,
-    CLASSES: tl.constexpr, UNITS: tl.constexpr,  # C, H: of the model, constants as in triton_cascade_rows
+    CLASSES: tl.constexpr, HIDDEN_DIM: tl.constexpr,  # C, H: constants as in cascade/triton_kernels.py
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: one sweep over hidden for the logits, and one over its units for its gradient."""
+    """Compute ROWS rows: one sweep over hidden for the logits, and one over its units for its gradient."""
     first = tl.program_id(0).to(tl.int64) * ROWS  # 64 bits: N times a stride passes 2**31
     last = tl.minimum(rows - first, ROWS) - 1
-    row = first + tl.minimum(tl.arange(0, ROWS), last)  # beyond the end the last row again: equal values, same place
+    row = first + tl.minimum(tl.arange(0, ROWS), last)  # lanes beyond the end repeat the last row
     cols = tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_H)
     inside = tl.broadcast_to((cols < CLASSES)[None, :], (ROWS, BLOCK_C))
-    # Padding needs no mask on weights: the last class stands in, and meets dz = 0 or logits of -inf.
-    in_weight = tl.minimum(cols, CLASSES - 1)[:, None] * UNITS + lane[None, :]  # (C, BLOCK_H)
+    # Padding needs no mask on weights: it reads the last class, and meets dz = 0 or logits of -inf.
+    in_weight = tl.minimum(cols, CLASSES - 1)[:, None] * HIDDEN_DIM + lane[None, :]  # (C, BLOCK_H)
 
     z = tl.where(cols < CLASSES, 0.0, MASKED)
     if HAS_BIAS:
         z = tl.load(bias + cols, mask=cols < CLASSES, other=MASKED).to(tl.float32)
     z = tl.broadcast_to(z[None, :], (ROWS, BLOCK_C))
     in_hidden = row[:, None] * hidden_stride + lane[None, :]
-    for start in range(0, UNITS, BLOCK_H):
-        here = (start + lane < UNITS)[None, :]
+    for start in range(0, HIDDEN_DIM, BLOCK_H):
+        here = (start + lane < HIDDEN_DIM)[None, :]
         x = tl.load(hidden + start + in_hidden, mask=here, other=0.0)
         w = tl.load(weight + start + in_weight, mask=here, other=0.0)
         z = tl.dot(x, tl.trans(w), acc=z, input_precision="ieee")
 
-    # Asked for only now: while the logits are accumulated, the registers are theirs.
+    # Loaded only now: while the logits are accumulated, they need the registers.
     q, y = z, z
     if HAS_PRIOR:
         q = tl.load(prior + row[:, None] * prior_stride + cols[None, :], mask=inside, other=0.0)
-    label = row  # stands in where there are no labels
+    label = row  # placeholder without labels
     factor = scale
     if HARD:
         label = tl.load(target + row)
@@ -59,7 +58,7 @@ def head_tile(
         y = tl.load(target + row[:, None] * target_stride + cols[None, :], mask=inside, other=0.0)
     a = tl.load(alpha + row * alpha_stride, mask=(row >= 0) & (alpha_stride >= 0), other=alpha_value)
     q, y = prior_and_target(q, y, cols[None, :], inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-    loss, fidelity, consistency, t, p, log_sum, centre = whole_rows(
+    loss, fidelity, consistency, t, p, log_sum, center = whole_rows(
         z, q, y, cols[None, :], inside, label, a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE
     )
     if HARD:
@@ -71,12 +70,12 @@ def head_tile(
     if NEED_BELIEF:
         tl.store(belief + in_classes, p, mask=inside)
     if NEED_GRAD:
-        dz = settled_gradient(t, p, q, y, log_sum, centre, a, factor, label, ignore_index, CLASSES, HARD, REVERSE)
+        dz = settled_gradient(t, p, q, y, log_sum, center, a, factor, label, ignore_index, CLASSES, HARD, REVERSE)
         dz = dz.to(hidden.dtype.element_ty)
         tl.store(dlogits + in_classes, dz, mask=inside)
     if NEED_HIDDEN_GRAD:
-        in_dhidden = row[:, None] * UNITS + lane[None, :]
-        for start in range(0, UNITS, BLOCK_H):
-            here = (start + lane < UNITS)[None, :]
+        in_dhidden = row[:, None] * HIDDEN_DIM + lane[None, :]
+        for start in range(0, HIDDEN_DIM, BLOCK_H):
+            here = (start + lane < HIDDEN_DIM)[None, :]
             w = tl.load(weight + start + in_weight, mask=here, other=0.0)
             tl.store(dhidden + start + in_dhidden, tl.dot(dz, w, input_precision="ieee"), mask=here)

@@ -1,4 +1,4 @@
-"""The cascade on a CPU: one product for the features' part of every stage, one C++ call for all that runs along it."""
+"""The cascade on a CPU: one product for the features' part of every stage, and one C++ call for all stages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..core import cpu
 from ..core.checks import label_error
-from ..core.native import matrix
-from .problem import CascadePass, CascadeProblem, CascadeWeights
+from ..core.native import matrix, pack_spec
+from .problem import CascadeActivations, CascadeOutputs, CascadeProblem, CascadeWeights
 
 KEPT_BYTES = 17 << 20  # a group of stages and its losses; a single stage may be larger, and is not kept
 
 
 class _Scratch(threading.local):
-    """Memory for what only lives until the products are made, kept from call to call: at most KEPT_BYTES.
+    """Memory for intermediate results, kept between the calls of a thread: at most KEPT_BYTES.
 
-    Fresh from the system, it would be entered page by page at every step, which costs as much as the kernel (measured).
+    Memory fresh from the system is entered page by page in every step, which takes as long as the kernel (measured).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.memory = self.new(0)
 
     @staticmethod
@@ -29,64 +29,73 @@ class _Scratch(threading.local):
         return torch.empty(size, dtype=torch.float32, device="cpu")
 
     def take(self, sizes: list[int]) -> list[Tensor]:
-        """Flat float32 tensors of these sizes, each on a cache line of its own; what was taken before is lost."""
-        places = [-(-size // 16) * 16 for size in sizes]
-        memory = self.memory if self.memory.numel() >= sum(places) else self.new(sum(places))
+        """Return flat float32 tensors of these sizes, each on its own cache lines; the next call reuses the memory."""
+        padded = [-(-size // 16) * 16 for size in sizes]
+        memory = self.memory if self.memory.numel() >= sum(padded) else self.new(sum(padded))
         if memory.nbytes <= KEPT_BYTES:
             self.memory = memory
-        return [part[:size] for part, size in zip(memory[: sum(places)].split(places), sizes, strict=True)]
+        return [part[:size] for part, size in zip(memory[: sum(padded)].split(padded), sizes, strict=True)]
 
 
 _scratch = _Scratch()
 
 
 def release() -> None:
-    """Give back the memory this thread keeps between calls."""
+    """Free the memory that this thread keeps between calls."""
     _scratch.memory = _scratch.new(0)
 
 
 def takes(problem: CascadeProblem) -> bool:
+    """Return whether `run` takes this problem: float32 on a CPU."""
     return problem.features.dtype is torch.float32 and problem.features.is_cpu and cpu.unavailable() is None
 
 
-def run(problem: CascadeProblem, into: CascadeWeights | None) -> CascadePass:
-    """All but `logits` and `losses` lies in memory that the next call from this thread takes again.
+def run(problem: CascadeProblem, gradients: CascadeWeights | None) -> CascadeOutputs:
+    """Return the outputs of a cascade, and write the gradients of the biases to `gradients`.
 
-    The gradients of the biases are written into `into`; those of the weights are the caller's products.
+    All outputs except `logits` and `losses` lie in memory that the next call from this thread reuses. The caller
+    computes the gradients of the weights.
+
+    Raises:
+        IndexError: a label out of range; then nothing was written.
     """
-    features, weights, grad = problem.features, problem.weights, problem.need_grad
-    stages, width, classes = weights.sizes
-    rows = features.shape[0]
-    units, empty = stages * width, features.new_empty
+    features, weights, spec = problem.features, problem.weights, problem.spec
+    stages, hidden_dim, classes = weights.sizes
+    rows, empty = features.shape[0], features.new_empty
     logits, losses = empty(rows, classes), empty(3, stages)
-    hidden, beliefs, *more = _scratch.take([units * rows, stages * rows * classes] * (1 + grad))
-    dhidden, dlogits = more or (None, None)
-    # Rows lie side by side, so that the kernel reads weights as they are and no thread meets another.
-    feature_part = weights.hidden_weight.view(units, -1)[:, classes:]  # (L * H, D)
-    torch.mm(feature_part, features.t(), out=hidden.view(units, rows))
-    tensor_alpha = isinstance(problem.alpha, Tensor)
+    sizes = [stages * hidden_dim * rows, stages * rows * classes]
+    hidden, beliefs, *rest = _scratch.take(sizes if gradients is None else sizes * 2)
+    # Rows are adjacent, so that the kernel reads the weights as they are and threads share no cache line.
+    feature_part = weights.hidden_weight.view(stages * hidden_dim, -1)[:, classes:]  # (L * H, D)
+    torch.mm(feature_part, features.t(), out=hidden.view(stages * hidden_dim, rows))
     if rows:
+        addresses = [x.data_ptr() for x in weights]
+        written = (0, 0, 0, 0)
+        if gradients is not None:
+            dhidden, dlogits = rest
+            biases = (gradients.hidden_bias.data_ptr(), gradients.logits_bias.data_ptr())
+            written = (dlogits.data_ptr(), dhidden.data_ptr(), *biases)
         bad = cpu.compiled.cascade(
-            stages, rows, classes, width,
-            weights.hidden_weight.data_ptr(), weights.hidden_weight.shape[2], weights.hidden_bias.data_ptr(),
-            weights.logits_weight.data_ptr(), weights.logits_bias.data_ptr(),
+            (stages, rows, classes, hidden_dim),
+            (addresses[0], weights.hidden_weight.shape[2], *addresses[1:]),
             matrix(problem.prior),
-            0 if problem.labels is None else problem.labels.data_ptr(),
-            matrix(problem.soft),
-            problem.alpha.data_ptr() if tensor_alpha else 0, 0.0 if tensor_alpha else problem.alpha,
-            problem.label_smoothing, problem.ignore_index, problem.reverse, problem.reduction == "mean",
-            hidden.data_ptr(), dhidden.data_ptr() if grad else 0, beliefs.data_ptr(), dlogits.data_ptr() if grad else 0,
-            logits.data_ptr(), losses.data_ptr(), into.hidden_bias.data_ptr() if grad else 0,
-            into.logits_bias.data_ptr() if grad else 0, torch.get_num_threads(),
-        )  # fmt: skip
+            pack_spec(*spec),
+            hidden.data_ptr(),
+            (losses.data_ptr(), beliefs.data_ptr(), logits.data_ptr()),
+            written,
+            torch.get_num_threads(),
+        )
         if bad is not None:
-            raise label_error(*bad, classes, problem.ignore_index)
+            row, label = bad
+            raise label_error(row, label, classes, spec.options.ignore_index)
     else:
         losses.zero_()
-        for bias in (into.hidden_bias, into.logits_bias) if grad else ():
-            bias.zero_()
+        if gradients is not None:
+            gradients.hidden_bias.zero_()
+            gradients.logits_bias.zero_()
     beliefs = beliefs.view(stages, rows, classes)
-    if not grad:
-        return CascadePass(losses, beliefs, logits, None, None, None)
-    hidden, dhidden = (x.view(stages, width, rows).transpose(1, 2) for x in (hidden, dhidden))
-    return CascadePass(losses, beliefs, logits, dlogits.view(stages, rows, classes), hidden, dhidden, has_biases=True)
+    if gradients is None:
+        return CascadeOutputs(losses, beliefs, logits, None)
+    hidden, dhidden = (x.view(stages, hidden_dim, rows).transpose(1, 2) for x in (hidden, rest[0]))
+    kept = CascadeActivations(rest[1].view(stages, rows, classes), hidden, dhidden)
+    return CascadeOutputs(losses, beliefs, logits, kept, has_biases=True)

@@ -1,6 +1,6 @@
 """Checks of arguments that every operation shares, and their canonical forms.
 
-All checks except `check_labels` and `check_alpha_values` look at metadata only: they read no value from a GPU.
+All checks except `check_values` and what it calls look at metadata only: they read no value from a GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 
 import torch
 from torch import Tensor
+
+from .options import LossOptions, LossSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -90,8 +92,33 @@ def canonical_alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) ->
     return float(alpha)
 
 
+def make_spec(
+    target: Tensor, alpha: float | Tensor, options: LossOptions, logits: Tensor, shape: torch.Size
+) -> LossSpec:
+    """Return the checked spec of a loss of logits of `shape` (..., C), on the device and in the dtype of `logits`."""
+    labels, soft = canonical_target(target, logits, shape)
+    check_support(options, labels)
+    return LossSpec(labels, soft, canonical_alpha(alpha, logits, shape), options)
+
+
+def check_support(options: LossOptions, labels: Tensor | None) -> None:
+    """Raise ValueError for the reverse divergence with hard labels that are not smoothed: it would be infinite."""
+    if options.reverse and labels is not None and not options.label_smoothing > 0.0:
+        raise ValueError(
+            "divergence='reverse' needs a target of full support: label_smoothing is 0 and target is hard labels; "
+            "it must be > 0, or target must be class probabilities"
+        )
+
+
+def check_values(spec: LossSpec, classes: int) -> None:
+    """Raise ValueError for a tensor alpha outside [0, 1], IndexError for a label out of range; read both."""
+    check_alpha_values(spec.alpha)
+    if spec.labels is not None:
+        check_labels(spec.labels, classes, spec.options.ignore_index)
+
+
 def check_alpha_values(alpha: float | Tensor) -> None:
-    """Raise ValueError for the first value of a tensor alpha outside [0, 1]; read it."""
+    """Raise ValueError for the first value of a tensor alpha outside [0, 1]; read the values."""
     if isinstance(alpha, Tensor):
         bad = ~((alpha >= 0) & (alpha <= 1))
         if bad.any():

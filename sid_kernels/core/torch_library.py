@@ -1,5 +1,84 @@
-"""The library that holds the operators `torch.ops.sid_kernels.*`."""
+"""How an operator `torch.ops.sid_kernels.*` is defined: what torch.compile, export and fake tensors see.
+
+`Library.define` and `impl` have a third of the overhead of `torch.library.custom_op`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-library = torch.library.Library("sid_kernels", "DEF")
+from .autograd import functorch_stack, is_compiling, scale_gradients
+
+# The options' part of a schema. Its values are the arguments of `LossOptions`.
+OPTIONS_SCHEMA = "str divergence, float label_smoothing, int ignore_index, str reduction"
+
+_library = torch.library.Library("sid_kernels", "DEF")
+
+
+def define_operator(
+    schema: str,
+    run: Callable[..., Sequence[Tensor]],
+    fake: Callable[..., Sequence[Tensor]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple],
+) -> Any:
+    """Define an operator for CPU and CUDA and return it.
+
+    schema: as `torch.library.define` takes it; the first output is the loss, the only differentiable one.
+    run, fake: called with all arguments in order. fake returns outputs of the right shapes, without values.
+    setup_context, backward: as `torch.library.register_autograd` takes them.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    qualified = f"sid_kernels::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.sid_kernels, name).default
+
+
+def gradients_in_outputs(name: str, first: int) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:
+    """Return setup_context and backward of an operator that computes its gradients with the loss.
+
+    name: the public operation, for errors. first: the outputs from here on are the gradients of the first inputs.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.arguments = len(inputs)
+        ctx.save_for_backward(*output[first:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * ctx.arguments
+        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, name)
+        return *gradients, *[None] * (ctx.arguments - len(gradients))
+
+    return setup_context, backward
+
+
+def split_alpha(alpha: float | Tensor) -> tuple[Tensor | None, float]:
+    """Return alpha as the arguments `Tensor? alpha, float alpha_value` of a schema."""
+    if isinstance(alpha, Tensor):
+        return alpha.detach(), 0.0
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
+    return None, float(alpha)
+
+
+def options_arguments(options: tuple) -> tuple:
+    """Return the arguments of `LossOptions` as those of OPTIONS_SCHEMA."""
+    divergence, label_smoothing, *rest = options
+    return divergence, float(label_smoothing), *rest
+
+
+def refuse_functorch(name: str) -> None:
+    """Raise RuntimeError inside a torch.func transform."""
+    if not is_compiling() and functorch_stack() is not None:
+        raise RuntimeError(f"{name} does not take part in torch.func transforms; use torch.autograd")

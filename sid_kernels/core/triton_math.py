@@ -1,11 +1,11 @@
-# The mathematics of a row for the Triton kernels: what csrc/row_math.h says, on tiles of whole rows.
+# The mathematics of a row for the Triton kernels: that of csrc/row_math.h, on tiles of whole rows.
 #
-# A tile is (ROWS, columns). Logits enter the sums as t = z - max(z), so nothing overflows; a lane beyond a row's end
-# enters as t = -inf with q = y = 0, so it counts nothing. Nothing here touches memory.
+# A tile is (ROWS, columns). Logits enter the sums as t = z - max(z), so nothing overflows. A lane beyond a row's end
+# has t = -inf and q = y = 0, so it contributes nothing. Nothing here accesses memory.
 import triton
 import triton.language as tl
 
-# The least argument a logarithm of a probability is taken at: float32's smallest normal number.
+# Logarithms of probabilities are taken at no less than float32's smallest normal number.
 TINY = tl.constexpr(2.0**-126)
 MASKED = tl.constexpr(float("-inf"))
 # NaN has no name here: Triton compares the globals of the kernels it compiles, and NaN differs from itself.
@@ -13,24 +13,25 @@ MASKED = tl.constexpr(float("-inf"))
 
 @triton.jit
 def log_probability(q):
+    """Return log q, of at least TINY."""
     return tl.log(tl.where(q < TINY, TINY, q))  # a NaN passes through
 
 
 @triton.jit
 def times(a, b):
-    """a b, where a = 0 wins even over b = -inf: a class of no weight counts nothing, masked or not."""
+    """Return a b, where a = 0 gives 0 even if b = -inf: a class of weight 0 contributes nothing, masked or not."""
     return tl.where(a == 0, 0.0, a * b)
 
 
 @triton.jit
 def reference(top):
-    """What logits are taken relative to: the largest so far, or 0 while every logit so far is masked."""
+    """Return what is subtracted from logits: the largest so far, or 0 while every logit so far is masked."""
     return tl.where(top == MASKED, 0.0, top)
 
 
 @triton.jit
 def row_sums(t, e, q, y, inside, zero, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr):
-    """The seven sums over a tile's columns, each (ROWS,); those that a variant does not need are `zero`.
+    """Return the seven sums over a tile's columns, (ROWS,) each; those that a variant does not need are `zero`.
 
     Forward: of e, t, q, q t, q log q, y, y t.   Reverse: of e, e t, 0, e log q, 0, 0, e log y.
     """
@@ -61,7 +62,7 @@ def finish(
     label_t, alpha, smoothing, uniform, log_classes,
     HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """loss, fidelity, consistency, log_sum and the gradient's centre of every row, from its sums."""
+    """Return loss, fidelity, consistency, log_sum and the gradient's center of every row, from its sums."""
     log_sum = tl.log(total)
     off = smoothing * uniform
     if REVERSE:
@@ -89,24 +90,24 @@ def finish(
         consistency = entropy - prior_dot + prior_mass * log_sum
     loss = times(alpha, fidelity) + times(1.0 - alpha, consistency)
     if REVERSE:
-        centre = loss
+        center = loss
     else:
-        centre = alpha * target_mass + (1.0 - alpha) * prior_mass
-    return loss, fidelity, consistency, log_sum, centre
+        center = alpha * target_mass + (1.0 - alpha) * prior_mass
+    return loss, fidelity, consistency, log_sum, center
 
 
 @triton.jit
-def gradient(t, p, q, y, log_sum, centre, alpha, REVERSE: tl.constexpr):
-    """dL/dz of a tile; log_sum, centre and alpha are (ROWS, 1)."""
+def gradient(t, p, q, y, log_sum, center, alpha, REVERSE: tl.constexpr):
+    """Return dL/dz of a tile; log_sum, center and alpha are (ROWS, 1)."""
     if REVERSE:
         u = t - log_sum - alpha * log_probability(y) - (1.0 - alpha) * log_probability(q)
-        return times(p, u - centre)
-    return centre * p - alpha * y - (1.0 - alpha) * q
+        return times(p, u - center)
+    return center * p - alpha * y - (1.0 - alpha) * q
 
 
 @triton.jit
 def settle(label, ignore_index, classes, loss, fidelity, consistency):
-    """Rows that do not count become 0, rows with a label out of range NaN; also returns which are which."""
+    """Return the losses, 0 in ignored rows and NaN if the label is out of range, and which rows these are."""
     ignored = label == ignore_index
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     loss = tl.where(ignored, 0.0, tl.where(bad, float("nan"), loss))
@@ -121,7 +122,7 @@ def whole_rows(
     smoothing, uniform, log_classes,
     HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Rows held whole: loss, fidelity, consistency, and what the gradient needs: t, belief, log_sum, centre."""
+    """Return loss, fidelity and consistency of whole rows, and t, belief, log_sum and center for the gradient."""
     t = z - reference(tl.max(z, 1))[:, None]
     e = tl.exp(t)
     zero = tl.zeros_like(alpha)
@@ -131,19 +132,19 @@ def whole_rows(
     label_t = zero
     if HARD:
         label_t = tl.sum(tl.where(cols == label[:, None], t, 0.0), 1)
-    loss, fidelity, consistency, log_sum, centre = finish(
+    loss, fidelity, consistency, log_sum, center = finish(
         total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot,
         label_t, alpha, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE,
     )  # fmt: skip
-    return loss, fidelity, consistency, t, e * (1.0 / total)[:, None], log_sum, centre
+    return loss, fidelity, consistency, t, e * (1.0 / total)[:, None], log_sum, center
 
 
 @triton.jit
 def settled_gradient(
-    t, p, q, y, log_sum, centre, alpha, factor, label, ignore_index, classes, HARD: tl.constexpr, REVERSE: tl.constexpr
+    t, p, q, y, log_sum, center, alpha, factor, label, ignore_index, classes, HARD: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """dL/dz times `factor`: 0 in rows that do not count, NaN in rows with a label out of range."""
-    dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], alpha[:, None], REVERSE) * factor
+    """Return dL/dz times `factor`: 0 in ignored rows, NaN if the label is out of range."""
+    dz = gradient(t, p, q, y, log_sum[:, None], center[:, None], alpha[:, None], REVERSE) * factor
     if HARD:
         _, _, _, ignored, bad = settle(label, ignore_index, classes, log_sum, log_sum, log_sum)
         dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], float("nan"), dz))

@@ -7,32 +7,41 @@ from torch import Tensor
 
 from ..core import cpu
 from ..core.checks import label_error
+from ..core.native import pack_spec
+from ..core.options import DEFAULTS
 from .pack import pack
-from .problem import Problem, Result
+from .problem import LocalLossOutputs, LocalLossProblem
 
 
-def run(problem: Problem) -> Result:
-    result, arguments = pack(problem)
+def run(problem: LocalLossProblem) -> LocalLossOutputs:
+    """Return loss, belief and gradient of a problem on a CPU.
+
+    Raises:
+        IndexError: a label out of range; then nothing was written.
+    """
+    outputs, arguments = pack(problem)
     bad = cpu.compiled.local_loss(*arguments, torch.get_num_threads())
     if bad is not None:
-        raise label_error(*bad, problem.logits.shape[1], problem.ignore_index)
-    return result
+        row, label = bad
+        raise label_error(row, label, problem.logits.shape[1], problem.spec.options.ignore_index)
+    return outputs
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _float32, _int64, _like = torch.float32, torch.int64, torch.empty_like
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
-_NONE = (0, 0, 0)
 
 
-def run_ordinary(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> Result | None:
-    """The call a training step makes (contiguous float32 (N, C), labels, all options at their defaults), or None.
+def run_ordinary(
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor
+) -> LocalLossOutputs | None:
+    """Return what `run` gives for the call of a training step, or None if the call is not of this kind.
 
-    It gives what `run` gives. Whatever is not just so goes the general way, where it is checked and named; here
-    nothing is but the few facts that make the checks unnecessary, because at (128, 10) they cost more than the kernel.
+    The kind: contiguous float32 logits and prior (N, C), int64 labels, a float alpha, default options. At (128, 10) the
+    general checks take longer than the kernel. Any other call takes the general path, which checks it by name.
     """
     if not (
-        cpu.unavailable() is None
+        cpu.compiled is not None
         and type(logits) in _PLAIN
         and type(prior) is Tensor
         and type(target) is Tensor
@@ -50,16 +59,29 @@ def run_ordinary(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) ->
     ):
         return None
     shape = logits.shape
-    if len(shape) != 2 or prior.shape != shape or target.shape != shape[:1] or not shape[1]:
+    if len(shape) != 2 or prior.shape != shape:
         return None
     rows, classes = shape
+    if not classes or target.shape != (rows,):
+        return None
     belief, dlogits = _like(prior), _like(prior)
     loss, fidelity, consistency = _like(_SCALAR), _like(_SCALAR), _like(_SCALAR)
     bad = cpu.compiled.local_loss(
-        rows, classes, (logits.data_ptr(), classes, 0), (prior.data_ptr(), classes, 0), target.data_ptr(), _NONE,
-        0, 0, alpha, 0.0, -100, False, 1, (belief.data_ptr(), classes, 0), (dlogits.data_ptr(), classes, 0),
-        loss.data_ptr(), fidelity.data_ptr(), consistency.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        rows,
+        classes,
+        (logits.data_ptr(), classes, 0),
+        (prior.data_ptr(), classes, 0),
+        pack_spec(target, None, alpha, DEFAULTS),
+        (
+            loss.data_ptr(),
+            (belief.data_ptr(), classes, 0),
+            fidelity.data_ptr(),
+            consistency.data_ptr(),
+            (dlogits.data_ptr(), classes, 0),
+        ),
+        torch.get_num_threads(),
+    )
     if bad is not None:
-        raise label_error(*bad, classes, -100)
-    return Result(loss, fidelity, consistency, belief, dlogits)
+        row, label = bad
+        raise label_error(row, label, classes, DEFAULTS.ignore_index)
+    return LocalLossOutputs(loss, belief, fidelity, consistency, dlogits)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from ..core import cuda
 from .pack import pack
-from .problem import Problem, Result
+from .problem import LocalLossOutputs, LocalLossProblem
 
 
-def run(problem: Problem) -> Result:
-    """Return loss, belief and gradient without waiting for the GPU."""
+def run(problem: LocalLossProblem) -> LocalLossOutputs:
+    """Return loss, belief and gradient of a problem on a CUDA device, without waiting for it."""
     device = problem.logits.device
     with cuda.on_device(device):
-        result, arguments = pack(problem)
+        outputs, arguments = pack(problem)
         stream = cuda.current_stream(device)
         workspace = cuda.workspace(device, stream)
         cuda.compiled.local_loss(*arguments, workspace.data_ptr(), stream, device.index)
-    return result
+    return outputs

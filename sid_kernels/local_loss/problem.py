@@ -1,7 +1,6 @@
-"""What a caller may pass and what every backend gets: the one place where arguments are checked.
+"""Arguments of the local loss in canonical form, and the results: the one place where both are defined.
 
-`make_problem` turns the arguments of the public operations into a `Problem`, two-dimensional and valid, or
-raises before anything was computed or written. It looks at metadata only: no value on a GPU is read.
+`make_problem` raises before anything is computed or written. It looks at metadata only.
 """
 
 from __future__ import annotations
@@ -11,38 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import (
-    DTYPES,
-    as_rows,
-    canonical_alpha,
-    canonical_target,
-    check_alpha_values,
-    check_device,
-    check_dtype,
-    check_labels,
-    check_tensor,
-)
+from ..core.checks import DTYPES, as_rows, check_device, check_dtype, check_tensor, make_spec
+from ..core.options import LossOptions, LossSpec
 
-DIVERGENCES = ("forward", "reverse")
-REDUCTIONS = ("none", "mean", "sum")
+_new = torch.empty_strided  # half the overhead of torch.empty
 
 
-class Problem(NamedTuple):
-    """The operation in canonical form: N rows of C classes, unit column strides, any row strides."""
+class LocalLossProblem(NamedTuple):
+    """The local loss of N rows of C classes; columns are adjacent, rows have any stride."""
 
     logits: Tensor  # (N, C)
     prior: Tensor | None  # (N, C); None: uniform
-    labels: Tensor | None  # (N,) int64; exactly one of labels and soft is given
-    soft: Tensor | None  # (N, C)
-    alpha: float | Tensor  # tensor: float32 on the logits' device, () or (N,)
-    reverse: bool
-    label_smoothing: float
-    ignore_index: int
-    reduction: str
-    out: Tensor | None  # (N, C), where dlogits goes; None: allocate
+    spec: LossSpec
     need_grad: bool
     need_belief: bool = True
-    belief_out: Tensor | None = None  # (N, C) contiguous, where the belief goes; None: allocate
+    out: Tensor | None = None  # (N, C), where dlogits goes; None: new memory
+    belief_out: Tensor | None = None  # (N, C) contiguous, where the belief goes; None: new memory
 
 
 class LocalLoss(NamedTuple):
@@ -50,8 +33,8 @@ class LocalLoss(NamedTuple):
 
     loss: alpha * fidelity + (1 - alpha) * consistency, in nats; () for reduction "mean" and "sum", (...) for "none";
         float32 (float64 for float64 logits). The only differentiable part, in logits alone.
-    belief: softmax(logits), (..., C), contiguous, in the prior's dtype (the logits' where there is no prior);
-        None where it was not asked for.
+    belief: softmax(logits), (..., C), contiguous, in the prior's dtype (the logits' dtype without a prior);
+        None if it was not asked for.
     fidelity: CE(y, p) (forward) or KL(p || y) (reverse), shaped and reduced like loss.
     consistency: KL(q || p) (forward) or KL(p || q) (reverse), shaped and reduced like loss.
     """
@@ -62,14 +45,14 @@ class LocalLoss(NamedTuple):
     consistency: Tensor
 
 
-class Result(NamedTuple):
-    """What a backend returns for a `Problem`."""
+class LocalLossOutputs(NamedTuple):
+    """What a backend returns for a `LocalLossProblem`."""
 
     loss: Tensor  # () or (N,), float32 (float64 for float64 logits)
-    fidelity: Tensor  # likewise
-    consistency: Tensor  # likewise
     belief: Tensor | None  # (N, C), contiguous; None: not wanted
-    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss; None: not wanted
+    fidelity: Tensor  # like loss
+    consistency: Tensor  # like loss
+    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss ("none": of the sum); None: not wanted
 
 
 def make_problem(
@@ -77,14 +60,17 @@ def make_problem(
     prior: Tensor | None,
     target: Tensor,
     alpha: float | Tensor,
-    divergence: str,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    out: Tensor | None,
-    need_grad: bool,
+    options: LossOptions,
+    *,
+    need_grad: bool = True,
     need_belief: bool = True,
-) -> Problem:
+    out: Tensor | None = None,
+) -> LocalLossProblem:
+    """Return the problem of `fused_local_loss`'s arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+    """
     check_tensor("logits", logits)
     shape = logits.shape
     if logits.dtype not in DTYPES:
@@ -94,8 +80,6 @@ def make_problem(
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(shape)}; it must be (..., C) with at least one class")
     classes = shape[-1]
-    check_options(divergence, label_smoothing, ignore_index, reduction)
-    reverse = divergence == "reverse"
     if prior is not None:
         check_tensor("prior", prior)
         if prior.shape != shape:
@@ -105,80 +89,52 @@ def make_problem(
         if (prior.dtype is torch.float64) != (logits.dtype is torch.float64):
             raise TypeError(f"prior has dtype {prior.dtype} and logits {logits.dtype}; float64 goes with float64 only")
         prior = as_rows(prior.detach() if prior.requires_grad else prior, classes)  # a constant, by the method
-    labels, soft = canonical_target(target, logits, shape)
-    check_support(divergence, label_smoothing, labels)
+    spec = make_spec(target, alpha, options, logits, shape)
     if out is not None:
-        _check_out(out, logits, prior, soft, alpha)
-        out = as_rows(out, classes)
-    return Problem(
-        as_rows(logits, classes),
-        prior,
-        labels,
-        soft,
-        canonical_alpha(alpha, logits, shape),
-        reverse,
-        float(label_smoothing),
-        ignore_index,
-        reduction,
-        out,
-        need_grad,
-        need_belief,
-    )
+        _check_out(out, logits, (("prior", prior), ("target", spec.soft), ("alpha", alpha)))
+        out = as_rows(out.detach(), classes)
+    logits = as_rows(logits.detach() if logits.requires_grad else logits, classes)  # backends record no graph
+    return LocalLossProblem(logits, prior, spec, need_grad, need_belief, out)
 
 
-def check_options(
-    divergence: str, label_smoothing: float, ignore_index: int, reduction: str, reductions: tuple = REDUCTIONS
-) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence is {divergence!r}; it must be one of {DIVERGENCES}")
-    if reduction not in reductions:
-        raise ValueError(f"reduction is {reduction!r}; it must be one of {reductions}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing is of type {type(label_smoothing).__name__}; it must be a float in [0, 1]")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1]")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is of type {type(ignore_index).__name__}; it must be an int")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index is {ignore_index}; it must fit 64 bits")
+def allocate(problem: LocalLossProblem) -> LocalLossOutputs:
+    """Return the outputs of a problem as memory to fill, in float32 except belief and dlogits."""
+    logits = problem.logits
+    shape, device = logits.shape, logits.device
+    dlogits = problem.out
+    if not problem.need_grad:
+        dlogits = None
+    elif dlogits is None:
+        dlogits = _new(shape, (shape[1], 1), dtype=logits.dtype, device=device)
+    size, strides = ((shape[0],), (1,)) if problem.spec.options.reduction == "none" else ((), ())
+    loss = _new(size, strides, dtype=torch.float32, device=device)
+    fidelity = _new(size, strides, dtype=torch.float32, device=device)
+    consistency = _new(size, strides, dtype=torch.float32, device=device)
+    return LocalLossOutputs(loss, allocate_belief(problem), fidelity, consistency, dlogits)
 
 
-def check_support(divergence: str, label_smoothing: float, labels: Tensor | None) -> None:
-    if divergence == "reverse" and labels is not None and not label_smoothing > 0.0:
-        raise ValueError(
-            "divergence='reverse' needs a target of full support: label_smoothing is 0 and target is hard labels; "
-            "it must be > 0, or target must be class probabilities"
-        )
-
-
-def belief_memory(problem: Problem) -> Tensor | None:
-    """Where a backend writes the belief; None: nowhere."""
+def allocate_belief(problem: LocalLossProblem) -> Tensor | None:
+    """Return the memory (N, C) that a backend writes the belief to, or None if it is not wanted."""
     if not problem.need_belief or problem.belief_out is not None:
         return problem.belief_out
     z = problem.logits
     dtype = z.dtype if problem.prior is None else problem.prior.dtype
-    return torch.empty_strided(z.shape, (z.shape[1], 1), dtype=dtype, device=z.device)
+    return _new(z.shape, (z.shape[1], 1), dtype=dtype, device=z.device)
 
 
-def scale_of_mean(labels: Tensor | None, ignore_index: int, rows: Tensor) -> Tensor:
-    """1 over the number of rows that count, () in float32 (float64 for float64), on the device of `rows` (N, ...).
+def scale_of_mean(spec: LossSpec, rows: Tensor) -> Tensor:
+    """Return 1 over the number of rows that are not ignored, as a tensor () on the device of `rows` (N, ...).
 
-    A tensor: nobody waits for a device to tell a number.
+    It is float32 (float64 for float64 rows). Nothing waits for the device.
     """
     compute = torch.float64 if rows.dtype is torch.float64 else torch.float32
-    if labels is None:
+    if spec.labels is None:
         return torch.full((), 1.0 / max(rows.shape[0], 1), dtype=compute, device=rows.device)
-    return 1.0 / (labels != ignore_index).sum().clamp(min=1).to(compute)
-
-
-def check_values(problem: Problem) -> None:
-    """The checks that read values: alpha in [0, 1], labels in range. For CPU tensors, or under `debug`."""
-    check_alpha_values(problem.alpha)
-    if problem.labels is not None:
-        check_labels(problem.labels, problem.logits.shape[1], problem.ignore_index)
+    return 1.0 / (spec.labels != spec.options.ignore_index).sum().clamp(min=1).to(compute)
 
 
 def check_out_like(out: Tensor, logits: Tensor) -> None:
+    """Raise TypeError or ValueError if `out` is not a tensor of the logits' shape, dtype and device."""
     check_tensor("logits", logits)
     check_tensor("out", out)
     if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
@@ -188,7 +144,8 @@ def check_out_like(out: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor | None, alpha: float | Tensor) -> None:
+def _check_out(out: Tensor, logits: Tensor, inputs: tuple[tuple[str, object], ...]) -> None:
+    """Raise if dlogits cannot be written to `out`, or `out` overlaps an input other than the logits as a whole."""
     check_out_like(out, logits)
     strides = out.stride()
     viewable = out.dim() == 2 or out.is_contiguous()
@@ -202,6 +159,6 @@ def _check_out(out: Tensor, logits: Tensor, prior: Tensor | None, soft: Tensor |
     if storage == logits.untyped_storage().data_ptr():
         if out.data_ptr() != logits.data_ptr() or strides != logits.stride():
             raise ValueError("out overlaps logits; it must be logits itself or memory of its own")
-    for name, x in (("prior", prior), ("target", soft), ("alpha", alpha)):
+    for name, x in inputs:
         if isinstance(x, Tensor) and x.numel() and x.untyped_storage().data_ptr() == storage:
             raise ValueError(f"out shares memory with {name}; it must be logits itself or memory of its own")

@@ -1,7 +1,7 @@
 """The fused local loss in plain PyTorch: the definition, on any device, in float32 or float64.
 
-The other backends must agree with this one; it favours being readable over being fast. The gradient is the
-closed form (arXiv 2510.03273), so a gradient check in float64 is a check of that form.
+The other backends must agree with this one. It is written to be read, not to be fast. The gradient is the closed form
+(arXiv 2510.03273), so a gradient check in float64 checks that form.
 """
 
 from __future__ import annotations
@@ -9,23 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Problem, Result, belief_memory
+from ..core.options import LossSpec
+from .problem import LocalLossOutputs, LocalLossProblem, allocate_belief
 
 # Logarithms of probabilities are taken at no less than float32's smallest normal number.
 TINY = torch.finfo(torch.float32).tiny
 
 
-def run(problem: Problem) -> Result:
-    z = problem.logits  # (N, C)
+def run(problem: LocalLossProblem) -> LocalLossOutputs:
+    """Return loss, belief and gradient of a problem."""
+    z, spec = problem.logits, problem.spec  # z: (N, C)
     dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
-    rows, classes = z.shape
     log_p = z.to(dtype).log_softmax(-1)  # (N, C)
     p = log_p.exp()
-    q = torch.full_like(p, 1.0 / classes) if problem.prior is None else problem.prior.to(dtype)
-    y, counts, valid = _target(problem, p)  # (N, C), (N,), (N,)
-    alpha = _column(problem.alpha, p)  # (N, 1)
+    q = torch.full_like(p, 1.0 / z.shape[1]) if problem.prior is None else problem.prior.to(dtype)
+    y, counts, valid = _target(spec, p)  # (N, C), (N,), (N,)
+    alpha = _column(spec.alpha, p)  # (N, 1)
 
-    if problem.reverse:  # alpha KL(p || y) + (1 - alpha) KL(p || q)
+    if spec.options.reverse:  # alpha KL(p || y) + (1 - alpha) KL(p || q)
         log_y, log_q = _log(y), _log(q)
         fidelity = _times(p, log_p - log_y).sum(-1)
         consistency = _times(p, log_p - log_q).sum(-1)
@@ -40,31 +41,30 @@ def run(problem: Problem) -> Result:
     alpha = alpha[:, 0]
     loss = _times(alpha, fidelity) + _times(1 - alpha, consistency)
 
-    losses = [_only(x, counts, valid) for x in (loss, fidelity, consistency)]  # (N,) each
+    loss, fidelity, consistency = (_only(x, counts, valid) for x in (loss, fidelity, consistency))  # (N,) each
     gradient = _only(gradient, counts[:, None], valid[:, None])
-    if problem.reduction != "none":
-        losses = [x.sum() for x in losses]
-    if problem.reduction == "mean":
+    if spec.options.reduction != "none":
+        loss, fidelity, consistency = loss.sum(), fidelity.sum(), consistency.sum()
+    if spec.options.reduction == "mean":
         number = counts.sum().clamp(min=1)
-        losses = [x / number for x in losses]
-        gradient = gradient / number
+        loss, fidelity, consistency, gradient = (x / number for x in (loss, fidelity, consistency, gradient))
 
-    dlogits, belief = None, belief_memory(problem)
+    dlogits, belief = None, allocate_belief(problem)
     if belief is not None:
         belief.copy_(p)
     if problem.need_grad:
         dlogits = gradient.to(z.dtype) if problem.out is None else problem.out.copy_(gradient)
-    return Result(*losses, belief, dlogits)
+    return LocalLossOutputs(loss, belief, fidelity, consistency, dlogits)
 
 
-def _target(problem: Problem, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Target probabilities after smoothing, which rows count, which have a label in range."""
+def _target(spec: LossSpec, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the smoothed target probabilities, which rows are not ignored, and which have a label in range."""
     rows, classes = p.shape
-    smoothing, labels = problem.label_smoothing, problem.labels
-    everywhere = torch.ones(rows, dtype=torch.bool, device=p.device)
+    smoothing, labels = spec.options.label_smoothing, spec.labels
     if labels is None:
-        return (1 - smoothing) * problem.soft.to(p.dtype) + smoothing / classes, everywhere, everywhere
-    counts = labels != problem.ignore_index
+        everywhere = torch.ones(rows, dtype=torch.bool, device=p.device)
+        return (1 - smoothing) * spec.target.to(p.dtype) + smoothing / classes, everywhere, everywhere
+    counts = labels != spec.options.ignore_index
     valid = (labels >= 0) & (labels < classes)
     y = torch.full_like(p, smoothing / classes)
     on_label = torch.full_like(p[:, :1], 1 - smoothing + smoothing / classes)
@@ -73,21 +73,22 @@ def _target(problem: Problem, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _only(x: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
-    """0 where a row does not count, NaN where its label is out of range."""
+    """Return x with 0 in ignored rows and NaN in rows whose label is out of range."""
     return torch.where(counts, torch.where(valid, x, torch.nan), 0.0)
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a b, where a = 0 wins even over b = -inf."""
+    """Return a b, where a = 0 gives 0 even if b = -inf."""
     return torch.where(a == 0, 0.0, a * b)
 
 
 def _log(q: Tensor) -> Tensor:
+    """Return the logarithm of probabilities."""
     return q.clamp(min=TINY).log()
 
 
 def _column(alpha: float | Tensor, like: Tensor) -> Tensor:
-    """alpha -> (N, 1)."""
+    """Return alpha as (N, 1)."""
     if isinstance(alpha, Tensor):
         return alpha.to(like.dtype).reshape(-1, 1).expand(like.shape[0], 1)
     return torch.full((like.shape[0], 1), alpha, dtype=like.dtype, device=like.device)

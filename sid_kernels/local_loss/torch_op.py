@@ -1,101 +1,95 @@
-"""The operator `torch.ops.sid_kernels.local_loss`: what torch.compile, export and fake tensors see.
-
-It computes what the eager path computes, through the dispatcher. `Library.define`/`impl` rather than
-`custom_op`: a third of the overhead a call.
-"""
+"""The operator `torch.ops.sid_kernels.local_loss`: the local loss through PyTorch's dispatcher."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.autograd import first_derivative, scaled
-from ..core.torch_library import library
-from . import dispatch
-from .problem import Problem, make_problem
-
-library.define(
-    "local_loss(Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, float alpha_value, str divergence, "
-    "float label_smoothing, int ignore_index, str reduction, str backend, bool need_grad) "
-    "-> (Tensor loss, Tensor belief, Tensor fidelity, Tensor consistency, Tensor dlogits)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+from ..core.autograd import first_derivative, functorch_stack, is_compiling
+from ..core.checks import check_tensor
+from ..core.options import LossOptions, make_options
+from ..core.torch_library import (
+    OPTIONS_SCHEMA,
+    define_operator,
+    gradients_in_outputs,
+    options_arguments,
+    split_alpha,
 )
+from .dispatch import run_shaped
+from .problem import make_problem
 
 
-def _problem(
-    logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad
-) -> Problem:
+def call(
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, options: tuple, backend: str,
+    need_grad: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return (loss, belief, fidelity, consistency, dlogits); dlogits is empty if `need_grad` is False.
+
+    options: the arguments of `LossOptions`, which the operator checks.
+    """
+    for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
+        check_tensor(name, x)
+    if not is_compiling() and functorch_stack() is not None:
+        return _Functional.apply(logits, prior, target, alpha, options, backend)
+    prior = None if prior is None else prior.detach()
+    rest = (*options_arguments(options), backend, need_grad)
+    return local_loss(logits, prior, target.detach(), *split_alpha(alpha), *rest)
+
+
+class _Functional(torch.autograd.Function):
+    """The local loss for torch.func's transforms, which call `forward` with the plain tensors inside their own."""
+
+    @staticmethod
+    def forward(logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, *rest: Any) -> tuple:
+        options, backend = rest
+        return _solve(logits, prior, target, alpha, make_options(*options), backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(output[4])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: object) -> tuple:
+        return first_derivative(ctx, ctx.saved_tensors[0], grad_loss, "fused_local_loss"), *[None] * 5
+
+
+def _solve(
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, options: LossOptions, backend: str,
+    need_grad: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    problem = make_problem(logits, prior, target, alpha, options, need_grad=need_grad)
+    return tuple(logits.new_empty(0) if x is None else x for x in run_shaped(problem, backend, logits.shape))
+
+
+def _run(
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: Tensor | None, alpha_value: float, *rest: Any
+) -> tuple[Tensor, ...]:
+    *options, backend, need_grad = rest
     weight = alpha_value if alpha is None else alpha
-    return make_problem(
-        logits, prior, target, weight, divergence, label_smoothing, ignore_index, reduction, None, need_grad
-    )
-
-
-def _local_loss(
-    logits: Tensor,
-    prior,
-    target,
-    alpha,
-    alpha_value,
-    divergence,
-    label_smoothing,
-    ignore_index,
-    reduction,
-    backend,
-    need_grad,
-):
-    problem = _problem(
-        logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad
-    )
-    loss, fidelity, consistency, belief, dlogits = dispatch.run(problem, backend)
-    if reduction == "none":
-        loss, fidelity, consistency = (x.view(logits.shape[:-1]) for x in (loss, fidelity, consistency))
-    dlogits = logits.new_empty(0) if dlogits is None else dlogits.view(logits.shape)
-    return loss, belief.view(logits.shape), fidelity, consistency, dlogits
+    return _solve(logits, prior, target, weight, make_options(*options), backend, need_grad)
 
 
 def _fake(
-    logits: Tensor,
-    prior,
-    target,
-    alpha,
-    alpha_value,
-    divergence,
-    label_smoothing,
-    ignore_index,
-    reduction,
-    backend,
-    need_grad,
-):
-    _problem(logits, prior, target, alpha, alpha_value, divergence, label_smoothing, ignore_index, reduction, need_grad)
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: Tensor | None, alpha_value: float, *rest: Any
+) -> tuple[Tensor, ...]:
+    *values, _, need_grad = rest
+    options = make_options(*values)
+    make_problem(logits, prior, target, alpha_value if alpha is None else alpha, options)
     dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    loss, fidelity, consistency = (
-        logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype) for _ in range(3)
-    )
+    shape = logits.shape[:-1] if options.reduction == "none" else ()
+    loss, fidelity, consistency = (logits.new_empty(shape, dtype=dtype) for _ in range(3))
     belief = logits.new_empty(logits.shape, dtype=logits.dtype if prior is None else prior.dtype)
     return loss, belief, fidelity, consistency, logits.new_empty(logits.shape if need_grad else 0)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[4])
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, grad_loss, *_):
-    grad = None
-    if grad_loss is not None:
-        (dlogits,) = ctx.saved_tensors
-        grad = (
-            first_derivative(ctx, dlogits, grad_loss, "fused_local_loss")
-            if torch.is_grad_enabled()
-            else scaled(dlogits, grad_loss)
-        )
-    return grad, None, None, None, None, None, None, None, None, None, None
-
-
-for _key in ("CPU", "CUDA"):
-    library.impl("local_loss", _local_loss, _key)
-torch.library.register_fake("sid_kernels::local_loss", _fake, lib=library)
-torch.library.register_autograd("sid_kernels::local_loss", _backward, setup_context=_setup_context, lib=library)
-local_loss = torch.ops.sid_kernels.local_loss.default
+local_loss = define_operator(
+    f"local_loss(Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, float alpha_value, {OPTIONS_SCHEMA}, "
+    "str backend, bool need_grad) "
+    "-> (Tensor loss, Tensor belief, Tensor fidelity, Tensor consistency, Tensor dlogits)",
+    _run,
+    _fake,
+    *gradients_in_outputs("fused_local_loss", 4),
+)

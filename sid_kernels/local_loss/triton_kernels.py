@@ -1,7 +1,7 @@
 # The Triton kernels of the fused local loss, over the mathematics in triton_math.
 #
-# It imports triton and is imported by triton_kernels.py alone, which chooses all sizes. Loops with a bound known at run
-# time are `while` loops: Triton's interpreter cannot take such a bound in `range` under numpy 2.4 and later.
+# Loops with a bound known at run time are `while` loops: Triton's interpreter cannot take such a bound in `range` under
+# numpy 2.4 and later.
 import triton
 import triton.language as tl
 
@@ -17,8 +17,8 @@ from ..core.triton_math import (
     whole_rows,
 )
 
-# Arguments that change from call to call and say nothing about wide accesses: compiling again for them would be waste.
-# (C, the row strides and the big arrays stay specialised: divisible by 16 means 16-byte accesses.)
+# Arguments that change between calls and do not affect the width of accesses: no kernel is compiled for their values.
+# C, the row strides and the big arrays stay specialized: divisible by 16 means 16-byte accesses.
 PER_CALL = [
     "rows", "alpha_stride", "scan_rows", "ignore_index", "alpha", "loss", "fidelity", "consistency",
 ]  # fmt: skip
@@ -26,7 +26,7 @@ PER_CALL = [
 
 @triton.jit
 def load_tiles(logits, prior, target, cols, inside, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr, HINT: tl.constexpr):
-    """z, q and y of a tile as they lie in memory, all asked for before the first is used (z for absent ones)."""
+    """Load z, q and y of a tile, all before the first is used; absent ones are z."""
     z = tl.load(logits + cols, mask=inside, other=MASKED, eviction_policy=HINT)
     q, y = z, z
     if HAS_PRIOR:
@@ -38,7 +38,7 @@ def load_tiles(logits, prior, target, cols, inside, HAS_PRIOR: tl.constexpr, HAR
 
 @triton.jit
 def prior_and_target(q, y, cols, inside, label, smoothing, uniform, HAS_PRIOR: tl.constexpr, HARD: tl.constexpr):
-    """float32 q, and y after smoothing, both 0 beyond the row's end; `label` is (ROWS, 1)."""
+    """Return q in float32 and y after smoothing, both 0 beyond the row's end; `label` is (ROWS, 1)."""
     off = smoothing * uniform
     if HAS_PRIOR:
         q = q.to(tl.float32)
@@ -53,10 +53,9 @@ def prior_and_target(q, y, cols, inside, label, smoothing, uniform, HAS_PRIOR: t
 
 @triton.jit
 def gradient_scale(target, scale, counted, scan_rows, ignore_index, BLOCK: tl.constexpr):
-    """What a row's gradient is multiplied by: `scale`, or 1 over the number of rows that count.
+    """Return the factor of a row's gradient: `scale` if scan_rows = 0, else 1 over the number of rows not ignored.
 
-    That number is counted here when rows are few (scan_rows of them), read from `counted` when it was counted
-    before (scan_rows < 0), and not wanted when scan_rows = 0.
+    That number is counted here in the first scan_rows labels, or read from `counted` if scan_rows < 0.
     """
     count = tl.load(counted, mask=scan_rows < 0, other=0)
     start = 0
@@ -71,7 +70,7 @@ def gradient_scale(target, scale, counted, scan_rows, ignore_index, BLOCK: tl.co
 @triton.jit
 def emit_losses(loss_out, fidelity_out, consistency_out, loss, fidelity, consistency, row, valid, scale,
                 REDUCE: tl.constexpr):  # fmt: skip
-    """Reduced: this program's share of the three values, at its own place. Otherwise one of each a row."""
+    """Store this program's share of the three losses, or without a reduction those of each row."""
     if REDUCE:
         place = tl.program_id(0)
         tl.store(loss_out + place, tl.sum(tl.where(valid, loss, 0.0), 0) * scale)
@@ -94,8 +93,8 @@ def local_loss_tile(
     NEED_GRAD: tl.constexpr, NEED_BELIEF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows held on chip: z and q are read once, p and dz written once."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: N times C passes 2**31
+    """Compute ROWS whole rows held on chip: read z and q once, write p and dz once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: N times C exceeds 2**31
     cols = tl.arange(0, BLOCK_C)[None, :]
     valid = row < rows
     inside = valid[:, None] & (cols < classes)
@@ -104,7 +103,7 @@ def local_loss_tile(
         logits + row[:, None] * logits_stride, prior + row[:, None] * prior_stride,
         target + row[:, None] * target_stride, cols, inside, HAS_PRIOR, HARD, "",
     )  # fmt: skip
-    label = row  # stands in where there are no labels
+    label = row  # placeholder without labels
     if HARD:
         label = tl.load(target + row, mask=valid, other=0)
     a = tl.load(alpha + row * alpha_stride, mask=valid & (alpha_stride >= 0), other=alpha_value)
@@ -114,7 +113,7 @@ def local_loss_tile(
 
     z = z.to(tl.float32)
     q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-    row_loss, row_fidelity, row_consistency, t, p, log_sum, centre = whole_rows(
+    row_loss, row_fidelity, row_consistency, t, p, log_sum, center = whole_rows(
         z, q, y, cols, inside, label, a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE
     )
     if NEED_BELIEF:
@@ -124,7 +123,7 @@ def local_loss_tile(
             label, ignore_index, classes, row_loss, row_fidelity, row_consistency
         )
     if NEED_GRAD:
-        dz = settled_gradient(t, p, q, y, log_sum, centre, a, factor, label, ignore_index, classes, HARD, REVERSE)
+        dz = settled_gradient(t, p, q, y, log_sum, center, a, factor, label, ignore_index, classes, HARD, REVERSE)
         tl.store(dlogits + row[:, None] * dlogits_stride + cols, dz, mask=inside)
     emit_losses(loss, fidelity, consistency, row_loss, row_fidelity, row_consistency, row, valid, factor, REDUCE)
 
@@ -140,10 +139,10 @@ def local_loss_loop(
     NEED_GRAD: tl.constexpr, NEED_BELIEF: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in chunks of BLOCK_C: sums relative to a running maximum, then a second sweep that emits.
+    """Compute one row per program in chunks of BLOCK_C: sums relative to a running maximum, then a sweep that writes.
 
-    The second sweep goes backwards, so that it begins with what the first one left in the caches. Where neither the
-    belief nor the gradient is wanted, there is none.
+    The second sweep goes backwards, so that it begins with what the first one left in the caches. It is skipped if
+    neither the belief nor the gradient is wanted.
     """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)  # ROWS = 1
     lane = tl.arange(0, BLOCK_C)[None, :]
@@ -157,8 +156,8 @@ def local_loss_loop(
     if HARD:
         factor = gradient_scale(target, scale, counted, scan_rows, ignore_index, COUNT_BLOCK)
     zero = tl.full((ROWS,), 0.0, tl.float32)
-    label, label_z = row, zero  # stand in where there are no labels
-    if HARD:  # z[label] is read before anything is written, for dlogits may be the logits' own memory
+    label, label_z = row, zero  # placeholders without labels
+    if HARD:  # read z[label] before anything is written: dlogits may be the logits' own memory
         label = tl.load(target + row, mask=valid, other=0)
         in_range = valid & (label >= 0) & (label < classes)
         label_z = tl.load(logits + row * logits_stride + label, mask=in_range, other=0.0).to(tl.float32)
@@ -174,7 +173,7 @@ def local_loss_loop(
         inside = valid[:, None] & (cols < classes)
         z = z_next.to(tl.float32)
         q, y = prior_and_target(q_next, y_next, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-        ahead = cols + BLOCK_C  # the next chunk is on its way while this one is summed
+        ahead = cols + BLOCK_C  # load the next chunk while this one is summed
         z_next, q_next, y_next = load_tiles(
             z_row, q_row, y_row, ahead, valid[:, None] & (ahead < classes), HAS_PRIOR, HARD, "evict_last"
         )
@@ -183,7 +182,7 @@ def local_loss_loop(
         shrink = tl.where((next_top == top) | (top == MASKED), 1.0, tl.exp(top - next_top))
         shift = reference(next_top) - reference(top)
         if REVERSE:
-            logit_sum = times(shrink, logit_sum - total * shift)  # the shift may overflow where shrink is 0
+            logit_sum = times(shrink, logit_sum - total * shift)  # the shift may overflow if shrink is 0
             prior_dot = prior_dot * shrink
             target_dot = target_dot * shrink
         else:
@@ -204,7 +203,7 @@ def local_loss_loop(
         target_dot += s6
         start += BLOCK_C
 
-    row_loss, row_fidelity, row_consistency, log_sum, centre = finish(
+    row_loss, row_fidelity, row_consistency, log_sum, center = finish(
         total, logit_sum, prior_mass, prior_dot, entropy, target_mass, target_dot,
         label_z - reference(top), a, smoothing, uniform, log_classes, HAS_PRIOR, HARD, REVERSE,
     )  # fmt: skip
@@ -227,7 +226,7 @@ def local_loss_loop(
                 tl.store(p_row + cols, p, mask=inside, eviction_policy="evict_first")
             if NEED_GRAD:
                 q, y = prior_and_target(q, y, cols, inside, label[:, None], smoothing, uniform, HAS_PRIOR, HARD)
-                dz = gradient(t, p, q, y, log_sum[:, None], centre[:, None], a[:, None], REVERSE) * factor
+                dz = gradient(t, p, q, y, log_sum[:, None], center[:, None], a[:, None], REVERSE) * factor
                 if HARD:
                     dz = tl.where(ignored[:, None], 0.0, tl.where(bad[:, None], float("nan"), dz))
                 tl.store(dz_row + cols, dz, mask=inside, eviction_policy="evict_first")
@@ -236,7 +235,7 @@ def local_loss_loop(
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def count_rows(target, counted, rows, ignore_index, BLOCK: tl.constexpr):
-    """Adds the rows that count to `counted` (0-d int64, zeroed before). Integers: any order gives the same."""
+    """Add the number of rows that are not ignored to `counted` (0-d int64). Any order gives the same integer."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(target + row, mask=row < rows, other=ignore_index)
     tl.atomic_add(counted, tl.sum((label != ignore_index).to(tl.int64), 0), sem="relaxed")
@@ -244,7 +243,7 @@ def count_rows(target, counted, rows, ignore_index, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts(partial, loss, fidelity, consistency, parts, BLOCK: tl.constexpr):
-    """partial (3, parts) to one value each, summed in a fixed order; program 0, 1, 2 sums one of the three."""
+    """Sum partial (3, parts) in a fixed order; programs 0, 1 and 2 sum loss, fidelity and consistency."""
     which = tl.program_id(0)
     sums = tl.full((BLOCK,), 0.0, tl.float32)
     lane = tl.arange(0, BLOCK)

@@ -33,9 +33,9 @@ class Output(NamedTuple):
     """The outputs of a launch."""
 
     loss: Tensor
+    belief: Tensor | None
     fidelity: Tensor
     consistency: Tensor
-    belief: Tensor | None
     dlogits: Tensor | None
 
 
@@ -43,26 +43,38 @@ class Rows(Structure):
     _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_int32)]
 
 
-class LocalLossProblem(Structure):  # csrc/local_loss.h
+class LossOptions(Structure):  # csrc/local_loss.h
     _fields_ = [
-        ("rows", c_int64),
-        ("classes", c_int64),
-        ("logits", Rows),
-        ("prior", Rows),
+        ("reverse", ctypes.c_bool),
+        ("label_smoothing", c_float),
+        ("ignore_index", c_int64),
+        ("reduction", c_int32),
+    ]
+
+
+class LossSpec(Structure):
+    _fields_ = [
         ("labels", c_void_p),
         ("soft", Rows),
         ("alpha", c_void_p),
         ("alpha_stride", c_int64),
         ("alpha_value", c_float),
-        ("label_smoothing", c_float),
-        ("ignore_index", c_int64),
-        ("reverse", ctypes.c_bool),
-        ("reduction", c_int32),
-        ("belief", Rows),
-        ("dlogits", Rows),
+        ("options", LossOptions),
+    ]
+
+
+class LocalLossProblem(Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("logits", Rows),
+        ("prior", Rows),
+        ("spec", LossSpec),
         ("loss", c_void_p),
+        ("belief", Rows),
         ("fidelity", c_void_p),
         ("consistency", c_void_p),
+        ("dlogits", Rows),
     ]
 
 
@@ -184,27 +196,27 @@ def problem_of(
     shape = (z.shape[0],) if o["reduction"] == "none" else ()
     loss, fidelity, consistency = (torch.full(shape, torch.nan) for _ in range(3))
     tensor = isinstance(alpha, Tensor)
-    a = LocalLossProblem(
-        z.shape[0],
-        z.shape[1],
-        rows_of(z),
-        rows_of(q),
+    spec = LossSpec(
         None if soft else target.data_ptr(),
         rows_of(target) if soft else Rows(),
         alpha.data_ptr() if tensor else None,
         alpha.dim() if tensor else 0,
         0.0 if tensor else alpha,
-        o["label_smoothing"],
-        o["ignore_index"],
-        o["divergence"] == "reverse",
-        REDUCTIONS[o["reduction"]],
-        rows_of(belief),
-        rows_of(dlogits),
+        LossOptions(o["divergence"] == "reverse", o["label_smoothing"], o["ignore_index"], REDUCTIONS[o["reduction"]]),
+    )
+    a = LocalLossProblem(
+        z.shape[0],
+        z.shape[1],
+        rows_of(z),
+        rows_of(q),
+        spec,
         loss.data_ptr(),
+        rows_of(belief),
         fidelity.data_ptr(),
         consistency.data_ptr(),
+        rows_of(dlogits),
     )
-    return a, Output(loss, fidelity, consistency, belief, dlogits)
+    return a, Output(loss, belief, fidelity, consistency, dlogits)
 
 
 def run(

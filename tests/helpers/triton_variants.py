@@ -58,7 +58,7 @@ class Compiled(NamedTuple):
 
 
 def local_loss_variant(
-    plan: triton_kernels.Plan, flags: tuple[bool, ...], logits: str, prior: str, soft: str, aligned: bool
+    plan: triton_kernels.LossPlan, flags: tuple[bool, ...], logits: str, prior: str, soft: str, aligned: bool
 ) -> Variant:
     constants = dict(
         zip(FLAGS, flags, strict=True), ROWS=plan.rows, BLOCK_C=plan.block, COUNT_BLOCK=triton_kernels.COUNT_BLOCK

@@ -2,7 +2,8 @@
 
 import torch
 
-from sid_kernels.local_loss.problem import Result, make_problem
+from sid_kernels.core.options import LossOptions
+from sid_kernels.local_loss.problem import LocalLossOutputs, make_problem
 
 SIZES = ((5, 1), (9, 10), (5, 37), (3, 1000), (2, 5000))
 DIVERGENCES = ("forward", "reverse")
@@ -11,11 +12,11 @@ PRIORS = {"same": dict(), "none": dict(prior=False), "other dtype": dict(prior_d
 
 
 def problem(case, out=None, need_grad=True, need_belief=True):
-    o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
-    return make_problem(case.logits, case.prior, case.target, case.alpha, *o.values(), out, need_grad, need_belief)
+    needs = dict(out=out, need_grad=need_grad, need_belief=need_belief)
+    return make_problem(case.logits, case.prior, case.target, case.alpha, LossOptions(**case.options), **needs)
 
 
-def assert_equal_except_belief(without: Result, beside: Result):
+def assert_equal_except_belief(without: LocalLossOutputs, beside: LocalLossOutputs):
     """Bit for bit."""
     assert without.belief is None and beside.belief is not None
     for name in ("loss", "fidelity", "consistency", "dlogits"):

@@ -274,8 +274,8 @@ def test_the_plan(clusters):
         for rows in (1, 16, 128, 8192, 65536, 2**24):
             for classes in (1, 2, 4, 10, 100, 1000, 1024, 1025, 4096, 32000, 50257, 128256, 262144, 10**6):
                 where = simt.Rows(matrix.data_ptr() // 64 * 64, classes, simt.DTYPES[dtype])
-                a = simt.LocalLossProblem(rows, classes, where, where, 64)
-                a.belief, a.dlogits, a.reduction = where, where, simt.REDUCTIONS["mean"]
+                a = simt.LocalLossProblem(rows, classes, where, where, simt.LossSpec(64))
+                a.belief, a.dlogits, a.spec.options.reduction = where, where, simt.REDUCTIONS["mean"]
                 p = simt.choose_plan(a, 132, clusters)
                 assert p.kind == simt.KINDS.index(kind)
                 for n in (p.lanes, p.threads, p.cluster):

@@ -9,12 +9,12 @@ from helpers.without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_e
 from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_kernels as triton_rows
 from sid_kernels.local_loss import triton_launch as triton_kernels
-from sid_kernels.local_loss.triton_launch import Plan
+from sid_kernels.local_loss.triton_launch import LossPlan
 
 assert INTERPRETING, "run through test_triton_interpreter.py"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-LOOPS = (Plan(37, 1, 16, 1, (64, 64, 64), looped=True), Plan(2**62, 1, 2048, 1, (64, 64, 64), looped=True))
+LOOPS = (LossPlan(37, 1, 16, 1, (64, 64, 64), looped=True), LossPlan(2**62, 1, 2048, 1, (64, 64, 64), looped=True))
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -4,7 +4,9 @@ pytest does not collect this file by itself: test_triton_interpreter.py runs it 
 By hand: TRITON_INTERPRET=1 pytest tests/triton_cascade_cases.py
 """
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch.nn.functional import linear, relu
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import ROUNDINGS, Case, oracle
 from sid_kernels.cascade import triton_launch as triton_cascade
-from sid_kernels.cascade.problem import CascadePass, CascadeProblem, CascadeWeights
+from sid_kernels.cascade.problem import CascadeProblem, CascadeWeights
+from sid_kernels.core.options import LossOptions, LossSpec
 from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
@@ -48,34 +51,45 @@ def make(
     p0 = normal(rows, classes, scale=2.0).float().softmax(-1).to(prior_dtype or dtype) if prior else None
     if alpha == "stages":
         alpha = torch.rand(stages, generator=g)
-    return CascadeProblem(
-        normal(rows, features), weights, p0, labels, probabilities, alpha, divergence == "reverse", label_smoothing,
-        -100, reduction, need_grad,
-    )  # fmt: skip
+    features = normal(rows, features)
+    spec = LossSpec(labels, probabilities, alpha, LossOptions(divergence, label_smoothing, reduction=reduction))
+    return CascadeProblem(features, weights, p0, spec, need_grad)
 
 
-def plain(problem: CascadeProblem, dtype: torch.dtype) -> CascadePass:
+class Values(NamedTuple):
+    """The outputs of a cascade; losses (3, L, B): each row's share of the reduced value."""
+
+    losses: Tensor
+    beliefs: Tensor
+    logits: Tensor
+    dlogits: Tensor | None
+    hidden: Tensor | None
+    dhidden: Tensor | None
+
+
+def run_rows(problem: CascadeProblem) -> Values:
+    outputs = triton_cascade.run_rows(problem)
+    return Values(*outputs[:3], *(outputs.activations or (None, None, None)))
+
+
+def plain(problem: CascadeProblem, dtype: torch.dtype) -> Values:
     """The cascade as PyTorch users write it in `dtype`: a detached prior, the local loss by oracle.py, autograd."""
     w = CascadeWeights(*(x.to(dtype) for x in problem.weights))
     stages, classes, _ = w.logits_weight.shape
-    f, hard = problem.features.to(dtype), problem.labels is not None
+    f, spec = problem.features.to(dtype), problem.spec
     rows = f.shape[0]
     q = torch.full((rows, classes), 1 / classes, dtype=dtype) if problem.prior is None else problem.prior
     number = 1
-    if problem.reduction == "mean":
-        number = max(int((problem.labels != problem.ignore_index).sum()), 1) if hard else rows
+    if spec.options.reduction == "mean":
+        number = rows if spec.labels is None else max(int((spec.labels != spec.options.ignore_index).sum()), 1)
     columns = []
     for i in range(stages):
         before = linear(torch.cat([q.to(dtype), f], 1), w.hidden_weight[i], w.hidden_bias[i]).requires_grad_()
         h = relu(before)
         z = linear(h, w.logits_weight[i], w.logits_bias[i])
-        alpha = float(problem.alpha[i]) if isinstance(problem.alpha, Tensor) else problem.alpha
-        options = dict(
-            divergence="reverse" if problem.reverse else "forward", label_smoothing=problem.label_smoothing,
-            ignore_index=problem.ignore_index, reduction="none",
-        )  # fmt: skip
-        target = problem.labels if hard else problem.soft
-        truth = oracle(Case(z, q, target, alpha, options), torch.promote_types(dtype, torch.float32))
+        alpha = float(spec.alpha[i]) if isinstance(spec.alpha, Tensor) else spec.alpha
+        options = dataclasses.asdict(spec.options) | dict(reduction="none")
+        truth = oracle(Case(z, q, spec.target, alpha, options), torch.promote_types(dtype, torch.float32))
         dz = (truth.dlogits / number).to(dtype)
         (dbefore,) = torch.autograd.grad(z, before, dz)
         losses = torch.stack([truth.loss, truth.fidelity, truth.consistency]) / number
@@ -83,17 +97,17 @@ def plain(problem: CascadeProblem, dtype: torch.dtype) -> CascadePass:
         columns.append([x.detach() for x in (losses, q, z, h, dz, dbefore)])
     losses, beliefs, logits, hidden, dlogits, dhidden = zip(*columns, strict=True)
     by_stage = [torch.stack(x) for x in (beliefs, dlogits, hidden, dhidden)]
-    return CascadePass(torch.stack(losses, 1), by_stage[0], logits[-1], *by_stage[1:])
+    return Values(torch.stack(losses, 1), by_stage[0], logits[-1], *by_stage[1:])
 
 
-def check(problem: CascadeProblem) -> CascadePass:
+def check(problem: CascadeProblem) -> Values:
     """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest.
 
     PyTorch's own error is the largest of the stage: a difference made early goes through all that follows.
     """
     dtype = problem.weights.hidden_weight.dtype
-    got, want, peer = triton_cascade.run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
-    for name, x, truth, other in zip(CascadePass._fields[:6], got, want, peer, strict=False):
+    got, want, peer = run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
+    for name, x, truth, other in zip(Values._fields, got, want, peer, strict=True):
         if x is None:
             assert not problem.need_grad and name in ("hidden", "dlogits", "dhidden")
             continue
@@ -137,22 +151,22 @@ def test_odd_sizes(rows, features, units, stages):
 def test_without_gradient():
     for kinds in (dict(), dict(prior=True, soft=True)):
         problem = make(**kinds)
-        got, bare = triton_cascade.run_rows(problem), check(problem._replace(need_grad=False))
+        got, bare = run_rows(problem), check(problem._replace(need_grad=False))
         for x, y in zip(got[:3], bare[:3], strict=True):
             assert torch.equal(x, y)
         assert bare[3:6] == (None, None, None)
 
 
 def test_no_rows():
-    got = triton_cascade.run_rows(make(rows=0))
+    got = run_rows(make(rows=0))
     assert got.losses.shape == (3, 2, 0) and got.beliefs.shape == (2, 0, 10) and got.dhidden.shape == (2, 0, 20)
 
 
 def test_rows_that_do_not_count():
     """Losses and gradients 0, beliefs as ever; the mean over nothing is 0."""
     problem = make()
-    before = triton_cascade.run_rows(problem)
-    problem.labels.fill_(-100)
+    before = run_rows(problem)
+    problem.spec.labels.fill_(-100)
     got = check(problem)
     assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
     assert torch.equal(got.beliefs, before.beliefs)
@@ -161,9 +175,9 @@ def test_rows_that_do_not_count():
 def test_labels_out_of_range():
     """NaN in that row's losses and gradients, at every stage; nothing else is disturbed."""
     problem = make(6, reduction="sum")
-    before = triton_cascade.run_rows(problem)
-    problem.labels[1], problem.labels[4] = 10, -1
-    got = triton_cascade.run_rows(problem)
+    before = run_rows(problem)
+    problem.spec.labels[1], problem.spec.labels[4] = 10, -1
+    got = run_rows(problem)
     bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
     assert got.losses[:, :, bad].isnan().all() and got.dlogits[:, bad].isnan().all()
     assert got.dhidden[:, bad][got.hidden[:, bad] > 0].isnan().all()
@@ -180,10 +194,10 @@ def test_masked_classes(divergence):
         problem = make(4, 10, prior=True, divergence=divergence, **kinds)
         problem.weights.logits_bias[:, 3] = -math.inf
         problem.prior[:, 3] = 0.0
-        if problem.soft is None:
-            problem.labels[problem.labels == 3] = 4
+        if problem.spec.soft is None:
+            problem.spec.labels[problem.spec.labels == 3] = 4
         else:
-            problem.soft[:, 3] = 0.0
+            problem.spec.soft[:, 3] = 0.0
         got = check(problem)
         assert got.losses.isfinite().all() and not got.beliefs[:, :, 3].any() and not got.dlogits[:, :, 3].any()
 
@@ -192,8 +206,8 @@ def test_mass_on_a_masked_class():
     """The uniform prior has mass there: the first stage's loss is infinite, its gradient and all that follows finite."""
     problem = make(4, 10)
     problem.weights.logits_bias[:, 3] = -math.inf
-    problem.labels[:] = 5
-    got = triton_cascade.run_rows(problem)
+    problem.spec.labels[:] = 5
+    got = run_rows(problem)
     assert torch.equal(got.losses[2].isinf(), torch.tensor([[True], [False]]).expand(2, 4))
     assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
 
@@ -201,9 +215,9 @@ def test_mass_on_a_masked_class():
 def test_a_nan_stays_in_its_row():
     for name in ("features", "prior", "soft"):
         problem = make(5, soft=True, prior=True)
-        before = triton_cascade.run_rows(problem)
+        before = run_rows(problem)
         getattr(problem, name)[2, 3] = math.nan
-        after = triton_cascade.run_rows(problem)
+        after = run_rows(problem)
         others = torch.tensor([0, 1, 3, 4])
         for field in ("beliefs", "dlogits", "dhidden", "hidden"):
             assert torch.equal(getattr(before, field)[:, others], getattr(after, field)[:, others])
@@ -213,18 +227,22 @@ def test_a_nan_stays_in_its_row():
 
 def test_rows_apart_and_rows_that_repeat():
     problem = make(4, soft=True, prior=True)
-    want = triton_cascade.run_rows(problem)
-    far = [torch.full((4, 30), 7.0)[:, 5:15].copy_(x) for x in (problem.prior, problem.soft)]
+    want = run_rows(problem)
+    far = [torch.full((4, 30), 7.0)[:, 5:15].copy_(x) for x in (problem.prior, problem.spec.soft)]
     features = torch.full((7, 9), 3.0).t()[:4, :].contiguous().t()[:7].t().copy_(problem.features)
-    got = triton_cascade.run_rows(problem._replace(prior=far[0], soft=far[1], features=features))
+    got = run_rows(problem._replace(prior=far[0], spec=problem.spec._replace(soft=far[1]), features=features))
     for x, y in zip(want, got, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-    check(problem._replace(prior=problem.prior[:1].expand(4, 10), soft=problem.soft[:1].expand(4, 10)))
+    check(
+        problem._replace(
+            prior=problem.prior[:1].expand(4, 10), spec=problem.spec._replace(soft=problem.spec.soft[:1].expand(4, 10))
+        )
+    )
 
 
 def test_counting_in_a_launch_of_its_own(monkeypatch):
     problem = make(9, ignored=0.4)
-    here = triton_cascade.run_rows(problem)
+    here = run_rows(problem)
     monkeypatch.setattr(triton_kernels, "COUNT_HERE", 4)
     monkeypatch.setattr(triton_kernels, "COUNT_GRID_BLOCK", 4)
     for x, y in zip(here[:6], check(problem)[:6], strict=True):
@@ -233,14 +251,14 @@ def test_counting_in_a_launch_of_its_own(monkeypatch):
 
 def test_layouts_that_matrix_products_take():
     """hidden, dhidden and dlogits go to torch.bmm as they are, and dhidden (B, L H) to one product for all stages."""
-    got = triton_cascade.run_rows(make(5, 10, 7, 20, 3))
+    got = run_rows(make(5, 10, 7, 20, 3))
     assert got.hidden.stride() == got.dhidden.stride() == (20, 60, 1) and got.dlogits.is_contiguous()
     assert got.dhidden.transpose(0, 1).is_contiguous()
 
 
 def test_equal_bits_twice():
     for dtype in DTYPES:
-        for x, y in zip(*(triton_cascade.run_rows(make(9, dtype=dtype))[:6] for _ in range(2)), strict=True):
+        for x, y in zip(*(run_rows(make(9, dtype=dtype))[:6] for _ in range(2)), strict=True):
             assert torch.equal(x, y)
 
 

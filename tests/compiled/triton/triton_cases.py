@@ -15,16 +15,19 @@ from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
 from sid_kernels.core import triton as core_triton
+from sid_kernels.core.options import LossOptions
 from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
 from sid_kernels.local_loss.problem import make_problem
-from sid_kernels.local_loss.triton_launch import Plan
+from sid_kernels.local_loss.triton_launch import LossPlan
 
 assert INTERPRETING, "run through test_triton_interpreter.py"
 # numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-LOOP = (Plan(2**62, 1, 16, 1, (64, 64, 64), looped=True),)  # chunks of 16: three of them, the last cut short, at C = 37
+LOOP = (
+    LossPlan(2**62, 1, 16, 1, (64, 64, 64), looped=True),
+)  # chunks of 16: three of them, the last cut short, at C = 37
 
 
 @pytest.fixture(params=("tile", "loop"))
@@ -39,9 +42,8 @@ def run(case: Case, out=None, need_grad=True):
     """The backend itself, without the value checks that public operations make on the CPU."""
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     problem = make_problem(
-        case.logits, case.prior, case.target, case.alpha, o["divergence"], o["label_smoothing"],
-        o["ignore_index"], o["reduction"], out, need_grad,
-    )  # fmt: skip
+        case.logits, case.prior, case.target, case.alpha, LossOptions(**o), out=out, need_grad=need_grad
+    )
     return triton_kernels.run(problem)
 
 

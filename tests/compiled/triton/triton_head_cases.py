@@ -4,6 +4,7 @@ pytest does not collect this file by itself: test_triton_interpreter.py runs it 
 By hand: TRITON_INTERPRET=1 pytest tests/triton_head_cases.py
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,8 @@ from torch.nn.functional import linear
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import ROUNDINGS, Case, make_case, oracle
 from sid_kernels.belief_head import triton_launch as triton_head
-from sid_kernels.belief_head.problem import HeadPass, HeadProblem
+from sid_kernels.belief_head.problem import BeliefHeadOutputs, BeliefHeadProblem, Wanted
+from sid_kernels.core.options import LossOptions, LossSpec
 from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
@@ -25,46 +27,43 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def make(
     rows=5, classes=10, units=20, *, dtype=torch.float32, bias=True, divergence="forward", label_smoothing=0.0,
     reduction="mean", seed=0, need=(True, True, True), **kinds,
-) -> HeadProblem:  # fmt: skip
-    """Prior, target and alpha as `make_case` draws them."""
+) -> BeliefHeadProblem:  # fmt: skip
+    """Return a head with prior, target and alpha as `make_case` draws them; need: the belief, dlogits and dhidden."""
     g = torch.Generator().manual_seed(seed)
     case = make_case(rows, classes, dtype=dtype, seed=seed, **kinds)
     hard = not case.target.is_floating_point()
-    return HeadProblem(
+    options = LossOptions(divergence, label_smoothing, reduction=reduction)
+    spec = LossSpec(case.target if hard else None, None if hard else case.target, case.alpha, options)
+    return BeliefHeadProblem(
         torch.randn(rows, units, generator=g).to(dtype),
         (torch.randn(classes, units, generator=g) * (2.0 / math.sqrt(units))).to(dtype),
         torch.randn(classes, generator=g).to(dtype) if bias else None,
-        case.prior, case.target if hard else None, None if hard else case.target, case.alpha,
-        divergence == "reverse", label_smoothing, -100, reduction, *need,
+        case.prior, spec, need[0], Wanted(need[2], need[1], need[1]),
     )  # fmt: skip
 
 
-def plain(problem: HeadProblem, dtype: torch.dtype) -> HeadPass:
+def plain(problem: BeliefHeadProblem, dtype: torch.dtype) -> BeliefHeadOutputs:
     """A linear layer in `dtype`, then the local loss of its logits and autograd's gradient by oracle.py."""
     hidden, weight, bias = (None if x is None else x.to(dtype) for x in problem[:3])
     z = linear(hidden, weight, bias)
-    hard = problem.labels is not None
-    number = 1
-    if problem.reduction == "mean":
-        number = max(int((problem.labels != problem.ignore_index).sum()), 1) if hard else z.shape[0]
-    options = dict(
-        divergence="reverse" if problem.reverse else "forward", label_smoothing=problem.label_smoothing,
-        ignore_index=problem.ignore_index, reduction="none",
-    )  # fmt: skip
-    case = Case(z, problem.prior, problem.labels if hard else problem.soft, problem.alpha, options)
+    number, spec = 1, problem.spec
+    if spec.options.reduction == "mean":
+        number = z.shape[0] if spec.labels is None else max(int((spec.labels != spec.options.ignore_index).sum()), 1)
+    options = dataclasses.asdict(spec.options) | dict(reduction="none")
+    case = Case(z, problem.prior, spec.target, spec.alpha, options)
     truth = oracle(case, torch.promote_types(dtype, torch.float32))
     dz = (truth.dlogits / number).to(dtype)
     losses = torch.stack([truth.loss, truth.fidelity, truth.consistency]) / number
-    return HeadPass(losses, truth.belief, dz, dz @ weight)
+    return BeliefHeadOutputs(losses, truth.belief, dz, dz @ weight)
 
 
-def check(problem: HeadProblem) -> HeadPass:
+def check(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
     """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest."""
     dtype = problem.hidden.dtype
     belief_dtype = dtype if problem.prior is None else problem.prior.dtype
     got, want, peer = triton_head.run(problem), plain(problem, torch.float64), plain(problem, dtype)
-    wanted = dict(belief=problem.need_belief, dlogits=problem.need_grad, dhidden=problem.need_hidden_grad)
-    for name, x, truth, other in zip(HeadPass._fields, got, want, peer, strict=True):
+    wanted = dict(belief=problem.need_belief, dlogits=problem.need_grad, dhidden=problem.need.hidden)
+    for name, x, truth, other in zip(BeliefHeadOutputs._fields, got, want, peer, strict=True):
         if not wanted.get(name, True):
             assert x is None, name
             continue
@@ -121,7 +120,7 @@ def test_no_rows():
 def test_rows_that_do_not_count():
     problem = make()
     before = triton_head.run(problem)
-    problem.labels.fill_(-100)
+    problem.spec.labels.fill_(-100)
     got = check(problem)
     assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
     assert torch.equal(got.belief, before.belief)
@@ -131,7 +130,7 @@ def test_labels_out_of_range():
     """NaN in that row's losses and gradients; nothing else is disturbed."""
     problem = make(6, reduction="sum")
     before = triton_head.run(problem)
-    problem.labels[1], problem.labels[4] = 10, -1
+    problem.spec.labels[1], problem.spec.labels[4] = 10, -1
     got = triton_head.run(problem)
     bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
     assert got.losses[:, bad].isnan().all() and got.dlogits[bad].isnan().all() and got.dhidden[bad].isnan().all()
@@ -146,10 +145,10 @@ def test_masked_classes(divergence):
         problem = make(4, 10, divergence=divergence, **kinds)
         problem.bias[3] = -math.inf
         problem.prior[:, 3] = 0.0
-        if problem.soft is None:
-            problem.labels[problem.labels == 3] = 4
+        if problem.spec.soft is None:
+            problem.spec.labels[problem.spec.labels == 3] = 4
         else:
-            problem.soft[:, 3] = 0.0
+            problem.spec.soft[:, 3] = 0.0
         got = check(problem)
         assert got.losses.isfinite().all() and not got.belief[:, 3].any() and not got.dlogits[:, 3].any()
 
@@ -158,7 +157,7 @@ def test_mass_on_a_masked_class():
     """Forward: an infinite loss with finite gradients, as the definition says; the uniform prior has mass there."""
     problem = make(4, 10, prior=False)
     problem.bias[3] = -math.inf
-    problem.labels[:] = 5
+    problem.spec.labels[:] = 5
     got = triton_head.run(problem)
     assert got.losses[2].isinf().all() and got.losses[1].isfinite().all()
     assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
@@ -180,13 +179,15 @@ def test_a_nan_stays_in_its_row():
 def test_rows_apart_and_rows_that_repeat():
     problem = make(4, 10, 20, soft=True)
     want = triton_head.run(problem)
-    far = {
-        name: torch.full((4, 50), 7.0)[:, 5 : 5 + x.shape[1]].copy_(x)
-        for name, x in (("hidden", problem.hidden), ("prior", problem.prior), ("soft", problem.soft))
-    }
-    for x, y in zip(want, triton_head.run(problem._replace(**far)), strict=True):
+    inputs = (problem.hidden, problem.prior, problem.spec.soft)
+    far = [torch.full((4, 50), 7.0)[:, 5 : 5 + x.shape[1]].copy_(x) for x in inputs]
+
+    def replaced(hidden, prior, soft):
+        return problem._replace(hidden=hidden, prior=prior, spec=problem.spec._replace(soft=soft))
+
+    for x, y in zip(want, triton_head.run(replaced(*far)), strict=True):
         assert torch.equal(x, y)
-    check(problem._replace(**{name: x[:1].expand(4, -1) for name, x in far.items()}))
+    check(replaced(*(x[:1].expand(4, -1) for x in far)))
 
 
 def test_row_offsets_beyond_32_bits():

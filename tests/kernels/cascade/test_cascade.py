@@ -8,6 +8,8 @@ from helpers.cascade_oracle import NAMES, OPTIONS, SIZES, Case, assert_within_bu
 from sid_kernels import CascadeWeights, fused_local_loss, refine_cascade, refine_cascade_and_grad
 from sid_kernels.cascade import cpu as cascade_cpu
 from sid_kernels.cascade import dispatch as cascade
+from sid_kernels.cascade.problem import make_problem
+from sid_kernels.core.options import LossOptions
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -118,7 +120,7 @@ def test_operator():
     inputs = [x.requires_grad_() for x in (case.features, *case.weights)]
     for prior, alpha, values in ((case.prior, None, [0.1, 0.2, 0.3]), (None, torch.tensor(0.3), [])):
         arguments = (*inputs, case.target, prior, alpha, values, "forward", 0.0, -100, "mean", "auto", True)
-        torch.library.opcheck(torch.ops.sid_kernels.refine_cascade.default, arguments)
+        torch.library.opcheck(torch.ops.sid_kernels.cascade.default, arguments)
 
 
 def test_compiled_whole_equals_eager():
@@ -179,9 +181,7 @@ def test_memory_held_does_not_grow_with_depth(allocated):
 
 
 def _problem(case):
-    from sid_kernels.cascade.problem import make_cascade
-
-    return make_cascade(case.features, case.weights, case.target, 0.5, None, "forward", 0.0, -100, "mean", True)
+    return make_problem(case.features, case.weights, case.target, 0.5, None, LossOptions(), True)
 
 
 def test_under_autocast_and_under_other_defaults():

@@ -13,6 +13,7 @@ from helpers.oracle import assert_within_budget, make_case
 from helpers.processes import fresh_process
 from sid_kernels import LocalLoss, fused_local_loss, local_loss_and_grad
 from sid_kernels.core import backends
+from sid_kernels.core.options import LossOptions
 from sid_kernels.local_loss import dispatch
 from sid_kernels.local_loss.problem import make_problem
 
@@ -233,19 +234,8 @@ def test_streaming_stores_without_a_belief(classes, divergence):
     expected = call(case)[-1]
     aside = torch.zeros(rows, classes + 3)[:, 1 : classes + 1]
     for out in (None, aside, case.logits):
-        problem = make_problem(
-            case.logits,
-            case.prior,
-            case.target,
-            case.alpha,
-            divergence,
-            0.1,
-            -100,
-            "mean",
-            out,
-            True,
-            need_belief=False,
-        )
+        options = LossOptions(**case.options)
+        problem = make_problem(case.logits, case.prior, case.target, case.alpha, options, out=out, need_belief=False)
         assert torch.equal(dispatch.run(problem, "cpu").dlogits, expected)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sid_kernels import fused_local_loss, local_loss_and_grad
+from sid_kernels.core.options import LossOptions
 
 ROWS, CLASSES = 4, 6
 SHAPE = r"\(4, 6\)"
@@ -228,10 +229,9 @@ def test_compiled_module_refuses_null_pointers():
 
     def call(z=z.data_ptr(), labels=labels.data_ptr(), belief=belief.data_ptr(), loss=losses.data_ptr()):
         nothing = (0, 0, 0)
-        return _C.local_loss(
-            2, 3, (z, 3, 0), nothing, labels, nothing, 0, 0, 0.5, 0.0, -100, False, 1, (belief, 3, 0), nothing,
-            loss, losses[1:].data_ptr(), losses[2:].data_ptr(), 1,
-        )  # fmt: skip
+        spec = (labels, nothing, 0, 0, 0.5, LossOptions().packed)
+        outputs = (loss, (belief, 3, 0), losses[1:].data_ptr(), losses[2:].data_ptr(), nothing)
+        return _C.local_loss(2, 3, (z, 3, 0), nothing, spec, outputs, 1)
 
     assert call() is None
     for name in ("z", "labels", "loss"):
