@@ -1,4 +1,4 @@
-"""`fused_belief_head`: numbers against float64, priors of every kind, chunks, memory, autograd, compilation, bad input.
+"""Tests of `fused_belief_head`: values against float64, priors, chunks, memory, autograd, compilation, bad input.
 
 The loss of the logits is held to account elsewhere (oracle.py); here the layer under it is. The rule is the same: no
 further from float64 than PyTorch in the same dtype, plus a few roundings of what a result is summed from.
@@ -16,7 +16,7 @@ from sid_kernels.belief_head import dispatch as head
 
 @pytest.fixture(params=["whole", "chunks"])
 def chunks(request, monkeypatch):
-    """Every row at once, or seven classes' worth of memory short of it."""
+    """Run all rows in one chunk, or in two because memory is seven classes short."""
     if request.param == "chunks":
         monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2000)
 
@@ -42,7 +42,7 @@ def test_other_dtypes(options, prior, dtype, chunks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_chunks_are_summed_in_float32(dtype, monkeypatch):
-    """With more chunks than ROUNDINGS a sum in half precision would drift; with float16's range it might overflow."""
+    """With more chunks than ROUNDINGS, a sum in bfloat16 would drift, and a sum in float16 might overflow."""
     problem = Problem(2000, 16, 10, dtype=dtype)
     problem.target[:] = 3  # gradients of one sign, so that the sums grow
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 10 * 20 * 10)
@@ -61,7 +61,7 @@ def test_equal_bits_run_to_run_and_without_the_belief(chunks):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_through_autograd(prior, reduction, chunks):
-    """With any weight of the rows in what follows: the same as through the unfused layers."""
+    """For any incoming gradient of the rows, the gradients equal those of the unfused layers."""
     problem = Problem(40, 12, 20, prior=prior, ignored=3)
     inputs = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
     plain = [x.detach().clone().requires_grad_() for x in inputs]
@@ -145,7 +145,7 @@ def test_under_autocast_as_a_linear_layer():
 
 
 def test_under_autocast_after_a_layer_that_is():
-    """Hidden is in autocast's dtype already, the head's parameters are not: the usual case."""
+    """The usual case: hidden is in autocast's dtype, the parameters of the head are not."""
     layer, last = torch.nn.Linear(8, 12), BeliefHead(12, 5)
     target = torch.randint(0, 5, (9,))
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,7 +155,7 @@ def test_under_autocast_after_a_layer_that_is():
 
 
 def test_float16_sums_stay_in_range(monkeypatch):
-    """A gradient of 8 from sums of 10^5 and more: the mean's factor may not wait until they have overflowed."""
+    """A gradient of 8 comes from sums of 10^5 and more: the factor of the mean must apply before they overflow."""
     rows = 60_000
     hidden = torch.linspace(4, 12, rows).half().view(rows, 1)
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2 * 50 * 20_000)
@@ -191,7 +191,7 @@ def test_no_rows_and_all_rows_ignored():
 
 
 def test_at_most_a_chunk_of_logits_is_alive(allocated):
-    """A vocabulary of 32,000: within 64 MiB beyond inputs and gradients, where the logits alone are 250 MiB."""
+    """A vocabulary of 32,000 takes at most 64 MiB beside inputs and gradients; its logits alone are 250 MiB."""
     rows, width, classes = 2048, 16, 32000
     hidden, other = torch.randn(rows, width), torch.randn(rows, width)
     weight, teacher = torch.randn(classes, width), torch.randn(classes, width)
@@ -222,7 +222,7 @@ def test_module_is_a_linear_layer_with_a_loss():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_in_hand_under_a_mode_and_compiled(reduction):
-    """Where a tensor has no memory to point at, the operator is taken: fake tensors get shapes, compiled code numbers."""
+    """Tensors without an address take the operator: fake tensors get shapes, compiled code gets values."""
     problem = Problem(20, 6, 50, prior="head", reduction=reduction)
     want = problem.run()
     found = torch.compile(problem.run, fullgraph=True)()

@@ -1,4 +1,4 @@
-"""`refine_cascade`: its numbers against the stages one by one in float64, its determinism, its memory, its options."""
+"""Tests of `refine_cascade`: values against single stages in float64, determinism, memory, options."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_gradcheck_of_the_definition():
     inputs = [x.clone().requires_grad_() for x in (case.features, *case.weights)]
 
     def last_stage(features, *weights):
-        """One stage: with more, the priors in between are constants, and finite differences would move them."""
+        """Check one stage: with more, finite differences would move the priors between them, which are constants."""
         one = CascadeWeights(*(x[:1] for x in weights))
         return refine_cascade(features, one, case.target, 0.3, prior=case.prior).loss
 
@@ -140,7 +140,7 @@ def test_compiled_whole_equals_eager():
 
 def test_rows_with_masked_classes_and_nan_stay_rows():
     case = make_case(3, 20, 16, 8, 10)
-    case.weights.logits_bias[:, 3] = -torch.inf  # a class no stage may choose
+    case.weights.logits_bias[:, 3] = -torch.inf  # a masked class
     case.target[case.target == 3] = 4
     found = run(case)
     # p_0 gives the class mass: the first stage's consistency is infinite, its gradient is not
@@ -163,7 +163,7 @@ def test_all_rows_ignored_and_no_rows():
 
 
 def test_memory_held_does_not_grow_with_depth(allocated):
-    """Beyond inputs and results: at most GROUP_BYTES, and what is returned, whatever the depth."""
+    """At any depth, memory beside inputs and results is at most GROUP_BYTES."""
     peaks = {}
     for stages in (32, 64):
         case = make_case(stages, 512, 256, 32, 10)
@@ -172,12 +172,12 @@ def test_memory_held_does_not_grow_with_depth(allocated):
 
         def call(case=case, into=into):
             result = refine_cascade_and_grad(case.features, case.weights, case.target, out=into)
-            cascade_cpu.release()  # so that the next call takes anew, and is charged with, what would be kept
+            cascade_cpu.release()  # so that the memory it keeps counts for the next call
             return result
 
         peaks[stages] = allocated(call)
     assert peaks[64] <= cascade.GROUP_BYTES + (1 << 20)
-    assert peaks[64] <= peaks[32] + (64 << 10)  # losses and biases, a few bytes a stage
+    assert peaks[64] <= peaks[32] + (64 << 10)  # losses and biases, a few bytes per stage
 
 
 def _problem(case):
@@ -187,7 +187,7 @@ def _problem(case):
 def test_under_autocast_and_under_other_defaults():
     case = make_case(3, 20, 16, 8, 10, prior=True)
     want = run(case)
-    half = case.features.bfloat16()  # as a layer under autocast gives them
+    half = case.features.bfloat16()  # as from a layer under autocast
     weights = CascadeWeights(*(x.clone().requires_grad_() for x in case.weights))
     with torch.autocast("cpu", torch.bfloat16):
         result = refine_cascade(half, weights, case.target, case.alpha, prior=case.prior)
@@ -221,7 +221,7 @@ def test_stages_are_the_fused_local_loss_of_what_they_read():
 
 
 def test_gradients_in_hand_under_a_mode_and_compiled():
-    """Where a tensor has no memory to point at, the operator is taken: fake tensors get shapes, compiled code numbers."""
+    """Tensors without an address take the operator: fake tensors get shapes, compiled code gets values."""
     case = make_case(3, 20, 16, 8, 10, alpha="stages")
     want = run(case)
     found = torch.compile(lambda: run(case), fullgraph=True)()

@@ -1,4 +1,4 @@
-"""The loss in PyTorch's autograd: scaled, summed, repeated, through non-leaves, with nothing saved but the gradient."""
+"""Tests of the loss in autograd: scaled, summed, repeated, through non-leaves, with only the gradient saved."""
 
 import gc
 import weakref
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def given(backend, **kinds):
-    """(logits as a leaf, the other arguments, the options)."""
+    """Return the logits as a leaf, the other arguments, and the options."""
     case = make_case(6, 33, **kinds).to(backend.device)
     return case.logits.requires_grad_(), (case.prior, case.target, case.alpha), dict(case.options, backend=backend.name)
 
@@ -67,7 +67,7 @@ def test_sum_of_several_losses(backend):
 @pytest.mark.parametrize("scales", ((1.0, 1.0, 1.0), (1.0, 2.0, 1.0), (3.0, 1.0, 0.5)))
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_repeated_backward(backend, reduction, scales):
-    """Each pass over a kept graph gives the whole gradient anew, and earlier results stay as they were."""
+    """Each pass over a kept graph gives the whole gradient, and earlier results do not change."""
     z, rest, options = given(backend, reduction=reduction)
     dlogits = local_loss_and_grad(z, *rest, **options)[1]
     loss = fused_local_loss(z, *rest, **options).loss
@@ -80,7 +80,7 @@ def test_repeated_backward(backend, reduction, scales):
 
 
 def test_repeated_backward_into_grad(backend):
-    """.grad adds up in place: it must not be the memory the graph keeps."""
+    """.grad accumulates in place, so it must not be the memory that the graph keeps."""
     z, rest, options = given(backend)
     dlogits = local_loss_and_grad(z, *rest, **options)[1]
     loss = fused_local_loss(z, *rest, **options).loss
@@ -94,7 +94,7 @@ def test_repeated_backward_into_grad(backend):
 
 
 def test_logits_that_are_not_a_leaf(backend):
-    """A linear layer before, its logits in more than one loss, beside a loss of PyTorch's own."""
+    """The logits of a linear layer may enter several losses, one of them PyTorch's."""
     torch.manual_seed(1)
     layer = torch.nn.Linear(5, 7).to(backend.device)
     x = torch.randn(4, 5, device=backend.device)
@@ -134,7 +134,7 @@ def test_second_derivative_is_refused_by_name(backend):
 
 
 def test_gradient_penalty_is_never_ignored(backend):
-    """Added to a loss that has a derivative, behind a layer, asked for by .backward() or for some inputs only."""
+    """A second derivative raises: in a sum of losses, behind a layer, by .backward(), or for some inputs only."""
     layer = torch.nn.Linear(5, 7).to(backend.device)
     x = torch.randn(4, 5, device=backend.device, requires_grad=True)
     labels = torch.tensor([0, 6, 3, 3], device=backend.device)

@@ -1,4 +1,4 @@
-"""The operator that torch.compile, export, fake tensors and torch.func see: equal to eager, whole graphs, no recompiling."""
+"""Tests of the operator under torch.compile, export, fake tensors and torch.func: equal to eager, no graph breaks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def fresh_compiler():
 
 
 def signature(rows=3, classes=5, *, device="cpu", need_grad=True, backend="auto", grad=True, **kinds):
-    """Arguments of the operator itself."""
+    """Return arguments of the operator itself."""
     case = make_case(rows, classes, **kinds).to(device)
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     tensor = isinstance(case.alpha, torch.Tensor)
@@ -72,7 +72,7 @@ def compiled_step(backend, **options):
     ids=("labels", "soft reverse", "bfloat16 without prior"),
 )
 def test_compiled_is_eager(backend, kinds):
-    """fullgraph=True: nothing is left to eager PyTorch between the operations around the loss and the loss."""
+    """The loss and the operations around it compile to one graph (fullgraph=True)."""
     case = make_case(6, 21, **kinds).to(backend.device)
     step = compiled_step(backend, **case.options)
     z = case.logits.requires_grad_()
@@ -114,7 +114,7 @@ def test_compiled_out(backend):
 
 
 def test_no_recompiling_for_each_batch_size(backend):
-    """The first size is static, the second makes the batch dynamic, all others reuse that graph."""
+    """The first size is static, the second makes the batch dynamic, and all others reuse that graph."""
     graphs = []
 
     def count(graph, example_inputs):

@@ -1,4 +1,4 @@
-"""The CPU backend at run time: instruction sets, threads, forks, the interpreter lock, streaming stores, huge strides."""
+"""Tests of the CPU backend: instruction sets, threads, forks, the interpreter lock, streaming stores, huge strides."""
 
 import os
 import sys
@@ -122,7 +122,7 @@ def test_equal_bits_for_any_number_of_threads(threads, divergence, dtype):
 
 
 def test_from_other_threads_at_once(threads):
-    """Scratch memory belongs to a thread; the lock is let go for large calls, kept for small ones."""
+    """Each thread has its own scratch memory; large calls release the interpreter lock, small ones keep it."""
     threads(2)
     cases = [make_case(rows, 1031, seed=rows, dtype=DTYPES[rows % 3]) for rows in (3, 40, 65, 100)] * 3
     expected = [call(case) for case in cases]
@@ -132,7 +132,7 @@ def test_from_other_threads_at_once(threads):
 
 
 def test_the_lock_is_let_go(threads):
-    """While one thread computes for long, another one runs Python."""
+    """Another thread runs Python during a long computation."""
     threads(1)
     case = make_case(4000, 2000, soft=True, divergence="reverse")
     ticks, done = 0, threading.Event()
@@ -211,11 +211,11 @@ def test_workers_of_a_data_loader_compute():
 @pytest.mark.parametrize("dtype,prior_dtype", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
-    """From 16 MiB of outputs on they go past the caches, 32 MiB on into large pages: row by row the same."""
+    """Outputs bypass the caches from 16 MiB and use large pages from 32 MiB; each row has equal bits."""
     rows = (40 << 20) // (classes * 6) + 3
     case = make_case(rows, classes, dtype=dtype, prior_dtype=prior_dtype, reduction="none")
     whole = call(case)
-    wide = torch.zeros(rows, classes + 3, dtype=dtype)[:, 1 : classes + 1]  # never aligned as the belief is
+    wide = torch.zeros(rows, classes + 3, dtype=dtype)[:, 1 : classes + 1]  # not aligned as the belief
     assert equal_bits(call(case, out=wide), whole)
     picked = torch.cat((torch.arange(40), torch.arange(rows - 40, rows), torch.randint(0, rows, (20,))))
     few = make_case(1, classes, reduction="none")
@@ -228,7 +228,7 @@ def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_without_a_belief(classes, divergence):
-    """The gradient alone decides: on a vector's border, beside one, and over the logits."""
+    """Without a belief, the gradient decides about streaming: aligned, not aligned, and over the logits."""
     rows = (33 << 20) // (classes * 4) + 3
     case = make_case(rows, classes, divergence=divergence, label_smoothing=0.1)
     expected = call(case)[-1]
@@ -242,7 +242,7 @@ def test_streaming_stores_without_a_belief(classes, divergence):
 @pytest.mark.parametrize("which", ("logits", "prior", "target", "out"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_offsets_beyond_two_to_the_31(which, dtype):
-    """Rows so far apart that their offsets need 64 bits, in memory that is reserved and never touched in between."""
+    """Row offsets may need 64 bits; the memory between the rows is reserved and never accessed."""
     case = make_case(4, 37, dtype=dtype, soft=True)
     expected = call(case)
     tensor = case.logits if which == "out" else getattr(case, which)
@@ -256,7 +256,7 @@ def test_offsets_beyond_two_to_the_31(which, dtype):
 
 
 def test_caller_memory_is_released():
-    """Nothing of a call outlives it."""
+    """A call leaves no memory behind."""
     import gc
     import weakref
 

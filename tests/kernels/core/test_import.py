@@ -1,4 +1,4 @@
-"""Ways to import the package, with and without its compiled modules, and what it says about itself."""
+"""Tests of importing the package, with and without its compiled modules, and of `sid_kernels.info`."""
 
 import os
 import subprocess
@@ -93,6 +93,6 @@ def test_info_without_the_compiled_modules():
 
 
 def test_import_reads_no_environment_it_should_not():
-    """SID_KERNELS_DEBUG is looked at by each call; importing prints and warns nothing."""
+    """Each call reads SID_KERNELS_DEBUG; the import prints nothing and warns of nothing."""
     done = python("import sid_kernels", SID_KERNELS_DEBUG="1", PYTHONWARNINGS="error::UserWarning")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""Every backend, dtype and option within the error budget of oracle.py, on a fixed grid; and the budget's own test.
+"""Tests of every backend, dtype and option against the error budget of oracle.py, and of the budget itself.
 
 The budget's test breaks correct results in the ways kernels go wrong, and each must be noticed.
 """
@@ -68,7 +68,7 @@ def test_gradcheck(divergence, target, prior):
 
 
 def broken(case, **changes):
-    """A correct float32 result with `changes`, a function of the float64 truth for each field."""
+    """Return a correct float32 result with `changes`: for a field, a function of the float64 truth."""
     truth = oracle(case)
     names = ("loss", "fidelity", "consistency", "belief", "dlogits")
     for name in names:
@@ -92,7 +92,7 @@ def test_budget_notices_an_error_of_one_in_ten_thousand(field, classes, divergen
 
 @pytest.mark.parametrize("reduction", ("sum", "mean"))
 def test_budget_notices_forgotten_masses(reduction):
-    """sum y and sum q in the gradient matter where they are not 1."""
+    """The budget notices a gradient without sum y or sum q if they are not 1."""
     case = make_case(16, 10, soft=True, reduction=reduction)
     case.target, case.prior = case.target * 0.999, case.prior * 1.001
     number = 16 if reduction == "mean" else 1
@@ -112,7 +112,7 @@ def test_budget_notices_forgotten_masses(reduction):
 
 
 def test_budget_notices_a_second_rounding_to_half():
-    """A belief rounded to bfloat16 on its way to float16 is wrong, though both are half precision."""
+    """A belief rounded to bfloat16 and then to float16 is outside the budget."""
     case = make_case(8, 64, dtype=torch.float16)
     truth = oracle(case)
     for name in ("loss", "fidelity", "consistency"):

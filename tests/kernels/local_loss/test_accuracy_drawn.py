@@ -1,4 +1,4 @@
-"""The error budget on shapes, values and options that hypothesis draws, for every backend."""
+"""Tests of the error budget on shapes, values and options drawn by hypothesis, for every backend."""
 
 import pytest
 import torch
@@ -55,11 +55,11 @@ values = st.floats(-60, 60, width=32)
 @settings(max_examples=120)
 @given(data=st.data(), classes=st.integers(1, 40), divergence=st.sampled_from(("forward", "reverse")))
 def test_drawn_logits_with_masked_classes(backend, data, classes, divergence):
-    """Any finite logits, some of them masked where neither prior nor target has mass."""
+    """Draw finite logits, some of them masked where prior and target are 0."""
     case = make_case(2, classes, soft=True, divergence=divergence, reduction="none")
     case.logits = torch.tensor(data.draw(st.lists(values, min_size=2 * classes, max_size=2 * classes))).view(2, classes)
     masked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=classes, max_size=classes)))
-    masked[data.draw(st.integers(0, classes - 1))] = False  # one class stays
+    masked[data.draw(st.integers(0, classes - 1))] = False  # keep one class
     case.logits[:, masked] = -torch.inf
     case.prior = case.prior * ~masked
     case.target = case.target * ~masked

@@ -1,6 +1,6 @@
-"""What is refused: the exception, and a message that names the argument, says what it was and what it must be.
+"""Tests of bad input: the exception, and a message that names the argument, what it was and what it must be.
 
-Every case goes through both public operations, on every backend, and nothing may have been written by then.
+Every case goes through both public operations, and nothing may have been written by then.
 """
 
 import math
@@ -32,7 +32,7 @@ def bits(x):
 
 
 def refused(on, error, message, **changes):
-    """Both operations raise `error`; a given `out` and the logits keep every bit."""
+    """Check that both operations raise `error`, and that `out` and the logits keep every bit."""
     call = arguments(**changes)
     if on is not None:
         call = {name: moved(x, on.device) for name, x in call.items()} | dict(backend=on.name)
@@ -155,7 +155,7 @@ def test_alpha_tensor_out_of_range(backend, alpha):
 
 
 def test_out_that_overlaps_other_memory(backend):
-    """Exactly the logits, or memory nobody else has a part in."""
+    """`out` must be the logits as a whole, or memory that no other argument uses."""
     shift = torch.randn(5, CLASSES, device=backend.device)
     labels = torch.zeros(4, dtype=i64, device=backend.device)
 
@@ -238,6 +238,6 @@ def test_compiled_module_refuses_null_pointers():
         with pytest.raises(ValueError, match="null pointer for logits, target or a loss"):
             call(**{name: 0})
     belief.fill_(7.0)
-    assert call(belief=0) is None and (belief == 7.0).all()  # that one is not wanted, and 0 is not written to
+    assert call(belief=0) is None and (belief == 7.0).all()  # a belief at address 0 is not wanted and not written
     with pytest.raises(TypeError):
         _C.local_loss(2, 3)

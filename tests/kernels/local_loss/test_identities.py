@@ -1,4 +1,4 @@
-"""What must hold by the method's mathematics: minimisers, limits of alpha, equality with PyTorch's own losses, descent."""
+"""Tests of the mathematics: minimizers, limits of alpha, equality with PyTorch's losses, descent."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_gradient_sums_to_zero_and_shift_changes_nothing(backend, divergence):
 
 
 def test_descent_certificate(backend):
-    """A belief no worse than its prior is nearer the target by ((1 - alpha) / alpha) KL(q || p) at least."""
+    """A belief with no larger loss than its prior is closer to the target by at least ((1 - alpha) / alpha) KL(q || p)."""
     alpha, q = 0.4, distributions(64, 10, seed=5)
     labels = torch.randint(0, 10, (64,))
     y = 0.9 * F.one_hot(labels, 10) + 0.01

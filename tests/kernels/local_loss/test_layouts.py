@@ -1,4 +1,4 @@
-"""How tensors lie in memory: shapes, strides, dtypes of labels, `out`, and that nothing else is ever written."""
+"""Tests of layouts in memory: shapes, strides, dtypes of labels, `out`, and that nothing else is written."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def soft_case(rows=6, classes=37, divergence="forward", **more):
 
 
 def padded(x, extra=5):
-    """The same values in rows that lie further apart, not aligned to a vector."""
+    """Return the same values in rows that are further apart and not aligned to a vector."""
     wide = torch.full((x.shape[0], x.shape[1] + extra), torch.nan, dtype=x.dtype)
     wide[:, 3 : 3 + x.shape[1]] = x
     return wide[:, 3 : 3 + x.shape[1]]
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def on_device(x, device):
-    """x.to(device), its strides kept."""
+    """Return x.to(device) with the strides of x."""
     if not isinstance(x, torch.Tensor) or x.device.type == device:
         return x
     elements = x.untyped_storage().nbytes() // x.element_size()
@@ -59,7 +59,7 @@ def test_layouts_give_the_same(backend, layout, dtype, divergence):
 
 
 def test_one_row_for_all(backend):
-    """A row stride of 0: an expanded prior, an expanded target, expanded logits."""
+    """Prior, target or logits may be expanded, with a row stride of 0."""
     case = soft_case()
     one = Case(case.logits, case.prior[:1].expand(6, -1), case.target[:1].expand(6, -1), 0.3, case.options)
     result, dlogits = call(one, backend)
@@ -93,7 +93,7 @@ def test_any_number_of_dimensions(backend, shape, reduction, soft):
 
 
 def test_dimensions_out_of_order(backend):
-    """(2, 3, C) of a permuted tensor, as segmentation heads give: one copy, right values."""
+    """Logits (2, 3, C) of a permuted tensor, as from a segmentation head, are copied once and give the right values."""
     z = torch.randn(2, 9, 3, device=backend.device).permute(0, 2, 1)
     labels = torch.randint(0, 9, (3, 2), device=backend.device).t()
     result, dlogits = local_loss_and_grad(z, None, labels, backend=backend.name)
@@ -137,7 +137,7 @@ def test_alpha_and_soft_target_of_another_dtype(backend, alpha):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", (7, 16, 37, 1030))
 def test_out(backend, classes, dtype, divergence):
-    """A fresh buffer, a padded one and the logits themselves get the same; what lies beside is left alone."""
+    """New memory, padded memory and the logits themselves get the same gradient; the padding stays as it was."""
     for soft in (True, False):
         case = make_case(
             5, classes, dtype=dtype, soft=soft, ignored=0.2, label_smoothing=0.1, divergence=divergence
@@ -173,7 +173,7 @@ def test_out_of_more_dimensions(backend):
 
 
 def test_overwritten_logits_cannot_corrupt_another_gradient(backend):
-    """out=logits is a change in place, and autograd hears of it: whoever saved the logits refuses to go on."""
+    """out=logits changes the logits in place, and a backward pass that saved them raises."""
     z = torch.randn(3, 8, device=backend.device, requires_grad=True)
     logits = z.exp()  # exp saves its result
     labels = torch.tensor([0, 1, 2], device=backend.device)

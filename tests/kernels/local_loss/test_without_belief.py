@@ -1,6 +1,6 @@
-"""Where the belief is not wanted, everything else has the bits it has beside one, also with dlogits over the logits.
+"""Tests that without the belief all other outputs have equal bits, also if dlogits overwrite the logits.
 
-Triton's kernels are held to the same in triton_belief_cases.py.
+triton_belief_cases.py tests the same for the Triton kernels.
 """
 
 import pytest
@@ -48,7 +48,7 @@ on_the_host = pytest.mark.skipif(simt.why_not() is not None, reason=f"CUDA sourc
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_cuda_source(kind, divergence, target):
-    """By the launcher's own plan, and with rows over lanes of a warp and over a cluster."""
+    """Test the plan of the launcher, rows over lanes of a warp, and rows over a cluster."""
     plans = (None, simt.plan(kind, 16), simt.plan(kind, 0, threads=32, cluster=2))
     for prior, (rows, classes) in ((p, s) for p in PRIORS for s in SIZES):
         case = make_case(
@@ -67,7 +67,7 @@ def test_cuda_source(kind, divergence, target):
 @on_the_host
 @pytest.mark.parametrize("kind", ("f32", "bf16", "f16"))
 def test_cuda_plan(kind):
-    """A belief that is not there asks for no narrower accesses, whatever its dtype and address say."""
+    """A belief that is not wanted does not narrow the accesses, whatever its dtype and address."""
     for shift in (0, 1):
         case = make_case(4, 64, dtype=simt.KIND_DTYPES[kind])
         case.logits, case.prior = simt.copy_shifted(case.logits, shift), simt.copy_shifted(case.prior, shift)
