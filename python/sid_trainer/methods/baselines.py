@@ -15,27 +15,15 @@ from .common import Optimizers, StepResult, autocast, check_owned, clear_gradien
 
 
 def bp_step(
-    network: SIDNetwork,
-    inputs: Tensor,
-    targets: Tensor,
-    optimizers: Optimizers = (),
-    *,
-    checkpointed: bool = False,
-    parts: int = 1,
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> StepResult:
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, checkpointed: bool = False,
+    parts: int = 1, label_smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
+) -> StepResult:  # fmt: skip
     """Backpropagate the last stage's cross-entropy through the whole network.
 
     Args:
-        inputs: (B, ...), what the network's extractor takes.
-        targets: Classes (B,), int64, or probabilities (B, C).
-        optimizers: Over the network's parameters; their gradients are cleared first. Without optimizers the step only
-            adds to the gradients in `.grad`.
+        optimizers: Over the network's parameters. Inputs, targets, label smoothing and dtype are those of `sid_step`.
         checkpointed: Hold only what passes between blocks, and run each block again in the backward pass.
         parts: Split the batch into this number of parts that run one after the other; batch-norm sees one at a time.
-        label_smoothing: As in `torch.nn.functional.cross_entropy`.
-        dtype: Forward passes run under autocast to this dtype unless it is float32.
 
     Returns the loss (1,) and the last logits (B, C). Raises ValueError if an optimizer owns other parameters.
     """
@@ -78,14 +66,9 @@ def frozen_statistics(module: Callable[..., Any]) -> Iterator[None]:
 
 
 def deep_supervision_step(
-    network: SIDNetwork,
-    inputs: Tensor,
-    targets: Tensor,
-    optimizers: Optimizers = (),
-    *,
-    label_smoothing: float = 0.0,
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, label_smoothing: float = 0.0,
     dtype: torch.dtype = torch.float32,
-) -> StepResult:
+) -> StepResult:  # fmt: skip
     """Backpropagate the sum of all heads' cross-entropies through features and beliefs.
 
     The arguments are those of `bp_step`. Returns the losses (L,) and the last logits (B, C).

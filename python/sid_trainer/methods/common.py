@@ -24,18 +24,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The options of a training step.
-
-    Args:
-        alpha: Weight of fidelity against consistency, in [0, 1]: one number (or 0-d tensor), or one per stage.
-        divergence: "forward" or "reverse", as in `sid_kernels.local_loss_and_grad`.
-        label_smoothing: Share of each label that is spread over all classes, in [0, 1].
-        dtype: Forward passes run under autocast to this dtype unless it is float32.
-        step_schedule: One of `STEP_SCHEDULES`, described in `sid_step`.
-        fused: Whether `StackedHeads` are trained at once by `sid_kernels.refine_cascade` in the schedule "one-pass".
-
-    Raises ValueError for a value that is not allowed.
-    """
+    """The options of a training step, described in `sid_step`. Raises ValueError for a value that is not allowed."""
 
     alpha: Alpha = 0.5
     divergence: str = "forward"
@@ -107,7 +96,7 @@ def owned_parameters(optimizers: Optimizers) -> set[int]:
 
 def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
     """Raise ValueError if an optimizer owns a parameter that is not the network's."""
-    if optimizers and not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:
+    if not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:
         raise ValueError("optimizers must be over the network's own parameters; one owns other tensors")
 
 

@@ -1,22 +1,16 @@
 """The SID step as the public implementation does it, for comparison: one backward over the sum of all losses."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sid_kernels import fused_local_loss
 
+from ..network.heads import StageCall
 from ..network.modules import SIDNetwork, at_least_float32
-from .common import (
-    Optimizers,
-    StepOptions,
-    StepResult,
-    autocast,
-    check_owned,
-    clear_gradients,
-    teacher_beliefs,
-    update,
-)
+from .common import Optimizers, StepOptions, StepResult, autocast, check_owned, clear_gradients, teacher_beliefs, update
 
 
 def reference_step(
@@ -33,7 +27,8 @@ def reference_step(
     with autocast(inputs, options.dtype):
         features = at_least_float32(network.extractor(inputs))
         priors = [network.uniform(features), *teachers[:-1]]
-        for stage, prior in zip(network.stages, priors, strict=True):
+        stages: Iterable[StageCall] = network.stages
+        for stage, prior in zip(stages, priors, strict=True):
             outputs, logits = stage(features, prior)
             features = outputs if outputs is features else outputs.detach()
             stage_logits.append(logits)

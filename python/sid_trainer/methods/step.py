@@ -33,33 +33,22 @@ from .streams import StageHooks
 
 
 def sid_step(
-    network: SIDNetwork,
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: Alpha = 0.5,
-    optimizers: Optimizers | None = None,
-    *,
-    schedule: str = "one-pass",
-    fused: bool = True,
-    divergence: str = "forward",
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    streams: StageHooks | None = None,
-) -> StepResult:
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, alpha: Alpha = 0.5, optimizers: Optimizers | None = None, *,
+    schedule: str = "one-pass", fused: bool = True, divergence: str = "forward", label_smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float32, streams: StageHooks | None = None,
+) -> StepResult:  # fmt: skip
     """Train every stage by its own loss, and the extractor by the sum of the stages' gradients.
 
     Args:
-        inputs: (B, ...), what the network's extractor takes.
-        targets: Classes (B,), int64, or probabilities (B, C).
+        inputs, targets: (B, ...) for the extractor; classes (B,), int64, or probabilities (B, C).
         alpha: Weight of fidelity against consistency in [0, 1]; one number or one per stage.
-        optimizers: `[extractor's, stage 1's, ..., stage L's]`, or `[extractor's, all stages']` if `network.stages` is
-            `StackedHeads`. An extractor without parameters has None. The gradients they own are cleared first and all
-            parameters updated. Without optimizers the step only adds to the gradients in `.grad`, as `backward` does.
-        schedule: Order of the work. "one-pass": each stage runs, learns and is updated before the next one runs; its
-            graph is freed at once, so only one stage's activations are held. "two-phase", as in the paper: a pass
-            without gradients computes all priors, then every stage learns. "reference", as in the public
-            implementation: the two phases, but one backward over the sum of all losses, which holds the graphs of all
-            stages. On deterministic stages all three give the same gradients. They differ if a layer draws random
+        optimizers: One for the extractor (None if it has no parameters) and one per stage, or one for all stages if
+            `network.stages` is `StackedHeads`. Gradients they own are cleared first. Without optimizers the step only
+            adds to the gradients in `.grad`, as `backward` does.
+        schedule: "one-pass": each stage runs, learns and is updated before the next one runs, so only one stage's
+            activations are held. "two-phase", as in the paper: a pass without gradients computes all priors, then every
+            stage learns. "reference", as in the public implementation: the two phases, but one backward over the sum of
+            all losses, which holds all activations. All three give the same gradients, unless a layer draws random
             numbers or keeps statistics.
         fused: Train `StackedHeads` at once with `sid_kernels.refine_cascade` in the schedule "one-pass": the same
             numbers in less time, with at most 16 MiB (or one stage, if that is more) held.
@@ -67,21 +56,17 @@ def sid_step(
         dtype: Forward passes run under autocast to this dtype unless it is float32.
         streams: Hooks around stages that run one by one, for example `StageStreams`.
 
-    Returns the losses of all stages (L,) and the last stage's logits (B, C) from before the update. The step never
-    waits for a device. Raises ValueError for options that are not allowed and for optimizers that do not fit.
+    Returns the losses (L,) and the last logits (B, C) from before the update; never waits for a device. Raises
+    ValueError for options that are not allowed and for optimizers that do not fit.
     """
     options = StepOptions(alpha, divergence, label_smoothing, dtype, schedule, fused)
     return local_step(network, inputs, targets, options, optimizers or (), streams)
 
 
 def local_step(
-    network: SIDNetwork,
-    inputs: Tensor,
-    targets: Tensor,
-    options: StepOptions,
-    optimizers: Optimizers = (),
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = (),
     hooks: StageHooks | None = None,
-) -> StepResult:
+) -> StepResult:  # fmt: skip
     """Do what `sid_step` describes, with its options in one object."""
     options.stage_alphas(len(network.stages))
     if options.step_schedule == "reference":
@@ -108,15 +93,9 @@ def local_step(
 
 
 def stage_by_stage(
-    network: SIDNetwork,
-    features: Tensor,
-    targets: Tensor,
-    options: StepOptions,
-    optimizers: Optimizers = (),
-    teachers: Sequence[Tensor] | None = None,
-    hooks: StageHooks | None = None,
-    prior: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    network: SIDNetwork, features: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = (),
+    teachers: Sequence[Tensor] | None = None, hooks: StageHooks | None = None, prior: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Train the stages one by one and return their losses (L,) and the last logits (B, C).
 
     `teachers` are the beliefs (B, C) that later stages read, if they were computed before. `prior` (B, C) is the belief
@@ -135,6 +114,7 @@ def stage_by_stage(
                 outputs, logits = stage(features, prior)  # its features, (B, C)
             # p_0 is passed as the tensor that the head reads, not as None, so that the belief is float32 like it.
             result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss)
+            assert result.belief is not None  # for type checkers: it was not asked to leave it out
             hooks.outputs_ready(outputs, result.belief)
             logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
             if not one_optimizer:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+def do_nothing() -> None:
+    """The update that is deferred when none is."""
+
+
 class StageHooks:
     """Hooks that a step calls around its stages. This base class runs one stage after the other.
 
@@ -19,7 +23,7 @@ class StageHooks:
 
     def __init__(self, defer_updates: bool = False):
         self.defer_updates = defer_updates
-        self.deferred: Callable[[], None] | None = None
+        self.deferred = do_nothing
 
     def step_started(self) -> None:
         """Called before the first stage."""
@@ -34,34 +38,24 @@ class StageHooks:
     def update(self, update_stage: Callable[[], None]) -> None:
         """Called at the end of a stage: run `update_stage` now, or after the next stage if updates are deferred."""
         if self.defer_updates:
-            self.run_deferred()
-            self.deferred = update_stage
-        else:
-            update_stage()
+            update_stage, self.deferred = self.deferred, update_stage
+        update_stage()
 
     def step_finished(self) -> None:
         """Called after the last stage: run what was deferred, and let the caller's work wait for all stages."""
-        self.run_deferred()
-
-    def run_deferred(self) -> None:
-        """Run the update that waits, if there is one."""
-        if self.deferred is not None:
-            self.deferred()
-            self.deferred = None
+        self.deferred()
+        self.deferred = do_nothing
 
 
 class StageStreams(StageHooks):
     """Hooks that run each stage on its own stream, so that a stage's backward and update overlap the next forward.
 
-    Events order the forward passes. Autograd runs a backward on the stream of its forward, so whole stages are placed.
+    Events order the forward passes. Autograd runs a backward on the stream of its forward. It adds the gradients of
+    shared features on the caller's stream, in stage order, where the step created the leaf's AccumulateGrad node; each
+    `backward` makes that stream wait for the stage's gradient, and the stage's stream for the sum.
 
-    Gradients of shared features are summed on the caller's stream, in stage order: autograd adds on the stream that was
-    current when the leaf's AccumulateGrad node was created, so the step creates the node before the first stage and
-    keeps it. Each `backward` makes that stream wait for the stage's gradient, and the stage's stream for the sum.
-
-    Tensors pass between streams without `record_stream`, and still no memory is reused too early. A stage's stream
-    takes its next work after `step_started` of the next step, which comes after `step_finished`. A block that is freed
-    in between is therefore reused by the next step at the earliest.
+    Tensors pass between streams without `record_stream`. Still no memory is reused too early: a stage's stream takes
+    its next work after the next `step_started`, so the next step is the first to reuse a block that was freed before.
     """
 
     def __init__(self, device: torch.device | str, stages: int, backend: Any = torch.cuda):

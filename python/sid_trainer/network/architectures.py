@@ -1,8 +1,7 @@
 """Networks by name, and `cut`, which makes stages of any `nn.Sequential`.
 
 A backbone is a trunk of blocks. In the layout `stagewise` each block is the body of its own stage. In `shared` the
-whole trunk is the extractor, and every stage reads the same features. A plain network, for backpropagation, is the
-trunk and a linear classifier.
+trunk is the extractor, and all stages read the same features. A plain network is the trunk and a linear classifier.
 """
 
 import copy
@@ -20,15 +19,9 @@ Trunk = Callable[[int, tuple[int, int], int], Sequence[nn.Module]]  # (in_channe
 
 
 def cut(
-    trunk: nn.Sequential,
-    at: Sequence[int],
-    num_classes: int,
-    example: Tensor,
-    *,
-    head_depth: int = 1,
-    hidden_dim: int = 256,
-    grid: int = 4,
-) -> SIDNetwork:
+    trunk: nn.Sequential, at: Sequence[int], num_classes: int, example: Tensor, *, head_depth: int = 1,
+    hidden_dim: int = 256, grid: int = 4,
+) -> SIDNetwork:  # fmt: skip
     """Cut a trunk into local stages; no gradient crosses a cut. Example: `cut(trunk, [3, 6], 10, images[:1])`.
 
     Args:
@@ -36,8 +29,7 @@ def cut(
         at: Increasing indices, counted from 0, of the layers that begin stages 2, 3, ...
         num_classes: Number of classes C of the heads, which are created here.
         example: Inputs (1 or more, ...). They run through the trunk once to find the shapes of the features.
-        head_depth: Number of hidden layers of each head.
-        hidden_dim: Size of the heads' hidden layers.
+        head_depth, hidden_dim: Number and size of the hidden layers of each head.
         grid: The heads read image features pooled to grid x grid cells.
 
     Raises ValueError for cuts that leave a stage without layers.
@@ -45,17 +37,11 @@ def cut(
     if list(at) != sorted(set(at)) or (at and not (0 < at[0] and at[-1] < len(trunk))):
         raise ValueError(f"at must be increasing numbers of layers in 1..{len(trunk) - 1}, not {list(at)}")
     bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
-    return stagewise(bodies, num_classes, example, head_depth=head_depth, hidden_dim=hidden_dim, grid=grid)
+    return stagewise(bodies, num_classes, example, head_depth, hidden_dim, grid)
 
 
 def stagewise(
-    blocks: Sequence[nn.Module],
-    num_classes: int,
-    example: Tensor,
-    *,
-    head_depth: int = 1,
-    hidden_dim: int = 256,
-    grid: int = 4,
+    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, head_depth: int, hidden_dim: int, grid: int
 ) -> SIDNetwork:
     """Return a network with one stage per block. The other arguments are those of `cut`."""
     stages = []
@@ -67,10 +53,7 @@ def stagewise(
 
 @torch.no_grad()
 def feature_shapes(blocks: Sequence[nn.Module], example: Tensor) -> list[tuple[int, ...]]:
-    """Return the shape of one example's features after each block.
-
-    Copies of the blocks run, so the example leaves no trace in their statistics.
-    """
+    """Return the shape of one example's features after each block, without a change of the blocks' statistics."""
     shapes = []
     for block in blocks:
         example = copy.deepcopy(block).eval()(example)
@@ -84,11 +67,9 @@ def feature_shapes(blocks: Sequence[nn.Module], example: Tensor) -> list[tuple[i
 def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
     """Return the convolutions of the public implementation, one per block: 32, 64 (pooled), 128, 128 (pooled).
 
-    The public implementation applies each ReLU before its pooling. Here it follows the pooling and runs on a quarter of
-    the elements. Values and gradients have the same bits: the maximum commutes with ReLU, and at ties of zero no
-    gradient passes either way.
+    Each ReLU follows its pooling and runs on a quarter of the elements. The bits are those of the other order: the
+    maximum commutes with ReLU, and at ties of zero no gradient passes either way.
     """
-
     height, width = image_size
     if min(image_size) < 4:
         raise ValueError(f"image_size must be at least 4x4 for simple_cnn, which pools twice, not {height}x{width}")
@@ -101,10 +82,7 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> li
 
 
 def vgg11(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
-    """Return torchvision's VGG-11 features with batch-norm, cut after each pooling.
-
-    Poolings round up, so that images of 8x8 pixels pass.
-    """
+    """Return torchvision's VGG-11 features with batch-norm, cut after each pooling, which rounds up (8x8 images)."""
     from torchvision.models.vgg import cfgs, make_layers
 
     layers = make_layers(cfgs["A"], batch_norm=True)
@@ -186,10 +164,7 @@ LAYOUTS = ("shared", "stagewise")
 
 
 def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
-    """Return the number of stages of a network that is not plain: `depth`, or the default if it is None.
-
-    Raises ValueError for an unknown name and for a depth that the network cannot have.
-    """
+    """Return `depth`, or the default number of stages. Raises ValueError for a depth that the network cannot have."""
     for name, value, table in (("arch", arch, TRUNKS), ("layout", layout, LAYOUTS)):
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
@@ -205,36 +180,23 @@ def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
 
 
 def build_network(
-    arch: str = "simple_cnn",
-    layout: str = "shared",
-    *,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    image_size: tuple[int, int] = (32, 32),
-    depth: int | None = None,
-    plain: bool = False,
-    head_depth: int = 1,
-    hidden_dim: int = 256,
-    grid: int = 4,
-    fused: bool = True,
-) -> SIDNetwork:
+    arch: str = "simple_cnn", layout: str = "shared", *, num_classes: int = 10, in_channels: int = 3,
+    image_size: tuple[int, int] = (32, 32), depth: int | None = None, plain: bool = False, head_depth: int = 1,
+    hidden_dim: int = 256, grid: int = 4, fused: bool = True,
+) -> SIDNetwork:  # fmt: skip
     """Return a network with new parameters, drawn as PyTorch and torchvision do, from the global generator.
 
     Args:
         arch: Name of the backbone, one of `TRUNKS`.
-        layout: "shared" (an extractor and `depth` belief stages, 10 by default) or "stagewise" (the trunk itself cut
-            into `depth` stages).
+        layout: "shared" (an extractor and `depth` belief stages) or "stagewise" (the trunk cut into `depth` stages).
         num_classes: Number of classes C.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images in pixels.
-        depth: Number of stages; None for the default.
-        plain: Build the backbone with one linear classifier, which backpropagation trains, instead of the stagewise
-            network.
-        head_depth: Number of hidden layers of each head.
-        hidden_dim: Size of the heads' hidden layers.
+        in_channels, image_size: Channels, and height and width, of the images.
+        depth: Number of stages. Default: 10 for the shared layout, otherwise the backbone's first in `TRUNKS`.
+        plain: Build the backbone with one linear classifier for backpropagation, instead of the stagewise network.
+        head_depth, hidden_dim: Number and size of the hidden layers of each head.
         grid: Stagewise heads and the plain classifier read image features pooled to grid x grid cells.
-        fused: Build the shared layout's heads as one module `StackedHeads` if `head_depth` is 1. Otherwise `stages` is
-            a ModuleList of `Stage(StageHead(...))`. The drawn parameters are the same.
+        fused: Build the shared layout's heads as `StackedHeads` if `head_depth` is 1. Otherwise `network.stages` is a
+            ModuleList of `Stage(StageHead(...))`. The drawn parameters are the same.
 
     Raises ValueError for an unknown name and for sizes that make no network.
     """
@@ -248,7 +210,7 @@ def build_network(
     example = torch.zeros(1, in_channels, *image_size)
     blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
     if layout == "stagewise" and not plain:
-        return stagewise(blocks, num_classes, example, head_depth=head_depth, hidden_dim=hidden_dim, grid=grid)
+        return stagewise(blocks, num_classes, example, head_depth, hidden_dim, grid)
     pooling = FeaturePooling(feature_shapes(blocks, example)[-1], grid if layout == "stagewise" else 1)
     if layout == "stagewise":
         classifier = LinearClassifier(pooling.dim, num_classes, pooling)

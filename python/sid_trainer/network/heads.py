@@ -52,19 +52,13 @@ class Mean(nn.Module):
 class StageHead(nn.Module):
     """An MLP on concat(belief, pooling(features)) that returns the logits of one stage.
 
-    It has `depth` hidden layers of `hidden_dim` units with ReLU. Depth 1 is the head of the method's public
-    implementation; depth 0 is linear.
+    It has `depth` hidden layers of `hidden_dim` units with ReLU: 1 as in the public implementation; 0 makes it linear.
     """
 
     def __init__(
-        self,
-        feature_dim: int,
-        num_classes: int,
-        hidden_dim: int = 256,
-        *,
-        depth: int = 1,
+        self, feature_dim: int, num_classes: int, hidden_dim: int = 256, *, depth: int = 1,
         pooling: nn.Module | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.pooling = nn.Identity() if pooling is None else pooling
         input_dim = num_classes + feature_dim
@@ -97,36 +91,24 @@ class LinearClassifier(nn.Module):
 class StackedHeads(nn.Module):
     """The stages of the shared layout as one module: L equal heads with one hidden layer, stacked in four parameters.
 
-    Stage i computes what the i-th of L modules `Stage(StageHead(...))` computes, and the parameters are drawn as theirs
-    are. `sid_step` trains all stages at once with `sid_kernels.refine_cascade`, and one optimizer owns all of them.
-    Iterating gives the stages as functions (features, prior) -> (features, logits). No step calls the module itself, so
-    module hooks on it do not run.
-
-    `load_state_dict` also accepts the state of L modules `Stage(StageHead(...))`.
+    Stage i computes what the i-th of L modules `Stage(StageHead(...))` computes; its parameters are drawn in the same
+    way. `sid_step` trains all stages at once with `sid_kernels.refine_cascade`, and one optimizer owns them all.
+    Iterating gives the stages as functions (features, prior) -> (features, logits). The module itself is not called, so
+    hooks on it do not run. `load_state_dict` also accepts the state of L modules `Stage(StageHead(...))`.
 
     Args:
         depth: Number of stages L.
-        feature_dim: Size of the features D.
-        num_classes: Number of classes C.
-        hidden_dim: Size of the hidden layers H.
+        feature_dim, num_classes, hidden_dim: Sizes D of the features, C of the logits and H of the hidden layers.
     """
 
-    SOURCES = {
-        "hidden_weight": "hidden.weight",
-        "hidden_bias": "hidden.bias",
-        "logits_weight": "logits.weight",
-        "logits_bias": "logits.bias",
-    }  # parameter -> its name in a StageHead
+    SOURCES = {name: name.replace("_", ".") for name in CascadeWeights._fields}  # parameter -> its name in a StageHead
 
     def __init__(self, depth: int, feature_dim: int, num_classes: int, hidden_dim: int = 256):
         super().__init__()
-        heads = [StageHead(feature_dim, num_classes, hidden_dim) for _ in range(depth)]
-        stacked = [torch.stack([head.get_parameter(source).detach() for head in heads])
-                   for source in self.SOURCES.values()]  # fmt: skip
-        self.hidden_weight = nn.Parameter(stacked[0])  # (L, H, C + D)
-        self.hidden_bias = nn.Parameter(stacked[1])  # (L, H)
-        self.logits_weight = nn.Parameter(stacked[2])  # (L, C, H)
-        self.logits_bias = nn.Parameter(stacked[3])  # (L, C)
+        heads = [StageHead(feature_dim, num_classes, hidden_dim).state_dict() for _ in range(depth)]
+        self.hidden_weight, self.hidden_bias, self.logits_weight, self.logits_bias = (
+            nn.Parameter(torch.stack([head[source] for head in heads])) for source in self.SOURCES.values()
+        )  # (L, H, C + D), (L, H), (L, C, H), (L, C)
 
     @property
     def weights(self) -> CascadeWeights:
@@ -141,21 +123,20 @@ class StackedHeads(nn.Module):
         for weights in zip(*(weight.unbind() for weight in self.weights), strict=True):
             yield partial(run_head, CascadeWeights(*weights))
 
-    def local_stages(self) -> Iterator[StageCall]:
-        """Yield the stages on leaf tensors of their own, for one backward per stage.
+    def local_stages(self) -> list[StageCall]:
+        """Return the stages on leaf tensors of their own, for one backward per stage.
 
         A stage's backward adds to its own entries of the stacked gradients and touches no other stage's.
         """
+        leaves = []
         for weight in self.weights:
-            if weight.requires_grad and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        parts = [weight.detach().unbind() for weight in self.weights]
-        gradients = [[None] * len(self) if w.grad is None else w.grad.unbind() for w in self.weights]
-        for i in range(len(self)):
-            leaves = CascadeWeights(*(part[i] for part in parts))
-            for leaf, gradient, weight in zip(leaves, gradients, self.weights, strict=True):
-                leaf.requires_grad_(weight.requires_grad).grad = gradient[i]
-            yield partial(run_head, leaves)
+            parts = weight.detach().unbind()
+            if weight.requires_grad:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                for part, gradient in zip(parts, weight.grad.unbind(), strict=True):
+                    part.requires_grad_().grad = gradient
+            leaves.append(parts)
+        return [partial(run_head, CascadeWeights(*weights)) for weights in zip(*leaves, strict=True)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, source in self.SOURCES.items():

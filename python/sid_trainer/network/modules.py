@@ -47,7 +47,9 @@ class SIDNetwork(nn.Module):
     def __init__(self, extractor: nn.Module, stages: Iterable[nn.Module] | StackedHeads, num_classes: int):
         super().__init__()
         self.extractor = extractor
-        self.stages = stages if isinstance(stages, StackedHeads) else nn.ModuleList(stages)
+        self.stages: nn.ModuleList | StackedHeads = (
+            stages if isinstance(stages, StackedHeads) else nn.ModuleList(stages)
+        )
         self.num_classes = num_classes
 
     def uniform(self, features: Tensor) -> Tensor:
@@ -56,12 +58,8 @@ class SIDNetwork(nn.Module):
 
     @property
     def local_modules(self) -> list[nn.Module]:
-        """The modules that local training gives one optimizer each: the extractor and every stage.
-
-        `StackedHeads` count as one module.
-        """
-        stages = [self.stages] if isinstance(self.stages, StackedHeads) else self.stages
-        return [self.extractor, *stages]
+        """The modules that get one optimizer each in local training: extractor and stages (`StackedHeads`: one)."""
+        return [self.extractor, *([self.stages] if isinstance(self.stages, StackedHeads) else self.stages)]
 
     def local_stages(self) -> Iterable[StageCall]:
         """Return the stages as functions (features, prior) -> (features, logits) for one backward per stage."""

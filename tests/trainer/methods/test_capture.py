@@ -64,9 +64,12 @@ def test_replays_are_the_steps(device, kind, options, monkeypatch):
     ("batch", "message"),
     [
         ((torch.zeros(3, 2),), r"batch must be 2 tensors like the example's, not 1"),
-        ((torch.zeros(3, 2), torch.zeros(4)), r"batch\[1\] is \(4,\) torch.float32; .* \(3,\) torch.float32"),
-        ((torch.zeros(3, 2).int(), torch.zeros(3)), r"batch\[0\] is \(3, 2\) torch.int32"),
-        ((torch.zeros(3, 2), None), r"batch\[1\] is NoneType"),
+        (
+            (torch.zeros(3, 2), torch.zeros(4)),
+            r"batch\[1\] must be \(3,\) torch.float32 as captured, not \(4,\) torch.float32",
+        ),
+        ((torch.zeros(3, 2).int(), torch.zeros(3)), r"batch\[0\] must be .*, not \(3, 2\) torch.int32"),
+        ((torch.zeros(3, 2), None), r"batch\[1\] must be .*, not NoneType"),
     ],
 )
 def test_a_batch_unlike_the_example_is_refused(batch, message):

@@ -240,7 +240,7 @@ def residual_network(depth=4):
 
     widths = [3, 64, 16, 64, 32][: depth + 1]
     blocks = [Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    return stagewise(blocks, 10, torch.zeros(1, 3, 32, 32))
+    return stagewise(blocks, 10, torch.zeros(1, 3, 32, 32), head_depth=1, hidden_dim=256, grid=4)
 
 
 def shared_network(depth=4):
