@@ -8,13 +8,28 @@ CONSTRAINTS ?= constraints.txt
 CPP = $(wildcard csrc/*.h csrc/*/* tests/helpers/simt/*.h tests/helpers/simt/*.cpp)
 SETTINGS = setup.py pyproject.toml CMakeLists.txt $(CONSTRAINTS)
 
-.PHONY: train test bench gpu gpu-train lint clean
+.PHONY: train test test-quick test-all docs types bench gpu gpu-train lint clean
 
 train: $(VENV)/installed
 	$(VENV)/bin/sid train --dataset digits --epochs 10 --out runs/digits --overwrite
 
+# One process a core, one thread each: what a case needs beyond that it sets itself.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests
+
 test: $(VENV)/installed
-	$(RUN) -m pytest tests
+	$(PYTEST)
+
+test-quick: $(VENV)/installed
+	$(PYTEST) -m "not slow and not aot and not processes"
+
+test-all: $(VENV)/installed
+	$(PYTEST) -m ""
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-only
@@ -35,7 +50,6 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
-	$(VENV)/bin/mypy
 
 $(VENV)/installed: $(SETTINGS) $(wildcard csrc/*.h csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

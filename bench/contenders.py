@@ -187,7 +187,7 @@ def contenders(device: str, rows: int, classes: int) -> tuple[dict[str, Contende
     else:
         what = "Liger-Kernel's kl_div to the mixed target, on a log_softmax, and exp"
         listed.append(Contender("liger kl_div", what, with_gradient(liger_form()), "kl", waits=True))
-    for backend, (_, devices) in backends.BACKENDS.items():
+    for backend, devices in backends.BACKENDS.items():
         reason = backends.unavailable(backend)
         if reason is None and device not in devices:
             reason = f"backend {backend} runs on {devices[0]}"

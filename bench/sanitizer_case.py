@@ -92,7 +92,7 @@ def run(case: Case, backend: str, seed: int) -> str | None:
     """None, or what is wrong."""
     logits, prior, target, alpha = tensors(case, seed)
     want, want_grad = local_loss_and_grad(logits, prior, target, alpha, backend="reference", **case.options)
-    device = backends.BACKENDS[backend][1][0]
+    device = backends.BACKENDS[backend][0]
     z = placed(logits, device, case.padding)
     arguments = (placed(prior, device, case.padding), placed(target, device), placed(alpha, device))
     options = case.options | {"backend": backend}

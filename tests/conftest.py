@@ -79,6 +79,16 @@ def pytest_report_header():
     return lines
 
 
+# Folders whose cases are expensive: `make test-quick` leaves them out.
+COST = {"tests/compiled/": "aot", "tests/packaging/": "aot", "tests/trainer/distributed/": "processes"}
+
+
+def pytest_itemcollected(item):
+    for folder, mark in COST.items():
+        if folder in item.nodeid:
+            item.add_marker(mark)
+
+
 @pytest.hookimpl(trylast=True)  # after pytest's own order, by parameters
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU: PyTorch sees none here")
