@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from helpers.processes import wait_until
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -19,11 +20,11 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def step(gpu, code, name="step", limit=20.0, least=0.0, **rest):
+def step(gpu, code, name="step", limit=600.0, least=0.0, **rest):
     return gpu.Step(name, lambda limit: [sys.executable, "-c", code], limit, least, **rest)
 
 
-def run(gpu, steps, total=60.0):
+def run(gpu, steps, total=3600.0):
     return gpu.run_steps(steps, total, lambda outcomes: None)
 
 
@@ -41,45 +42,60 @@ def test_outcomes_are_told_apart(gpu):
     assert (skipped["status"], skipped["reason"]) == ("skipped", "it is not installed")
 
 
-def test_a_step_ends_at_its_limit_with_all_it_started(gpu, tmp_path):
+def test_a_step_ends_at_its_limit_with_all_it_started(gpu, tmp_path, monkeypatch):
+    """The limit is over as soon as the step has started a process of its own."""
     child = tmp_path / "child"
+
+    class UntilBegun(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            wait_until(child.exists, "a child of the step")
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", UntilBegun)
     code = (
         "import pathlib, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(6000)'])\n"
         "print('begun', flush=True)\n"
-        "time.sleep(600)\n"
+        f"file = pathlib.Path({str(child)!r} + '.new')\n"
+        "file.write_text(str(child.pid))\n"
+        "file.rename(file.with_suffix(''))\n"
+        "time.sleep(6000)\n"
     )
-    began = time.monotonic()
     (outcome,) = run(gpu, [step(gpu, code, limit=3.0)])
-    assert time.monotonic() - began < 15
     assert outcome["status"] == "failed" and outcome["reason"] == "stopped at its limit of 3 s"
     assert outcome["output_tail"] == ["begun"]
-    assert gone(int(child.read_text()))
+    wait_until(lambda: gone(int(child.read_text())), "the end of the step's child")
 
 
 def gone(pid: int) -> bool:
-    for _ in range(50):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":  # killed, and not yet collected by whoever inherited it
-            return True
-        time.sleep(0.1)
-    return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"  # killed, and not yet collected by whoever inherited it
 
 
-def test_total_time_is_kept_and_later_steps_keep_their_share(gpu):
+def test_total_time_is_kept_and_later_steps_keep_their_share(gpu, monkeypatch):
+    clock = [100.0]
+
+    class Timed(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None or "sleep" not in self.args[-1]:
+                return super().wait()
+            clock[0] += timeout
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Timed)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
     steps = [
-        step(gpu, "import time; time.sleep(600)", "long", limit=600.0),
+        step(gpu, "import time; time.sleep(6000)", "long", limit=600.0),
         step(gpu, "print('ran')", "short", least=4.0),
     ]
-    began = time.monotonic()
     long, short = run(gpu, steps, total=7.0)
-    assert time.monotonic() - began < 20
-    assert long["status"] == "failed" and long["limit_seconds"] == pytest.approx(3.0, abs=0.2)
+    assert long["status"] == "failed" and long["limit_seconds"] == long["seconds"] == 3.0
     assert short["status"] == "passed"
 
 
@@ -161,16 +177,23 @@ def test_outcomes_of_tests_survive_the_end_of_their_time(gpu, tmp_path):
     assert outcome["reason"] == "stopped at its limit of 12 s; 2 of 4 tests failed"
 
 
-def test_steps_beside_each_other(gpu):
+def test_steps_beside_each_other(gpu, tmp_path):
+    """Each of two steps ends only once the other one has started."""
+
+    def meet(own, other):
+        return (
+            f"import pathlib, time; folder = pathlib.Path({str(tmp_path)!r}); (folder / {own!r}).touch()\n"
+            f"while not (folder / {other!r}).exists(): time.sleep(0.01)\n"
+        )
+
     steps = [
-        step(gpu, "import time; time.sleep(3)", "one", least=1.0),
-        step(gpu, "import time; time.sleep(3); raise SystemExit(1)", "two", least=3.0, beside=True),
+        step(gpu, meet("one", "two"), "one", least=1.0),
+        step(gpu, meet("two", "one") + "raise SystemExit(1)", "two", least=3.0, beside=True),
         step(gpu, "", "absent", missing="it is not installed", least=90.0, beside=True),
         step(gpu, "print('ran')", "after", least=2.0),
     ]
-    began = time.monotonic()
-    outcomes = run(gpu, steps, total=30.0)
-    assert time.monotonic() - began < 5.5 and [o["name"] for o in outcomes] == ["one", "two", "absent", "after"]
+    outcomes = run(gpu, steps)
+    assert [o["name"] for o in outcomes] == ["one", "two", "absent", "after"]
     assert [o["status"] for o in outcomes] == ["passed", "failed", "skipped", "passed"]
 
 

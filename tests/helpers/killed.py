@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.processes import PATIENCE
 from sid_trainer.training.checkpoint import LAST, load_checkpoint
 
 TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what two runs of equal bits differ in
@@ -42,7 +43,7 @@ def sid(
     printed = out.with_name(out.name + ".printed")
     process = _context.Process(target=_run, args=(list(map(str, words)), printed, kill, number, draw))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode is not None, f"sid {words} does not end: {printed.read_text()}"
     return process.exitcode, printed.read_text()
 

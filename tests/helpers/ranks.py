@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from helpers.killed import _context, _run, assert_same, rows_of, sid, state_of
+from helpers.processes import PATIENCE
 from sid_trainer.runs.build import PROCESSES
 
 STEP = "sid_trainer.training.trainer.Trainer.one_step"
@@ -70,16 +71,16 @@ def printed(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}.{rank}.printed")
 
 
-def finish(processes: list, seconds: float = 60) -> list[int]:
+def finish(processes: list) -> list[int]:
     """Their exit statuses; none is left running."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     for process in processes:
         process.join(max(0, end - time.monotonic()))
     status = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # one that is stopped, too
         process.join()
-    assert None not in status, f"exit statuses after {seconds} seconds: {status}"
+    assert None not in status, f"exit statuses after {PATIENCE:.0f} seconds: {status}"
     return status
 
 
@@ -135,15 +136,6 @@ def workers(torchrun: int) -> dict[int, int]:
                 variables = dict(v.split("=", 1) for v in (file.parent / "environ").read_text().split("\0") if "=" in v)
                 if "RANK" in variables:
                     found[int(variables["RANK"])] = int(file.parent.name)
-    return found
-
-
-def wait_until(true: Callable[[], object], what: str, seconds: float = 60):
-    """What `true()` returns as soon as that is true."""
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, f"{what} does not come in {seconds} seconds"
-        time.sleep(0.005)
     return found
 
 

@@ -1,7 +1,6 @@
 """Tests of the CPU backend: instruction sets, threads, forks, the interpreter lock, streaming stores, huge strides."""
 
 import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,25 +131,29 @@ def test_from_other_threads_at_once(threads):
 
 
 def test_the_lock_is_let_go(threads):
-    """Another thread runs Python during a long computation."""
+    """Another thread runs Python during a call: it sees the gradient's first row written and its last row not yet."""
     threads(1)
     case = make_case(4000, 2000, soft=True, divergence="reverse")
-    ticks, done = 0, threading.Event()
+    out = torch.empty(4000, 2000)
+    gradient, seen, done = out.numpy(), threading.Event(), threading.Event()
 
     def work():
-        for _ in range(5):
-            call(case)
-        done.set()
+        try:
+            for _ in range(1000):  # on a busy machine the other thread may get no time in some of the calls
+                out.fill_(7.0)
+                call(case, out=out)
+                if seen.is_set():
+                    break
+        finally:
+            done.set()
 
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
     worker = threading.Thread(target=work)
     worker.start()
-    while not done.wait(1e-3):
-        ticks += 1
+    while not done.is_set():
+        if gradient[0, 0] != 7.0 and gradient[-1, -1] == 7.0:
+            seen.set()
     worker.join()
-    sys.setswitchinterval(switch)
-    assert ticks > 10, f"the main thread ran {ticks} times: the lock was held"
+    assert seen.is_set(), "no Python ran during a call: the lock was held"
 
 
 # Bytes are compared: PyTorch's own threads, which torch.equal would use, do not survive a fork.
@@ -175,7 +178,7 @@ FORK = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forked_child_computes():
-    assert fresh_process(FORK, timeout=60) == "ok"
+    assert fresh_process(FORK) == "ok"
 
 
 LOADER = """
@@ -194,7 +197,7 @@ LOADER = """
             return call()
     if __name__ == "__main__":
         expected = call()
-        found = torch.cat(list(DataLoader(Losses(), num_workers=2, multiprocessing_context="fork", timeout=50)))
+        found = torch.cat(list(DataLoader(Losses(), num_workers=2, multiprocessing_context="fork")))
         assert (found == expected).all(), found
         print("ok")
 """
@@ -202,7 +205,7 @@ LOADER = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_workers_of_a_data_loader_compute():
-    assert fresh_process(LOADER, timeout=90) == "ok"
+    assert fresh_process(LOADER) == "ok"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

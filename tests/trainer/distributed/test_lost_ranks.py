@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.killed import assert_same, sid, state_of
+from helpers.processes import PATIENCE, wait_until
 from helpers.ranks import (
     STEP,
     assert_same_run,
@@ -26,7 +27,6 @@ from helpers.ranks import (
     start_ranks,
     torchrun,
     trained,
-    wait_until,
     workers,
 )  # fmt: skip
 from sid_trainer.training.checkpoint import load_checkpoint
@@ -77,7 +77,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
             else:
                 time.sleep(draw.uniform(0, 4))
             os.kill(both[kill % 2], signal.SIGKILL)
-        run.process.wait(240)
+        run.process.wait(PATIENCE)
         text = run.text()
     assert run.process.returncode == 0, text
     assert text.count("(exitcode: -9)") == KILLS or text.count("resumed in epoch") >= 1, text
@@ -95,7 +95,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
     with torchrun("train", *words, "--out", folder, count=2, out=folder) as run:
         wait_until((folder / "previous.pt").exists, "save")
         run.process.send_signal(signal.SIGTERM)
-        run.process.wait(60)
+        run.process.wait(PATIENCE)
         text = run.text()
     stopped = re.findall(r"^sid train: (stopped in epoch (\d+) after step (\d+)); sid train --resume", text, re.M)
     assert len(stopped) == 1, text  # the rank that saved it says so
@@ -108,21 +108,20 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize(("how", "silent"), [("stage", 0), ("stage", 1), ("data", 1)])
-def test_a_rank_that_hangs_is_named_within_the_set_time(tmp_path, how, silent):
-    folder, timeout = tmp_path / "run", 5
+def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path, how, silent):
+    folder, timeout = tmp_path / "run", 15
     words = ["train", *SMALL, *RUNS[how], "--timeout", timeout, "--out", folder]
     processes = start_ranks([words] * 2, folder, ends={silent: (STEP, 20, signal.SIGSTOP)})
     wait_until((folder / "last.pt").exists, "save")
-    other, start = processes[1 - silent], time.monotonic()
-    other.join(6 * timeout)
-    seconds, status = time.monotonic() - start, other.exitcode
+    other = processes[1 - silent]
+    other.join(PATIENCE)
+    status = other.exitcode
     processes[silent].kill()
     finish(processes)
     text = printed(folder, 1 - silent).read_text()
     whom = f"rank {silent}" if how == "stage" else "another rank"
     expected = f"sid train: rank {1 - silent}: {whom} said nothing for {timeout} seconds; the last checkpoint is kept"
     assert status == 1 and own_lines(text) == [expected] and "Traceback" not in text, text
-    assert timeout - 1 < seconds < 3 * timeout
     state = state_of(folder)
     assert (state["epoch"], state["step"]) in ((2, 6), (3, 0))  # of 9 steps an epoch; what was sent on was learned
 
@@ -162,10 +161,10 @@ def test_a_restart_goes_on_with_this_run_only(tmp_path, count, meeting):
     """torchrun starts again what was refused because the folder holds a run: that must not become going on with it."""
     words = ["train", *SMALL, "--epochs", "1", *(RUNS["stage"] if count > 1 else []), "--out", tmp_path / "run"]
     with torchrun(*words, count=count, out=tmp_path / "first", meeting=meeting) as run:
-        assert run.process.wait(90) == 0, run.text()
+        assert run.process.wait(PATIENCE) == 0, run.text()
     before = left(tmp_path / "run")
     with torchrun(*words, count=count, out=tmp_path / "again", restarts=1, meeting=meeting) as run:
-        assert run.process.wait(90) == 1
+        assert run.process.wait(PATIENCE) == 1
         text = run.text()
     expected = f"sid train: error: {tmp_path / 'run'}: holds a run already"
     assert [line.partition(";")[0] for line in own_lines(text)] == [expected] * 2, text
@@ -222,7 +221,7 @@ def test_a_rank_that_finds_another_run_than_the_others_ends_all_in_one_line(tmp_
     if change:
         torch.save(change(load_checkpoint(folder)), other / "last.pt")
     each = [["train", "--resume", place, "--parallel", how, "--timeout", 30] for place in (folder, other)]
-    status = finish(start_ranks(each, folder), 20)
+    status = finish(start_ranks(each, folder))
     (line,) = "".join(printed(folder, rank).read_text() for rank in range(2)).splitlines()
     assert status == [2, 2] and line.startswith("sid train: error: " + message.format(folder=other)), line
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from helpers.killed import rows_of, sid, state_of
-from helpers.ranks import finish, printed, ranks, start, start_ranks, trained, wait_until
+from helpers.processes import PATIENCE, wait_until
+from helpers.ranks import finish, printed, ranks, start, start_ranks, trained
 from sid_trainer.data.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data.datasets import Split
 from sid_trainer.distributed.rendezvous import Place, leave, speaks
@@ -89,7 +90,7 @@ def train_by_turns(words: dict, folder: Path) -> None:
     def hold_up(stage, inputs, made):
         if made[1].requires_grad and held_up.get(trainer.step) == replica:
             begun = file(1 - replica).exists
-            made[1].register_hook(lambda _: wait_until(begun, "the other's second stage", 20) and None)
+            made[1].register_hook(lambda _: wait_until(begun, "the other's second stage") and None)
 
     def tell(stage, inputs):
         if torch.is_grad_enabled():
@@ -153,7 +154,7 @@ TINY = "train --arch mlp --layout stagewise --train-images 40 --batch-size 8 --e
 def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message):
     folder = tmp_path / "run"
     each = [[*TINY, *words.split(), "--out", folder] for words in (first, second)]
-    status = finish(start_ranks(each, folder), 40)
+    status = finish(start_ranks(each, folder))
     refused(folder, status, [printed(folder, rank).read_text() for rank in range(2)], message)
 
 
@@ -224,7 +225,7 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         processes = start_ranks([words, words], folder, port)
-        processes[0].join(30)
+        processes[0].join(PATIENCE)
         status = processes[0].exitcode
         processes[1].kill()  # it cannot know that what listens there is no peer; torchrun ends it
         finish(processes)

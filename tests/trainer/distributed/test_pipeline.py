@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from helpers.killed import assert_same, sid, state_of
+from helpers.processes import PATIENCE
 from helpers.ranks import STEP, assert_same_run, finish, left, ranks, start, trained
 from sid_trainer import build_network
 from sid_trainer.distributed.pipeline import Layout, Link, layouts
@@ -252,7 +253,7 @@ def take_batches(sent, taken, in_flight, batches):
     for t in range(batches):
         assert len(link.coming) == min(in_flight, batches - t)
         most = min(batches, t + 2 * in_flight)  # on their way, and kept by the sender
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while sent.value < most and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(0.02)  # in which one that does not wait would be further ahead

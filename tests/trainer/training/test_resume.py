@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from helpers.killed import assert_same, rows_of, sid, state_of
+from helpers.processes import PATIENCE
 from sid_trainer import TrainConfig, Trainer, cut
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.checkpoint import load_checkpoint
@@ -148,7 +149,7 @@ def test_a_process_killed_from_outside(run, tmp_path):
     command = [sys.executable, "-m", "sid_trainer", *words, "--out", str(folder)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the other processes: bits depend on their number
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread) as process:
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while not (folder / "previous.pt").exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
         process.kill()
