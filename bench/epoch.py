@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.data.batches import Batches, pixel_statistics
 from sid_trainer.data.datasets import Split
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.options import Parser
 from sid_trainer.runs.build import make_data, make_network, make_trainer
 from sid_trainer.training.config import RunConfig, run_config
-from sid_trainer.training.cpu import only_training
 from sid_trainer.training.evaluation import evaluate, means
 
 WORKERS = 2  # of the reference's DataLoader
@@ -52,14 +52,14 @@ def settings(args: argparse.Namespace, dtype: str = "float32") -> RunConfig:
 
 
 def command(args: argparse.Namespace, dtype: str) -> tuple[Epoch, Accuracy]:
-    only_training()
+    torch.set_flush_denormal(True)
     trainer = make_trainer(settings(args, dtype), quiet=True)
 
     def epoch() -> None:
         trainer.train_epoch()
         trainer.epoch, trainer.step, trainer.sums = trainer.epoch + 1, 0, {}
 
-    return epoch, lambda: means(*trainer.evaluate()["test"])["accuracy"][-1]
+    return epoch, lambda: means(*trainer.strategy.evaluate()["test"])["accuracy"][-1]
 
 
 class InMemory(Dataset):
@@ -89,19 +89,19 @@ def reference(args: argparse.Namespace) -> tuple[Epoch, Accuracy]:
     crop, normalize = RandomCrop(data.image_size, padding=data.crop), Normalize(mean / 255, std / 255)
     images = InMemory(data.train, Compose([crop, RandomHorizontalFlip(), ToTensor(), normalize]))
     loader = DataLoader(images, batch_size=run.batch_size, shuffle=True, num_workers=WORKERS)
-    alphas = [run.alpha] * len(network.stages)
+    options = StepOptions(run.alpha)
 
     def epoch() -> float:
         network.train()
         loss = 0.0
         for inputs, targets in loader:
-            result = sid_step(network, inputs, targets, alphas, optimizers, schedule="reference")
+            result = sid_step(network, inputs, targets, run.alpha, optimizers, schedule="reference")
             loss += result.stage_loss.sum().item()
         return loss
 
     def accuracy() -> float:
         batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std)
-        return evaluate(network, batches.in_order(), alphas)["accuracy"][-1]
+        return evaluate(network, batches.in_order(), options)["accuracy"][-1]
 
     return epoch, accuracy
 

@@ -18,7 +18,34 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from sid_kernels.core import cpu
-from sid_trainer.training.memory import allocated_peak as peak  # noqa: F401
+
+
+def allocated_peak(call: Callable[[], Any], device: str = "cpu", warm: bool = True) -> int:
+    """Return the most bytes of PyTorch's allocator alive at once during a call, beyond those before, result included.
+
+    Memory that a library or a kernel takes for itself is not seen. `warm`: first call it once, for what is set up once.
+    """
+    if warm:
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = call()
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() - start
+        del kept
+        return most
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        kept = call()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    del kept
+    assert most > 0, "the profiler saw no allocation"
+    return most
 
 
 def nbytes(found: Any) -> int:

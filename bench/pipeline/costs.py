@@ -1,14 +1,15 @@
 """What each stage costs, for the simulator: measured on synthetic images, and kept in a JSON file.
 
-SID's own step is timed by the trainer's `measure_stages`, which also balances its pipelines. Here is the same for
-backpropagation through the plain backbone, block by block.
+SID's step is timed stage by stage, and backpropagation through the plain backbone block by block.
 """
 
+import copy
 import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,15 +18,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sid_trainer import build_network
-from sid_trainer.distributed.balance import WARM, StageCost, measure_stages, measured_copy
 from sid_trainer.files import write_atomically
+from sid_trainer.methods.common import StepOptions, autocast, clear_gradients, update
 from sid_trainer.methods.factory import make_optimizers
-from sid_trainer.methods.step import autocast, clear_gradients, update
+from sid_trainer.methods.step import stage_by_stage
+from sid_trainer.methods.streams import StageHooks
 from sid_trainer.network.modules import SIDNetwork, at_least_float32
 from sid_trainer.report.results import read_json
 from sid_trainer.training.config import DTYPES
+from sid_trainer.training.cpu import denormals_as_zero
 from sid_trainer.training.memory import SavedBytes
-from sid_trainer.training.trainer import pick_device
+from sid_trainer.training.strategy import pick_device
+
+WARM = 2  # rounds that do not count
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs one rank, in seconds and bytes per batch, or per microbatch under backpropagation.
+
+    Args:
+        forward: Seconds of the forward pass, with the local loss.
+        backward: Seconds of the backward pass.
+        update: Seconds of the optimizer, once per batch.
+        sent: Bytes to the next stage.
+        held: Bytes that autograd keeps from the forward to the backward pass.
+        backward_input: The part of `backward` for the input's gradient; zero-bubble schedules separate it from the
+            weights'. None means half.
+        load: Seconds until the batch is loaded, once per batch, for the first stage.
+    """
+
+    forward: float
+    backward: float
+    update: float = 0.0
+    sent: int = 0
+    held: int = 0
+    backward_input: float | None = None
+    load: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.load + self.forward + self.backward + self.update
+
+    @property
+    def of_input(self) -> float:
+        return self.backward / 2 if self.backward_input is None else min(self.backward_input, self.backward)
 
 
 @dataclass(frozen=True)
@@ -80,6 +117,46 @@ def measure_costs(settings: StepSettings, microbatches: Sequence[int], rounds: i
             part = slice(settings.batch_size // m)
             costs[f"bp/{m}"] = measure_blocks(networks[1], inputs[part], targets[part], **options)
     return costs
+
+
+def measure_stages(
+    network: SIDNetwork, inputs: Tensor, targets: Tensor, *, alpha: float = 0.5, optimizer: str = "adam",
+    lr: float = 1e-3, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32, rounds: int = 10,
+    feed: Iterator[tuple[Tensor, Tensor]] | None = None,
+) -> list[StageCost]:  # fmt: skip
+    """Measure every stage of a stagewise network in SID's step on inputs (B, ...) and targets (B,).
+
+    The network stays as it is. Costs are means over `rounds` steps. `feed` gives each step a batch of its own, as
+    training does, and the time that takes is the first stage's `load`. Raises ValueError for a shared extractor.
+    """
+    if not isinstance(network.extractor, nn.Identity):
+        raise ValueError("network must be stagewise: the stages of a shared extractor cannot be owned by ranks")
+    with measured_copy(network, inputs.device, rounds) as network:
+        optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay)
+        timer = StageStopwatch(inputs.device, len(network.stages))
+        for _ in range(WARM + rounds):
+            for watch, one in zip(timer.stages, optimizers[1:], strict=True):
+                watch.start_round()
+                watch.time("update", clear_gradients, [one])
+            batch = (inputs, targets) if feed is None else timer.stages[0].time("load", next, feed)
+            stage_by_stage(network, *batch, StepOptions(alpha, dtype=dtype), optimizers, hooks=timer)
+        features, prior, costs = inputs, network.uniform(inputs).float(), []
+        for i, stage in enumerate(network.stages):
+            with SavedBytes(stage.parameters()) as saved, autocast(inputs, dtype):
+                outputs, logits = stage(features, prior)
+            features, prior = outputs.detach(), at_least_float32(logits.detach()).softmax(dim=1)
+            sent = features.nbytes + prior.nbytes
+            costs.append(StageCost(**timer.stages[i].means(), sent=sent, held=saved.peak))
+    return costs
+
+
+@contextmanager
+def measured_copy(network: SIDNetwork, device: torch.device, rounds: int):
+    """A copy of the network that may learn, and the state of the random number generators restored afterwards."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
+    with denormals_as_zero(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield copy.deepcopy(network).train()
 
 
 def measure_blocks(
@@ -160,14 +237,40 @@ class Stopwatch:
     def time(self, part: str, call: Callable, *arguments):
         start = self.now()
         result = call(*arguments)
-        self.rounds[-1][part] += self.now() - start
+        self.add(part, start)
         return result
+
+    def add(self, part: str, start: float) -> float:
+        """Add the seconds since `start` to a part, and return the time now."""
+        now = self.now()
+        self.rounds[-1][part] += now - start
+        return now
 
     def means(self) -> dict[str, float]:
         """Return the mean seconds of each part without the first WARM rounds. A median would hide rare slow rounds,
         which an epoch has too."""
         counted = self.rounds[WARM:]
         return {part: statistics.fmean(parts[part] for parts in counted) for part in counted[0]}
+
+
+class StageStopwatch(StageHooks):
+    """Hooks that time the forward pass, backward pass and update of each stage of a step."""
+
+    def __init__(self, device: torch.device, stages: int):
+        super().__init__()
+        self.stages = [Stopwatch(device) for _ in range(stages)]
+
+    @contextmanager
+    def run_stage(self, i: int):
+        self.current, self.last = self.stages[i], self.stages[i].now()
+        yield
+
+    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
+        self.last = self.current.add("forward", self.last)
+
+    def update(self, update_stage: Callable[[], None]) -> None:
+        self.current.add("backward", self.last)
+        self.current.time("update", update_stage)
 
 
 # ---------------------------------------------------------------- files

@@ -71,16 +71,17 @@ def by_trainer(args, method: str) -> tuple[Callable[[], dict], dict]:
     if ranks == 1:
         del os.environ["WORLD_SIZE"]
     trainer = make_trainer(run, quiet=True)
+    strategy = trainer.strategy
 
     def epoch() -> dict:
         begun = time.time()
         trainer.train_epoch()
         trainer.epoch, trainer.step, trainer.sums = trainer.epoch + 1, 0, {}
-        found = {"begun": begun, "ended": time.time(), "held": trainer.activation_bytes}
+        found = {"begun": begun, "ended": time.time(), "held": strategy.activation_bytes}
         if ranks > 1:
-            trainer.link.wait_for_room()
-            del trainer.spent["batches"]
-            found |= trainer.spent | {"stages": [i + 1 for i in trainer.own]}
+            strategy.link.wait_for_room()
+            del strategy.times["batches"]
+            found |= strategy.times
         return found
 
     return epoch, {}
@@ -95,7 +96,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
 
     from bench.pipeline.costs import Classifier, measure_blocks
     from sid_trainer.data.batches import Batches, Labels, pixel_statistics
-    from sid_trainer.distributed.balance import balanced
+    from sid_trainer.distributed.balance import balance_stages
     from sid_trainer.methods.factory import OPTIMIZERS
     from sid_trainer.runs.build import make_data, make_network
     from sid_trainer.training.memory import SavedBytes
@@ -114,7 +115,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     costs = measure_blocks(network, inputs[:size], targets[:size], rounds=5)
     seconds = [[cost.seconds for cost in costs]]
     dist.broadcast_object_list(seconds, 0)
-    part = balanced(seconds[0], RANKS)[rank]
+    part = balance_stages(seconds[0], RANKS)[rank]
 
     class Contiguous(torch.autograd.Function):
         """What passes between ranks, both ways: PyTorch's pipelines send nothing else."""
@@ -174,13 +175,13 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     """What the simulator takes, measured by as many ranks at once."""
     from dataclasses import asdict
 
-    from sid_trainer.distributed.balance import measure_stages
+    from bench.pipeline.costs import measure_stages
     from sid_trainer.runs.build import make_trainer
 
     os.environ.pop("WORLD_SIZE")
     trainer = make_trainer(settings(args.network, args.data, args.cache), quiet=True)
-    inputs, targets = next(trainer.batches["train"].shuffled(0, 0, 4, True))
-    step, batches = trainer.run_step, trainer.batches["train"]
+    batches, step = trainer.strategy.batches["train"], trainer.strategy.run_step
+    inputs, targets = next(batches.shuffled(0, 0, 4, True))
     shuffled, number = batches.shuffled, len(batches)
 
     def measured() -> dict:
@@ -189,7 +190,7 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
         costs = measure_stages(trainer.network, inputs, targets, rounds=rounds, feed=feed)
         result = step(inputs, targets)
         batches.shuffled = lambda *_: ((inputs, targets) for _ in range(number))
-        trainer.run_step = lambda inputs, targets: result  # what is left is the loop around loading and stages
+        trainer.strategy.run_step = lambda inputs, targets: result  # what is left is the loop around loading and stages
         begun = time.perf_counter()
         trainer.train_epoch()
         trainer.step, trainer.sums = 0, {}
@@ -204,8 +205,9 @@ def link_of(args) -> tuple[Callable[[], dict], dict]:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.distributed.pipeline import Link, layouts
-    from sid_trainer.distributed.rendezvous import Place
+    from sid_trainer.distributed.pipeline import StageLink, activation_layouts
+    from sid_trainer.distributed.rendezvous import Communicator
+    from sid_trainer.distributed.topology import Topology
     from sid_trainer.runs.build import make_network
     from sid_trainer.training.config import DTYPES
 
@@ -213,17 +215,17 @@ def link_of(args) -> tuple[Callable[[], dict], dict]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     network = make_network(run, 10, 3, (32, 32))
-    between = layouts(network, torch.zeros(2, 32, 32, 3).permute(0, 3, 1, 2), DTYPES[run.dtype])[
+    between = activation_layouts(network, torch.zeros(2, 32, 32, 3).permute(0, 3, 1, 2), DTYPES[run.dtype])[
         len(network.stages) // 2
     ]
     ends = [None, between][rank], [between, None][rank]
-    link = Link(Place(stage=rank, stages=RANKS), 1, 10, *ends)
+    link = StageLink(Communicator(Topology(rank, RANKS)), 1, 10, *ends)
     features, belief = between.empty(run.batch_size).zero_(), torch.zeros(run.batch_size, 10)
     messages, weights = 100, torch.zeros(512, 512)
 
     def seconds(passing: Callable[[], object]) -> float:
         """Of the work between messages and of them, without waiting; gloo's own threads share the rank's core."""
-        link.forget()
+        link.reset_counters()
         start = time.perf_counter()
         for _ in range(messages):
             for _ in range(10):
@@ -234,7 +236,7 @@ def link_of(args) -> tuple[Callable[[], dict], dict]:
     def exchange() -> dict:
         alone = seconds(lambda: None)
         link.expect([run.batch_size] * messages)
-        both = seconds(link.take if rank else lambda: link.send(features, belief))
+        both = seconds(link.recv if rank else lambda: link.send(features, belief))
         link.wait_for_room()
         return {"on_rank": max(0.0, both - alone) / messages, "bytes": features.nbytes + belief.nbytes + 4}
 
@@ -248,11 +250,10 @@ def work(args) -> None:
     import torch
     import torch.distributed as dist
 
-    from sid_trainer.training.cpu import only_training
     from sid_trainer.training.memory import peak_memory
 
     torch.set_num_threads(1)
-    only_training()
+    torch.set_flush_denormal(True)
     what, *rest = args.work
     if what in ("sid", "bp"):
         epoch, about = by_trainer(args, what)
@@ -345,8 +346,8 @@ def bubble(middle: dict, batches: int) -> dict:
 
 def simulated(network: str, found: dict[str, dict], measured: dict[int, list[dict]], links: list[dict]) -> dict:
     """The simulator's images/s at 1 and 2 ranks beside the measured ones."""
+    from bench.pipeline.costs import StageCost
     from bench.pipeline.simulator import NetworkLink, simulate
-    from sid_trainer.distributed.balance import StageCost
 
     link = NetworkLink(seconds_per_byte_on_rank=statistics.median(one["on_rank"] / one["bytes"] for one in links))
     size, images, told = NETWORKS[network]["batch_size"], NETWORKS[network]["train_images"], {}

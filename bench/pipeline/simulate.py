@@ -16,10 +16,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
-from bench.pipeline.costs import StepSettings, load_or_measure, write_json
+from bench.pipeline.costs import StageCost, StepSettings, load_or_measure, write_json
 from bench.pipeline.figures import draw_outlook
 from bench.pipeline.simulator import SCHEDULES, NetworkLink, Simulation, simulate
-from sid_trainer.distributed.balance import StageCost, balanced
+from sid_trainer.distributed.balance import balance_stages
 from sid_trainer.files import write_atomically
 from sid_trainer.methods.factory import OPTIMIZERS
 from sid_trainer.network.architectures import TRUNKS
@@ -85,7 +85,7 @@ def outlook(
         raise ValueError(f"{out}: not a folder")
     with torch.random.fork_rng([]):
         stages = len(settings.network(plain=False).stages)
-    balanced([1.0] * stages, max(sweep.ranks))
+    balance_stages([1.0] * stages, max(sweep.ranks))
     measured = load_or_measure(
         settings, sorted({1, *microbatches}) if set(sweep.schedules) - {"sid"} else [], costs, rounds
     )
@@ -126,7 +126,7 @@ def extrapolate(
 
     A pipeline that drains after each batch takes the same time for every batch after the first few.
     """
-    parts = balanced([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], ranks)
+    parts = balance_stages([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], ranks)
     few = sweep.batches if schedule == "sid" else min(sweep.batches, 5)
 
     def run(batches: int) -> Simulation:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from sid_trainer.distributed.balance import StageCost
+from bench.pipeline.costs import StageCost
 
 SCHEDULES = ("sid", "gpipe", "1f1b", "zb")
 

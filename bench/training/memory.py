@@ -8,17 +8,21 @@ result.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
+from bench.footprint import allocated_peak
 from sid_trainer import build_network
 from sid_trainer.files import write_atomically
 from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, cascade_bytes, make_step
-from sid_trainer.training.memory import SavedBytes, allocated_peak
+from sid_trainer.training.memory import SavedBytes
 
 NETWORKS = (("shared", "simple_cnn"), ("shared", "mlp"), ("stagewise", "mlp"))  # networks of any depth
 COLUMNS = {

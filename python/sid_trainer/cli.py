@@ -6,9 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from torch import OutOfMemoryError
+from torch import OutOfMemoryError, set_flush_denormal
 
-from .distributed.rendezvous import LostRank, leave, speaks
+from .distributed.rendezvous import LostRank, is_main_process, leave, wait_for_main_process
 from .options import parser
 from .training.config import MOVABLE, RunConfig
 from .training.trainer import Interrupted, NonFiniteLoss
@@ -34,42 +34,41 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from .runs.build import begun, resumed
+    from .runs.build import resume_run, start_run
     from .training.config import run_config
-    from .training.cpu import flush_denormals
 
-    flush_denormals()
+    set_flush_denormal(True)  # before PyTorch starts its threads, which take it over
     if hasattr(args, "resume"):
         given = vars(args).keys() - {"command", "run", "resume"}
         if fixed := sorted(given - set(MOVABLE)):
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run has its settings")
-        trainer = resumed(args.resume, **{name: getattr(args, name) for name in given})
-        if trainer.records:
+        trainer = resume_run(args.resume, **{name: getattr(args, name) for name in given})
+        if trainer.strategy.writes_run_folder:
             print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
     else:
         run = run_config(**{name: value for name, value in settings(args).items()})
         folder = getattr(args, "out", Path(f"runs/{run.dataset}-{run.method}"))
-        trainer = begun(run, folder, overwrite=hasattr(args, "overwrite"))
-    if trainer.records:
+        trainer = start_run(run, folder, overwrite=hasattr(args, "overwrite"))
+    if trainer.strategy.writes_run_folder:
         introduce(trainer)
     trainer.fit()
-    if trainer.records:
+    if trainer.strategy.writes_run_folder and trainer.folder:
         show(trainer.folder)
 
 
 def introduce(trainer) -> None:
-    about, data = trainer.about, trainer.data
+    about, data = trainer.metadata, trainer.data
     print(
         f"{about['method']} on {about['dataset']}: {len(data.train.labels)} training and {len(data.test.labels)} test"
         f" images, {about['arch']} {about['layout']}, {about['depth']} stages, {about['num_parameters']:,} parameters,"
-        f" {about['dtype']} on {trainer.device}"
+        f" {about['dtype']} on {trainer.strategy.device}"
     )
 
 
 def show(folder: Path) -> None:
     """From what the run left in its folder: the table of the last epoch by stage, and the picture."""
+    from .files import PICTURE
     from .report.page import draw_run, load_runs
-    from .runs.build import PICTURE
 
     (run,) = load_runs([folder])
     last = run.last
@@ -87,9 +86,8 @@ def table(accuracy: list[float], kl: list[float], certificate: list[float], when
 def run_compare(args: argparse.Namespace) -> None:
     from .runs.compare import compare
     from .training.config import run_config
-    from .training.cpu import flush_denormals
 
-    flush_denormals()
+    set_flush_denormal(True)  # before PyTorch starts its threads, which take it over
     given = settings(args)
     given.pop("label_noise")
     text = compare(
@@ -110,9 +108,9 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from .runs.build import evaluated
+    from .runs.build import evaluate_run
 
-    found = evaluated(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
+    found = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
     table(found["accuracy"], found["kl"], found["certificate"], f"on {found['images']} test images")
 
 
@@ -140,8 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{prog}: error: this needs the package {error.name!r}, which is not installed", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        if speaks():
+        if is_main_process():
             print(f"{prog}: error: {error}", file=sys.stderr)
+        else:
+            wait_for_main_process()
         return 2
     except (NonFiniteLoss, LostRank) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -6,6 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+# Files in a run's folder, besides its checkpoints.
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+PIPELINE = "pipeline.json"  # how the processes spent the last epoch
+PICTURE = "stages.png"
+
 
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None

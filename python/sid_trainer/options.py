@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .data.datasets import DATASETS
-from .distributed.rendezvous import PARALLEL
 from .methods.common import STEP_SCHEDULES
 from .methods.factory import LR_SCHEDULES, METHODS, OPTIMIZERS
 from .network.architectures import LAYOUTS, TRUNKS
-from .training.config import DTYPES, RunConfig
+from .training.config import DTYPES, PARALLEL, RunConfig
 
 
 class Parser(argparse.ArgumentParser):

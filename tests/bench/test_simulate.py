@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.pipeline.costs import StepSettings, measure_blocks
+from bench.pipeline.costs import StageCost, StepSettings, measure_blocks, measure_stages
 from bench.pipeline.simulate import Sweep, extrapolate, main, outlook
 from bench.pipeline.simulator import SCHEDULES, NetworkLink, simulate
 from sid_trainer import build_network
-from sid_trainer.distributed.balance import StageCost, balanced, measure_stages
+from sid_trainer.distributed.balance import balance_stages
 
 DRAINED = SCHEDULES[1:]
 ONE = StageCost(forward=1.0, backward=2.0, held=1, backward_input=1.0)
@@ -131,7 +131,7 @@ stage = st.builds(
 )  # fmt: skip
 def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link):
     ranks = data.draw(st.integers(1, len(costs)))
-    parts = balanced([cost.seconds for cost in costs], ranks)
+    parts = balance_stages([cost.seconds for cost in costs], ranks)
     work = [batches * sum(costs[i].seconds for i in part) for part in parts]
     for schedule in SCHEDULES:
         per = [StageCost(c.forward / m, c.backward / m, c.update, c.sent, c.held) for c in costs]
@@ -156,7 +156,7 @@ def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.data())
 def test_balanced_is_the_best_of_all_cuts(values, data):
     ranks = data.draw(st.integers(1, len(values)))
-    parts = balanced(values, ranks)
+    parts = balance_stages(values, ranks)
     assert [i for part in parts for i in part] == list(range(len(values))) and len(parts) == ranks and all(parts)
 
     def largest(edges):
@@ -172,7 +172,7 @@ def test_balanced_is_the_best_of_all_cuts(values, data):
 def test_few_drained_batches_predict_many(schedule, costs, m):
     link = NetworkLink(0.1, 500.0)
     run, seconds = extrapolate(costs, 3, schedule, m, Sweep([3], [schedule], 30, link=link))
-    parts = balanced([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], 3)
+    parts = balance_stages([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], 3)
     assert seconds == pytest.approx(simulate(costs, parts, schedule, 30, microbatches=m, link=link).seconds, rel=1e-6)
     assert run.batches == 5
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_measured_says_so():
 
 def test_loading_belongs_to_the_first_stage_and_every_round_takes_a_new_batch(monkeypatch):
     clock, taken = [0.0], []
-    monkeypatch.setattr("sid_trainer.distributed.balance.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("bench.pipeline.costs.time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def batches():
         while True:
@@ -234,7 +234,7 @@ def test_loading_belongs_to_the_first_stage_and_every_round_takes_a_new_batch(mo
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: balanced([1.0, 2.0], 3), "ranks must be 1 to 2, the number of stages, not 3"),
+        (lambda: balance_stages([1.0, 2.0], 3), "ranks must be 1 to 2, the number of stages, not 3"),
         (lambda: even(2, schedule="ring"), "schedule must be one of sid, gpipe, 1f1b, zb, not 'ring'"),
         (lambda: even(2, batches=0), "batches must be at least 1, not 0"),
         (lambda: even(2, in_flight=0), "in_flight must be at least 1, not 0"),

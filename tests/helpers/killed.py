@@ -21,7 +21,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "sid_trainer.runs.build",
-        "sid_trainer.distributed.trainer",
+        "sid_trainer.distributed.strategy",
         "sid_trainer.report.page",
         "sklearn.datasets",
         "sklearn.model_selection",

@@ -17,9 +17,9 @@ from helpers.killed import _context, _run, assert_same, rows_of, sid, state_of
 from helpers.processes import PATIENCE
 from sid_trainer.runs.build import PROCESSES
 
-STEP = "sid_trainer.training.trainer.Trainer.one_step"
+STEP = "sid_trainer.training.trainer.Trainer.train_step"
 MEMORY = {"activation_bytes", "pipeline"}  # of rows; in what else than times runs by more or fewer processes differ
-STARTS = {*PROCESSES, "run", "fused", "torchrun"}  # of config.json
+STARTS = {*PROCESSES, "run", "fused", "launch"}  # of config.json
 
 
 def free_port() -> int:
@@ -106,15 +106,18 @@ def trained(*words, count: int, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def torchrun(*words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",)):
-    """A running torchrun of `sid WORDS`; `.text()` is what all have printed. Whatever is left at the end is killed."""
+def torchrun(
+    *words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",), stop_at: int = 0
+):
+    """A running torchrun of `sid WORDS`, stopped before a step if `stop_at` says so; `.text()` is what all have printed. Whatever is left at the end is killed."""
     if "--standalone" not in meeting:
         port = free_port()
         meeting = [*meeting, f"--rdzv-endpoint=localhost:{port}" if meeting else f"--master-port={port}"]
     file = out.with_name(out.name + ".printed")
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={count}"]
-    command += [f"--max-restarts={restarts}", "-m", "sid_trainer", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += [f"--max-restarts={restarts}", "-m", "helpers.rank_main" if stop_at else "sid_trainer", *map(str, words)]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SID_STOP_AT": str(stop_at), "PYTHONPATH": ":".join(paths)}
     with open(file, "w") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=environment) as process:
         run = SimpleNamespace(process=process, text=file.read_text)
         try:

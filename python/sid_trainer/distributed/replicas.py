@@ -1,5 +1,6 @@
-"""Replicas share every batch and sum their gradients: of whole parameters, or of shards (`fully_shard`), for stages too
-large for one device, which are whole in checkpoints.
+"""Replicas share every batch and sum their gradients, of whole parameters or of shards (`fully_shard`).
+
+Shards are for stages that are too large for one device; in checkpoints they are whole.
 """
 
 import time
@@ -14,24 +15,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..network.modules import SIDNetwork
-from .rendezvous import Place
+from ..network.modules import SIDNetwork, Stage
+from .topology import Topology
 
 
 class Replicas:
-    """Makes the gradients of this process those of the mean over the whole batch.
+    """Make the gradients of this process those of the mean over the whole batch.
 
-    share: of the images of the batch in work, those that are here. waited: seconds in which updates waited for others.
+    `share` is the share of the current batch's images that this process has. `waited` counts the seconds in which
+    updates waited for other replicas.
     """
 
-    def __init__(self, place: Place, device: torch.device):
-        self.place, self.device = place, device
-        self.share, self.waited = 1 / place.replicas, 0.0
+    def __init__(self, topology: Topology, group: Any, device: torch.device):
+        self.replicas, self.group, self.device = topology.replicas, group, device
+        self.share, self.waited = 1 / topology.replicas, 0.0
 
     def wrap(self, network: SIDNetwork, optimizers: Sequence[Optimizer | None]) -> SIDNetwork:
-        """Reduced module by module. Where each has an optimizer of its own, it is this that waits, not the backward:
-        what runs in between overlaps the reduction."""
-        modules = network.extractor, *network.stages
+        """Return the network with gradients that are reduced module by module.
+
+        If each module has an optimizer of its own, the optimizer waits for the reduction, not the backward pass: what
+        runs in between overlaps it.
+        """
+        modules = network.local_modules
         optimizers = optimizers if len(optimizers) == len(modules) else [None] * len(modules)
         extractor, *stages = map(self.wrap_module, modules, optimizers)
         return SIDNetwork(extractor, stages, network.num_classes)
@@ -40,28 +45,30 @@ class Replicas:
         if not any(p.requires_grad and not p.is_meta for p in module.parameters()):
             return module
         wrapped = DistributedDataParallel(
-            module, [self.device.index] if self.device.type == "cuda" else None, process_group=self.place.data,
-            gradient_as_bucket_view=True, broadcast_buffers=False,  # no forward waits for another's
+            module, [self.device.index] if self.device.type == "cuda" else None, process_group=self.group,
+            gradient_as_bucket_view=True, broadcast_buffers=False,  # no forward pass waits for another's
         )  # fmt: skip
-        works: list[dist.Work] | None = None
+        works: list[Any] | None = None
         if optimizer:
-            works = []
-            optimizer.register_step_pre_hook(lambda *_: self.wait(works))
+            pending = works = []
+            optimizer.register_step_pre_hook(lambda *_: self.wait(pending))
         wrapped.register_comm_hook(works, self.reduce)
         return wrapped
 
-    def reduce(self, works: list[dist.Work] | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """The buckets are the gradients' own memory, so DDP has nothing left to do once they are on their way."""
+    def reduce(self, works: list[Any] | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Start the reduction of a bucket, which is the gradients' own memory: DDP has nothing left to do."""
         gradients = bucket.buffer().mul_(self.share)
-        work = dist.all_reduce(gradients, group=self.place.data, async_op=True)
+        work = dist.all_reduce(gradients, group=self.group, async_op=True)
+        assert work is not None
         if works is None:
             return work.get_future().then(lambda done: done.value()[0])
         works.append(work)
-        begun = torch.futures.Future()
-        begun.set_result(gradients)
-        return begun
+        started: torch.futures.Future[Tensor] = torch.futures.Future()
+        started.set_result(gradients)
+        return started
 
-    def wait(self, works: list[dist.Work]) -> None:
+    def wait(self, works: list[Any]) -> None:
+        """Wait for the reductions of a module."""
         start = time.perf_counter()
         for work in works:
             work.wait()
@@ -69,56 +76,58 @@ class Replicas:
         self.waited += time.perf_counter() - start
 
     def shard(self, network: SIDNetwork) -> None:
-        """Each stage, and each block of the extractor, keeps a share of its parameters on each rank, gathered to run;
-        one after the other goes to the device. The mean over replicas that `fully_shard` takes is that over all images,
-        if each weighs what it has of them."""
+        """Leave each process a shard of every stage and extractor block, gathered to run; move them one by one.
 
-        def weigh(stage: nn.Module, inputs: tuple, made: tuple[Tensor, Tensor]) -> None:
-            if made[1].requires_grad:
-                made[1].register_hook(lambda gradient: gradient * (self.share * self.place.replicas))
+        `fully_shard` takes the mean over replicas. It is the mean over all images if each weights its own.
+        """
 
-        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(self.place.data, self.device.type)
-        network.to(memory_format=torch.contiguous_format)  # no other can be cut
-        for stage in network.stages:
-            stage.register_forward_hook(weigh)
+        def weight(stage: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+            if outputs[1].requires_grad:
+                outputs[1].register_hook(lambda gradient: gradient * (self.share * self.replicas))
+
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(self.group, self.device.type)
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # no other can be sharded
+        stages = network.local_modules[1:]
+        for stage in stages:
+            stage.register_forward_hook(weight)
         extractor = network.extractor
-        blocks = extractor if isinstance(extractor, nn.Sequential) else [extractor]
-        # What fully_shard wraps hands on copies; by features that are the very same the step knows the shared layout.
-        stages = [s.head if isinstance(getattr(s, "body", None), nn.Identity) else s for s in network.stages]
-        for module in (*blocks, *stages):
+        blocks = list(extractor) if isinstance(extractor, nn.Sequential) else [extractor]
+        # A sharded module returns copies, but the step knows the shared layout by features that are the same tensor.
+        heads = [s.head if isinstance(s, Stage) and isinstance(s.body, nn.Identity) else s for s in stages]
+        for module in (*blocks, *heads):
             if any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh)  # takes them to the mesh's device
+                fully_shard(module, mesh=mesh)  # moves it to the mesh's device
             else:
                 module.to(self.device)
 
 
-def whole(value: Any) -> Any:
-    """The same with every tensor in shards made whole; all replicas must ask for it together."""
+def full_tensors(value: Any) -> Any:
+    """Return the value with every sharded tensor replaced by the full one; all replicas must call this together."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
-        return type(value)((key, whole(one)) for key, one in value.items())
-    return [whole(one) for one in value] if isinstance(value, list) else value
+        return type(value)((key, full_tensors(entry)) for key, entry in value.items())
+    return [full_tensors(entry) for entry in value] if isinstance(value, list) else value
 
 
-def load_network(network: nn.Module, state: dict[str, Tensor]) -> None:
-    network.load_state_dict({name: like(state[name], own) for name, own in network.state_dict().items()})
+def shard_state(state: dict, network: nn.Module, optimizers: Sequence[Optimizer | None]) -> dict:
+    """Return a checkpoint's state with tensors sharded like those of the network and of the optimizers."""
 
+    def shard_like(value: Any, own: Tensor) -> Any:
+        if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+            return value  # a step counter, for example
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
-def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shards = {
-        i: {name: like(value, parameters[i]) if is_of(value, parameters[i]) else value for name, value in of.items()}
-        for i, of in state["state"].items()
+    def shard_optimizer(saved: dict, optimizer: Optimizer) -> dict:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = {
+            i: {name: shard_like(value, parameters[i]) for name, value in entry.items()}
+            for i, entry in saved["state"].items()
+        }
+        return saved | {"state": entries}
+
+    pairs = zip(optimizers, state["optimizers"], strict=True)
+    return state | {
+        "network": {name: shard_like(state["network"][name], own) for name, own in network.state_dict().items()},
+        "optimizers": [shard_optimizer(saved, own) if own else saved for own, saved in pairs],
     }
-    optimizer.load_state_dict(state | {"state": shards})
-
-
-def is_of(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
-
-
-def like(value: Tensor, own: Tensor) -> Tensor:
-    if not isinstance(own, DTensor):
-        return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)

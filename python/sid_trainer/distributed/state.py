@@ -1,4 +1,4 @@
-"""What the ranks of a run hold, put together to what one process would, and taken apart again."""
+"""What the ranks of a run hold, combined to what one process would hold, and taken apart again."""
 
 import json
 from collections.abc import Sequence
@@ -7,80 +7,87 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-PIPELINE = "pipeline.json"  # how the ranks of a run spent its last epoch, `shares`
+
+def by_replica(ranks: list[dict], stage_ranks: int) -> list[list[dict]]:
+    """Group what all ranks sent: one list for each replica, with an entry for each of its stage ranks."""
+    return [ranks[i : i + stage_ranks] for i in range(0, len(ranks), stage_ranks)]
 
 
-def by_replica(every: list[dict], stages: int) -> list[list[dict]]:
-    """What all ranks told, a list of the stages' for each replica."""
-    return [every[i : i + stages] for i in range(0, len(every), stages)]
+def combine_results(ranks: list[dict], stage_ranks: int) -> dict:
+    """Return the results of an epoch: stages side by side, images of all replicas added up."""
+    replicas = by_replica(ranks, stage_ranks)
+    metrics = {}
+    for name in ranks[0]["metrics"]:
+        sums = [torch.cat([rank["metrics"][name][0] for rank in replica], dim=1) for replica in replicas]
+        metrics[name] = torch.stack(sums).sum(dim=0), sum(replica[0]["metrics"][name][1] for replica in replicas)
+    most = {name: max(rank[name] for rank in ranks) for name in ("memory", "activation_bytes")}
+    return {"sums": combine_sums(replicas), "metrics": metrics, **most}
 
 
-def found_together(pipelines: list[list[dict]]) -> dict:
-    """What an epoch has shown: stages side by side, images of all replicas."""
-    tallies = {}
-    for name in pipelines[0][0]["tallies"]:
-        sums = sum(torch.cat([found["tallies"][name][0] for found in line], dim=1) for line in pipelines)
-        tallies[name] = sums, sum(line[0]["tallies"][name][1] for line in pipelines)
-    peak = max(found["peak"] for line in pipelines for found in line)
-    return {"sums": sums_together(pipelines), "tallies": tallies, "peak": peak}
-
-
-def sums_together(pipelines: list[list[dict]]) -> dict:
-    every = [[told["sums"] for told in line] for line in pipelines]
-    if not every[0][0]:  # nothing was added up yet
+def combine_sums(replicas: list[list[dict]]) -> dict:
+    """Return the sums of the epoch so far over all stages and images."""
+    sums = [[rank["sums"] for rank in replica] for replica in replicas]
+    if not sums[0][0]:  # before the first step
         return {}
-    losses = [[loss for sums in line for loss in sums["loss"]] for line in every]
-    return every[0][-1] | {
+    losses = [[loss for rank in replica for loss in rank["loss"]] for replica in sums]
+    return sums[0][-1] | {
         "loss": [sum(column[1:], column[0]) for column in zip(*losses, strict=True)],
-        "right": sum(line[-1]["right"] for line in every),
+        "right": sum(replica[-1]["right"] for replica in sums),
     }
 
 
-def states_together(own: dict, pipelines: list[list[dict]]) -> dict:
-    """The recorder's `own` state with the stages of all ranks: a checkpoint as one process writes it."""
-    first = pipelines[0]
-    network = {name: tensor for part in first for name, tensor in part["network"].items()}
-    optimizers = zip(*(part["optimizers"] for part in first), strict=True)
-    held = max(told["activation_bytes"] for line in pipelines for told in line)
-    return {name: value for name, value in own.items() if name != "names"} | {
-        "network": {name: network[name] for name in own["names"]},
-        "optimizers": [next((one for one in each if one is not None), None) for each in optimizers],
-        "schedulers": [state for part in first for state in part["schedulers"]],
-        "sums": sums_together(pipelines),
-        "metrics": json.dumps([json.loads(own["metrics"])[0], held]),
+def combine_states(own: dict, ranks: list[dict], stage_ranks: int) -> dict:
+    """Return a checkpoint as one process writes it, from the logging rank's state and what all ranks sent."""
+    replicas = by_replica(ranks, stage_ranks)
+    network = {name: tensor for rank in replicas[0] for name, tensor in rank["network"].items()}
+    optimizers = zip(*(rank["optimizers"] for rank in replicas[0]), strict=True)
+    activation_bytes = max(rank["activation_bytes"] for rank in ranks)
+    return own | {
+        "network": {name: network[name] for name in own["network"]},
+        "optimizers": [next((state for state in states if state is not None), None) for states in optimizers],
+        "schedulers": [state for rank in replicas[0] for state in rank["schedulers"]],
+        "sums": combine_sums(replicas),
+        "metrics": json.dumps([json.loads(own["metrics"])[0], activation_bytes]),
     }
 
 
-def part_of(
-    state: dict, network: dict[str, Tensor], optimizers: Sequence[Optimizer | None], stages: range,
-) -> dict:  # fmt: skip
-    """Of a whole checkpoint, what a rank holds that has these stages; `network` is its own state, of which others'
-    tensors have no memory."""
+def local_state(state: dict, network: dict[str, Tensor], optimizers: Sequence[Optimizer | None], stages: range) -> dict:
+    """Return the part of a checkpoint that the rank with these stages loads.
+
+    `network` is its own state dict, in which the tensors of other ranks are on the meta device.
+    """
     saved = zip(optimizers, state["optimizers"], strict=True)
     return state | {
         "network": {name: t if t.is_meta else state["network"][name] for name, t in network.items()},
-        "optimizers": [one if own else None for own, one in saved],
+        "optimizers": [of_stage if own else None for own, of_stage in saved],
         "schedulers": [state["schedulers"][i] for i in stages],
         "sums": state["sums"] and state["sums"] | {"loss": [state["sums"]["loss"][i] for i in stages]},
     }
 
 
-def shares(ranks: list[dict], stages: int) -> dict:
-    """How the ranks spent the time from the first one's first batch to the last one's last: `bubble` is the share in
-    which they were idle. `predicted_bubble` is that of a pipeline of equal stages, (S - 1) / (N + S - 1) over N
-    batches, and `imbalance` what unequal loads add, 1 - mean / largest. Times become seconds from the first begin."""
+def summarize_times(ranks: list[dict], stage_ranks: int) -> dict:
+    """Return how the ranks spent an epoch, with times in seconds from the first rank's start.
+
+    `bubble` is the share of the epoch in which ranks were idle. `predicted_bubble` is that of a pipeline of equal
+    stages, (S - 1) / (N + S - 1) over N batches. `imbalance` is what unequal loads add, 1 - mean / largest.
+    """
     start, batches = min(rank["begun"] for rank in ranks), ranks[0]["trained"]
-    for rank in ranks:
-        rank["begun"], rank["ended"] = rank["begun"] - start, rank["ended"] - start
-        rank["batches"] = [(a - start, b - start) for a, b in rank["batches"]]
+    ranks = [
+        rank | {
+            "begun": rank["begun"] - start,
+            "ended": rank["ended"] - start,
+            "batches": [(a - start, b - start) for a, b in rank["batches"]],
+        }
+        for rank in ranks
+    ]  # fmt: skip
     span = max(rank["ended"] for rank in ranks)
     busy = [rank["busy"] for rank in ranks]
     mean = sum(busy) / len(busy)
     return {
         "span": span,
         "bubble": 1 - mean / span,
-        # none are left where an epoch is resumed at its end
-        "predicted_bubble": (stages - 1) / (batches + stages - 1) if batches else 0.0,
+        # An epoch resumed at its end has no batches left.
+        "predicted_bubble": (stage_ranks - 1) / (batches + stage_ranks - 1) if batches else 0.0,
         "imbalance": 1 - mean / max(busy),
         "ranks": ranks,
     }

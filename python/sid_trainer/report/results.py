@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..distributed.state import PIPELINE
+from ..files import PIPELINE
 from ..methods.factory import METHODS  # in the order they are shown
 from ..training.config import MOVABLE
 

@@ -1,52 +1,46 @@
-"""A run from its settings: the data, the network and the trainer that a command or a checkpoint asks for."""
+"""Build what a command or a checkpoint asks for: the data, the network, the trainer and the processes of a run."""
 
 import copy
 import dataclasses
 import json
 from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..data.batches import Batches, pixel_statistics
 from ..data.datasets import ImageData, load_data
 from ..data.splits import with_label_noise, with_subset, with_validation
-from ..distributed.balance import balanced, measure_stages
+from ..distributed.balance import balance_stages, measure_stage_seconds
 from ..distributed.rendezvous import (
-    Place,
-    gathered,
-    join,
-    own_device,
-    refuse,
-    restarted,
-    said_once,
-    tell_all,
-    this_start,
-    watching,
+    Communicator,
+    init_distributed,
+    launch_id,
+    local_device,
+    restart_count,
     world_size,
 )
-from ..distributed.state import PIPELINE
+from ..distributed.strategy import DataStrategy, ShardStrategy, StageStrategy
+from ..distributed.topology import Topology
+from ..files import CONFIG, PICTURE, PIPELINE
+from ..methods.common import StepOptions
 from ..methods.factory import LOCAL
 from ..network.architectures import build_network
 from ..network.modules import SIDNetwork
-from ..training.checkpoint import LAST, PREVIOUS, check_same, load_checkpoint
+from ..training.checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint
 from ..training.config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
 from ..training.evaluation import evaluate
-from ..training.trainer import Trainer, pick_device
-
-PICTURE = "stages.png"
+from ..training.strategy import Strategy, pick_device
+from ..training.trainer import Trainer
 
 
 def make_data(run: RunConfig) -> ImageData:
+    """Load the data of a run, with its subset, validation split, label noise and augmentation."""
     data = load_data(
-        run.dataset,
-        run.data,
-        cache=run.cache,
-        download=run.download,
-        image_size=run.image_size,
-        stream=run.stream,
+        run.dataset, run.data, cache=run.cache, download=run.download, image_size=run.image_size, stream=run.stream,
         workers=run.workers,
-    )
+    )  # fmt: skip
     if run.train_images is not None:
         data = with_subset(data, run.train_images)
     if run.val:
@@ -58,6 +52,7 @@ def make_data(run: RunConfig) -> ImageData:
 
 
 def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> SIDNetwork:
+    """Build the network of a run with freshly drawn parameters."""
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
         plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
@@ -65,165 +60,185 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------- a trainer
+
+
 def make_trainer(
-    run: RunConfig, folder: Path | str | None = None, *, quiet: bool = False, place: Place | None = None
+    run: RunConfig, folder: Path | None = None, *, quiet: bool = False, communicator: Communicator | None = None
 ) -> Trainer:
-    """The trainer of a run that has not begun; the seed draws its network. Of many processes each makes its own, all at
-    the same time; `place` is this one's, where they have met."""
-    place = place or meet(run)
-    if place is not None and run.layout == "shared" and run.head_depth == 1:
+    """Build the trainer of a run that has not started; the seed draws its network.
+
+    Under torchrun every process calls this at the same time.
+    """
+    communicator = communicator or connect(run)
+    if run.parallel != "none" and run.layout == "shared" and run.head_depth == 1:
         run = dataclasses.replace(run, fused=False)  # replicas reduce the gradients of one stage at a time
-    with said_once(place):
+    with communicator.raise_on_one_rank():
         alphas = stage_alphas(run)
         data = make_data(run)
         torch.manual_seed(run.seed)
         network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    own = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
-    own["alpha"] = alphas
-    about = dataclasses.asdict(run) | {
+    settings = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**settings | {"alpha": alphas, "device": process_device(run)})
+    metadata = dataclasses.asdict(run) | {
         "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
-        "torchrun": place.start if place else this_start(),
+        "launch": launch_id(),
     }  # fmt: skip
-    if place is None:
-        return Trainer(network, data, TrainConfig(**own), folder, about=about, quiet=quiet)
-    from ..distributed.trainer import ParallelTrainer
-
-    own["device"] = own_device(run.device)
-    with watching(place, "another rank"):
-        parts = stages_of_ranks(run, network, place, data) if run.parallel == "stage" else None
-        return ParallelTrainer(
-            network, data, TrainConfig(**own), folder, place=place, parts=parts, in_flight=run.in_flight,
-            sharded=run.parallel == "shard", about=about, quiet=quiet,
-        )  # fmt: skip
+    with communicator.watch():
+        strategy = make_strategy(run, network, data, communicator)
+        return Trainer(network, data, config, folder, strategy=strategy, metadata=metadata, quiet=quiet)
 
 
-def meet(run: RunConfig, wrong: str | None = None) -> Place | None:
-    """This process among those that share the run; None where it is alone. wrong: what is, where it has no run."""
+def process_device(run: RunConfig) -> str:
+    """Return the name of this process's device."""
+    return run.device if run.parallel == "none" else local_device(run.device)
+
+
+def connect(run: RunConfig, problem: str = "") -> Communicator:
+    """Connect to the processes that share a run. `problem` says what is wrong on this rank and ends all of them."""
     if run.parallel == "none":
         if world_size() > 1:
             raise ValueError(
                 f"parallel must say how {world_size()} processes share the work: data, shard or stage, not none"
             )
-        return None
+        return Communicator(Topology())
     device = run.device
     try:
-        pick_device(own_device(device))
-    except ValueError as error:  # perhaps on this rank alone: the others must hear it
-        wrong, device = wrong or str(error), "cpu"
+        pick_device(local_device(device))
+    except ValueError as error:  # maybe on this rank only
+        problem, device = problem or str(error), "cpu"
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}
-    return join(run.parallel, wrong or settings, replicas=run.replicas, timeout=run.timeout, device=device)
+    return init_distributed(
+        run.parallel, settings, problem=problem, replicas=run.replicas, timeout=run.timeout, device=device
+    )
 
 
-def stages_of_ranks(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[range]:
-    """Consecutive stages for each rank of the pipeline, balanced by what they cost on rank 0's machine."""
-    depth = len(network.stages)
-    if depth < place.stages:
-        refuse(place, f"{place.stages} ranks cannot share {depth} stages: start at most {depth} for each replica")
-    counts = run.stages_per_rank
+def make_strategy(run: RunConfig, network: SIDNetwork, data: ImageData, communicator: Communicator) -> Strategy:
+    """Return how this process takes part in a run."""
+    if run.parallel == "none":
+        return Strategy()
+    if run.parallel == "stage":
+        return StageStrategy(communicator, assign_stages(run, network, data, communicator), run.in_flight)
+    shards = run.parallel == "shard" and communicator.topology.replicas > 1
+    return ShardStrategy(communicator) if shards else DataStrategy(communicator)
+
+
+def assign_stages(run: RunConfig, network: SIDNetwork, data: ImageData, communicator: Communicator) -> list[range]:
+    """Return the stages of each rank of a pipeline, as asked for or balanced by what they cost on rank 0's machine."""
+    topology, depth, counts = communicator.topology, len(network.stages), run.stages_per_rank
+    if depth < topology.stage_ranks:
+        communicator.abort_all(
+            f"{topology.stage_ranks} ranks cannot share {depth} stages: start at most {depth} for each replica"
+        )
     if counts is None:
-        seconds = None
-        if place.stages > 1:
-            with said_once(place):
-                seconds = measured_seconds(run, network, place, data) if place.rank == 0 else None
-        counts = [len(part) for part in balanced(tell_all(place, seconds) or [1.0] * depth, place.stages)]
-    if len(counts) != place.stages or sum(counts) != depth or min(counts) < 1:
-        refuse(place, f"stages_per_rank must be {place.stages} positive numbers whose sum is {depth}, not {counts}")
-    edges = [0, *accumulate(counts)]
-    return [range(a, b) for a, b in pairwise(edges)]
+        with communicator.raise_on_one_rank():
+            measures = topology.rank == 0 and topology.stage_ranks > 1
+            seconds = stage_seconds(run, network, data, topology.replicas) if measures else [1.0] * depth
+        return balance_stages(communicator.broadcast(seconds), topology.stage_ranks)
+    if len(counts) != topology.stage_ranks or sum(counts) != depth or min(counts) < 1:
+        communicator.abort_all(
+            f"stages_per_rank must be {topology.stage_ranks} positive numbers whose sum is {depth}, not {counts}"
+        )
+    return [range(start, end) for start, end in pairwise([0, *accumulate(counts)])]
 
 
-def measured_seconds(run: RunConfig, network: SIDNetwork, place: Place, data: ImageData) -> list[float]:
-    """Of a batch in each stage; the first one's has the loading, too."""
-    device = pick_device(own_device(run.device))
+def stage_seconds(run: RunConfig, network: SIDNetwork, data: ImageData, replicas: int) -> list[float]:
+    """Measure the seconds per batch of each stage on this process's device."""
+    device = pick_device(process_device(run))
     batches = Batches(
         data.train, run.batch_size, device, *pixel_statistics(data.train.images), workers=run.workers,
-        channels_last=run.channels_last, share=(0, place.replicas),
+        channels_last=run.channels_last, share=(0, replicas),
     )  # fmt: skip
-    feed = chain.from_iterable(batches.shuffled(run.seed, number, data.crop, data.flip) for number in count())
-    inputs, labels = next(feed)
-    layout = torch.channels_last if run.channels_last else torch.contiguous_format
-    network = copy.deepcopy(network).to(device, memory_format=layout)
-    options = {"optimizer": run.optimizer, "dtype": DTYPES[run.dtype], "rounds": 3, "feed": feed}
-    return [cost.seconds for cost in measure_stages(network, inputs, labels, **options)]
+    feed = chain.from_iterable(batches.shuffled(run.seed, epoch, data.crop, data.flip) for epoch in count())
+    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
+    copied = copy.deepcopy(network)
+    copied.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # missing from the stubs
+    return measure_stage_seconds(copied, feed, StepOptions(dtype=DTYPES[run.dtype]), run.optimizer)
 
 
-def begun(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
-    """The trainer of a new run; or, where torchrun starts processes anew, of what the lost ones had saved."""
-    place = meet(run)
-    again = any(gathered(place, restarted()))  # on a machine that joined later it is the first start
-    start = place.start if place else this_start()
-    own = again and start is not None and recorded_start(folder) == start
-    saved = own and any((folder / name).exists() for name in (LAST, PREVIOUS))
-    everywhere = gathered(place, saved)
-    with said_once(place):
-        if any(everywhere) and not saved:
+# ---------------------------------------------------------------- runs in folders
+
+
+def start_run(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
+    """Build the trainer of a new run, or resume this run if torchrun restarted its processes.
+
+    Raises ValueError if the folder holds another run, unless that may be overwritten.
+    """
+    communicator = connect(run)
+    with communicator.raise_on_one_rank():
+        launch = launch_id()
+    restarted = any(communicator.gather(restart_count() > 0))  # a machine that joined later counts from 0
+    resumes = restarted and launch is not None and recorded_launch(folder) == launch
+    saved = communicator.gather(resumes and has_checkpoint(folder))
+    with communicator.raise_on_one_rank():
+        if any(saved) and not saved[communicator.topology.rank]:
             raise ValueError(
-                f"{folder}: no run to go on with, but rank {everywhere.index(True)} has it: all processes need the same"
+                f"{folder}: no run to go on with, but rank {saved.index(True)} has it: all processes need the same"
                 " folder"
             )
-        if (folder / "config.json").exists() and not (overwrite or own):
+        if (folder / CONFIG).exists() and not (overwrite or resumes):
             raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
-    trainer = make_trainer(run, folder, place=place)
-    if saved:
+    trainer = make_trainer(run, folder, communicator=communicator)
+    if any(saved):
         trainer.resume()
-    elif trainer.records:
-        for stale in (LAST, PREVIOUS, PICTURE, PIPELINE, *(path.name for path in folder.glob("events.out.tfevents.*"))):
-            (folder / stale).unlink(missing_ok=True)
+    elif trainer.strategy.writes_run_folder:
+        for path in (*(folder / name for name in (LAST, PREVIOUS, PICTURE, PIPELINE)), *folder.glob("events.out.tf*")):
+            path.unlink(missing_ok=True)
     return trainer
 
 
-def recorded_start(folder: Path) -> str | None:
-    """Of torchrun, by which the run in a folder was trained last."""
+def recorded_launch(folder: Path) -> str | None:
+    """Return the id of the torchrun launch that last trained the run in a folder."""
     try:
-        return json.loads((folder / "config.json").read_text())["torchrun"]
+        return json.loads((folder / CONFIG).read_text())["launch"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def saved_run(place: Path) -> tuple[RunConfig, dict]:
-    """The settings of a run that was saved, and its checkpoint's state. Raises ValueError in one line."""
-    state = load_checkpoint(place)
+def saved_run(path: Path) -> tuple[RunConfig, dict]:
+    """Return the settings and the state of a saved run. Raises ValueError."""
+    state = load_checkpoint(path)
     try:
         return RunConfig(**state["config"]["run"]), state
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place}: was not saved by `sid train` of this version ({error})") from error
+        raise ValueError(f"{path}: was not saved by `sid train` of this version ({error})") from error
 
 
-def resumed(place: Path, *, quiet: bool = False, **moved) -> Trainer:
-    """The trainer of a run as its checkpoint has it; `moved`: settings that say where things are now, and how many
-    processes go on with it (one, unless said)."""
+def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
+    """Build the trainer of a saved run. `moved` are settings that may change: where things are, and the processes."""
     alone = {name: getattr(RunConfig, name) for name in PROCESSES}
     moved = alone | {name: value for name, value in moved.items() if value is not None}
     if moved["parallel"] != "none":
-        moved = {"download": False} | moved  # it was fetched when the run began
+        moved = {"download": False} | moved  # the data were downloaded when the run started
     try:
-        run = dataclasses.replace(saved_run(place)[0], **moved)
-    except ValueError as error:  # the others, who may have found it, must not wait
-        meet(RunConfig(**{name: moved[name] for name in PROCESSES}, layout="stagewise", device="cpu"), wrong=str(error))
+        run = dataclasses.replace(saved_run(path)[0], **moved)
+    except ValueError as error:  # the other ranks may have found it: they must not wait
+        processes = {name: moved[name] for name in PROCESSES}
+        connect(RunConfig(**processes, layout="stagewise", device="cpu"), problem=str(error))
         raise
-    trainer = make_trainer(run, place if place.is_dir() else place.parent, quiet=quiet)
-    trainer.resume(place)
+    trainer = make_trainer(run, path if path.is_dir() else path.parent, quiet=quiet)
+    trainer.resume(path)
     return trainer
 
 
-def trained_network(place: Path) -> tuple[SIDNetwork, RunConfig, dict]:
-    """The network of a checkpoint, on the CPU, in evaluation mode; its settings; what config.json says."""
-    run, state = saved_run(place)
-    about = state["config"]
-    network = make_network(run, len(about["classes"]), about["in_channels"], tuple(about["image_size"]))
+def trained_network(path: Path) -> tuple[SIDNetwork, RunConfig, dict]:
+    """Return a saved network on the CPU in evaluation mode, its settings, and the metadata of config.json."""
+    run, state = saved_run(path)
+    metadata = state["config"]
+    network = make_network(run, len(metadata["classes"]), metadata["in_channels"], tuple(metadata["image_size"]))
     network.load_state_dict(state["network"])
-    return network.eval(), run, about
+    return network.eval(), run, metadata
 
 
-def evaluated(place: Path, **moved) -> dict:
-    """What every stage of a saved network knows of its test split, and how many images that is."""
-    network, run, about = trained_network(place)
+def evaluate_run(path: Path, **moved: Any) -> dict:
+    """Return the metrics of `evaluate` for a saved network on its test split, and the number of `images`."""
+    network, run, metadata = trained_network(path)
     run = dataclasses.replace(run, **{name: value for name, value in moved.items() if value is not None})
-    data, dtype = make_data(run), DTYPES[run.dtype]
+    data = make_data(run)
     own = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
-    check_same(place, about, own, own)
-    mean, std = torch.tensor(about["pixel_mean"]), torch.tensor(about["pixel_std"])
+    check_same(path, metadata, own, own)
+    mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
-    options = {"divergence": about["divergence"], "label_smoothing": run.label_smoothing, "dtype": dtype}
-    return evaluate(network, batches.in_order(), about["alpha"], **options) | {"images": len(data.test.labels)}
+    options = StepOptions(metadata["alpha"], metadata["divergence"], run.label_smoothing, DTYPES[run.dtype])
+    return evaluate(network, batches.in_order(), options) | {"images": len(data.test.labels)}

@@ -10,7 +10,7 @@ from ..files import write_atomically
 from ..report.page import as_markdown, comparison_table, load_runs, write_report
 from ..training.checkpoint import LAST, PREVIOUS
 from ..training.config import MOVABLE, RunConfig, stage_alphas
-from .build import make_trainer, resumed, saved_run
+from .build import make_trainer, resume_run, saved_run
 
 TABLE = "table"
 
@@ -36,7 +36,7 @@ def compare(
             print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)
             begun = (folder / LAST).exists() or (folder / PREVIOUS).exists()
             moved = {name: getattr(run, name) for name in MOVABLE}
-            (resumed(folder, **moved) if begun else make_trainer(run, folder)).fit()
+            (resume_run(folder, **moved) if begun else make_trainer(run, folder)).fit()
     folders = [folder for folder, _ in cells]
     return write_table(folders, out, command)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..distributed.rendezvous import PARALLEL
 from ..methods.common import DIVERGENCES, STEP_SCHEDULES
 from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
 from ..network.architectures import stage_count
 
+PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -1,6 +1,7 @@
 """What every stage knows of a split: accuracy, distance to the truth, and how often the descent certificate holds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,77 +9,75 @@ from torch import Tensor
 
 from sid_kernels import fused_local_loss
 
-from ..methods.common import autocast
+from ..methods.common import StepOptions, autocast
 from ..network.modules import SIDNetwork, at_least_float32
 
 # A stage that copies its prior repeats its loss to 1.4e-6 of 1 + loss (2000 images, C up to 1000, both divergences).
 ROUNDING = 2e-6
 
 
-def evaluate(
-    network: SIDNetwork,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    alphas: Sequence[float],
-    *,
-    divergence: str = "forward",
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, list[float]]:
-    """Means over the images of batches (inputs (B, ...), labels (B,)), one number a stage; the network is put into
-    evaluation mode.
-
-    `accuracy` of belief p_i; `kl`, KL(y || p_i) = -log p_i[y] in nats; `certificate`, the share of images for which
-    stage i is no worse by SID's loss with `alphas` than copying prior q, L_i(p_i) <= L_i(q) (rounding aside). Where
-    it holds, so does KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help.
-    """
-    options = {"divergence": divergence, "label_smoothing": label_smoothing, "dtype": dtype}
-    return means(*tally(network, batches, alphas, **options))
-
-
 @torch.no_grad()
-def tally(
-    network: SIDNetwork,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    alphas: Sequence[float],
-    *,
-    divergence: str = "forward",
-    label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, int]:
-    """The sums (3, L) float64 that `evaluate` divides by the number of images, and that number."""
+def evaluate(
+    network: SIDNetwork, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions
+) -> dict[str, list[float]]:
+    """Return the means of three metrics over all images, one number per stage.
+
+    `accuracy`: of belief p_i. `kl`: KL(y || p_i) = -log p_i[y], in nats. `certificate`: the share of images for which
+    stage i has no larger SID loss than a copy of its prior q would have, L_i(p_i) <= L_i(q), up to rounding. For these,
+    KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help (arXiv 2510.03273). The network
+    is left in evaluation mode.
+
+    Args:
+        batches: Pairs of inputs (B, ...) and labels (B,).
+        options: The loss that the stages were trained with, and the dtype of the forward pass.
+    """
     network.eval()
-    sums, count = 0, 0
+    return means(*sum_metrics(batches, lambda inputs: stage_logits(network, inputs, options.dtype), options))
+
+
+def stage_logits(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Return the logits (B, C) of every stage and the prior (B, C) of the first."""
+    with autocast(inputs, dtype):
+        logits = network.stage_logits(inputs)
+    return logits, network.uniform(at_least_float32(logits[0]))
+
+
+def sum_metrics(
+    batches: Iterable[tuple[Any, Tensor]],
+    run_stages: Callable[[Any], tuple[Sequence[Tensor], Tensor]],
+    options: StepOptions,
+) -> tuple[Tensor, int]:
+    """Return the sums (3, L), float64, of the metrics of `evaluate`, and the number of images.
+
+    `run_stages` takes the inputs of a batch and returns what `stage_logits` does.
+    """
+    sums, count = torch.zeros(()), 0
     for inputs, targets in batches:
-        with autocast(inputs, dtype):
-            every = network.stage_logits(inputs)
-        prior = network.uniform(at_least_float32(every[0]))
-        sums, count = sums + judged(every, prior, targets, alphas, divergence, label_smoothing), count + len(targets)
+        batch = stage_metrics(*run_stages(inputs), targets, options)
+        sums, count = sums.to(batch) + batch, count + len(targets)
     return sums.cpu(), count
 
 
 def means(sums: Tensor, count: int) -> dict[str, list[float]]:
+    """Return the metrics of `evaluate` from their sums (3, L)."""
     return dict(zip(("accuracy", "kl", "certificate"), (sums / count).tolist(), strict=True))
 
 
-def judged(
-    every: Sequence[Tensor],
-    prior: Tensor,
-    targets: Tensor,
-    alphas: Sequence[float],
-    divergence: str = "forward",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Sums over a batch, (3, L) float64, of what `evaluate` says of each stage, from the logits (B, C) of each and the
-    prior (B, C) of the first."""
-    options = {"divergence": divergence, "label_smoothing": label_smoothing, "reduction": "none"}
-    rows = []
-    for logits, alpha in zip(map(at_least_float32, every), alphas, strict=True):
-        loss = fused_local_loss(logits, prior, targets, alpha, **options).loss
-        copied = prior.clamp_min(torch.finfo(prior.dtype).tiny).log()
-        copied_loss = fused_local_loss(copied, prior, targets, alpha, **options).loss
-        kl = F.cross_entropy(logits, targets, reduction="none")
-        right = logits.argmax(dim=1) == targets
-        no_worse = loss <= copied_loss + ROUNDING * (1 + copied_loss)
-        rows.append(torch.stack([row.double().sum() for row in (right, kl, no_worse)]))
-        prior = logits.softmax(dim=1)  # as the next stage's head has it
-    return torch.stack(rows, dim=1)
+def stage_metrics(logits: Sequence[Tensor], prior: Tensor, targets: Tensor, options: StepOptions) -> Tensor:
+    """Return the sums (3, L), float64, of the metrics of `evaluate` over one batch.
+
+    Args:
+        logits: (B, C) for each of the L stages.
+        prior: (B, C), the belief that the first of them reads.
+    """
+    columns = []
+    for z, alpha in zip(map(at_least_float32, logits), options.stage_alphas(len(logits)), strict=True):
+        loss = fused_local_loss(z, prior, targets, alpha, reduction="none", **options.loss).loss
+        copy = prior.clamp_min(torch.finfo(prior.dtype).tiny).log()
+        copy_loss = fused_local_loss(copy, prior, targets, alpha, reduction="none", **options.loss).loss
+        kl = F.cross_entropy(z, targets, reduction="none")
+        correct = z.argmax(dim=1) == targets
+        certified = loss <= copy_loss + ROUNDING * (1 + copy_loss)
+        columns.append(torch.stack([metric.double().sum() for metric in (correct, kl, certified)]))
+        prior = z.softmax(dim=1)  # as the next stage's head reads it
+    return torch.stack(columns, dim=1)

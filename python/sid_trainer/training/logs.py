@@ -1,28 +1,30 @@
-"""What a run says while it trains: config.json, metrics.jsonl and TensorBoard events in its folder, a table's rows."""
+"""What a run writes while it trains: config.json, metrics.jsonl and TensorBoard events, and the rows of a table."""
 
 import json
 from pathlib import Path
+from typing import Any
 
-from ..files import write_atomically
+from ..files import CONFIG, METRICS, PIPELINE, write_atomically
 
 HEADER = "epoch   train loss   first stage   last stage   KL(y|p_L)   certificate   images/s   seconds"
 
 
 class Log:
-    """One row an epoch. `rows` are those a resumed run has already; without a folder nothing is written.
+    """Write one row per epoch to a run's folder, and print it unless `quiet`.
 
-    TensorBoard's package may be missing; then there are no events, and a line says so.
+    `rows` are those that a resumed run already has. Without a folder nothing is written, and without the package
+    tensorboard no events.
     """
 
-    def __init__(self, folder: Path | None, about: dict, rows: list[dict], quiet: bool):
-        self.folder, self.about, self.rows, self.quiet = folder, about, list(rows), quiet
-        self.board, self.head = None, False
+    def __init__(self, folder: Path | None, metadata: dict, rows: list[dict], quiet: bool):
+        self.folder, self.metadata, self.rows, self.quiet = folder, metadata, list(rows), quiet
+        self.board: Any = None
+        self.header_printed = False
 
     def __enter__(self) -> "Log":
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.about, indent=2)
-            write_atomically(self.folder / "config.json", lambda file: file.write(text.encode()))
+            self.write(CONFIG, json.dumps(self.metadata, indent=2))
             self.write_rows()
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -33,32 +35,44 @@ class Log:
                 self.board = SummaryWriter(str(self.folder), purge_step=len(self.rows) + 1)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.board:
             self.board.close()
 
+    def write(self, name: str, text: str) -> None:
+        if self.folder:
+            write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+
     def write_rows(self) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+        self.write(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write_pipeline(self, pipeline: dict | None) -> dict:
+        """Write how the ranks spent the epoch, and return the part for its row: without the times of single batches."""
+        if pipeline is None:
+            return {}
+        self.write(PIPELINE, json.dumps(pipeline))
+        ranks = [{name: value for name, value in rank.items() if name != "batches"} for rank in pipeline["ranks"]]
+        return {"pipeline": pipeline | {"ranks": ranks}}
 
     def add(self, row: dict) -> None:
+        """Write and print the row of an epoch."""
         self.rows.append(row)
-        if self.folder:
-            self.write_rows()
+        self.write_rows()
         if self.board:
             for name, value in row.items():
                 numbers = enumerate(value, 1) if isinstance(value, list) else [(None, value)]
                 for stage, number in numbers:
                     if isinstance(number, int | float) and name != "epoch":
                         self.board.add_scalar(f"{name}/{stage}" if stage else name, number, row["epoch"])
-        if not self.quiet:
-            if not self.head:
-                print(HEADER)
-            self.head = True
-            certificate = sum(row["certificate"]) / len(row["certificate"])
-            print(
-                f"{row['epoch']:5d} {row['train_loss']:12.4f} {row['stage_accuracy'][0]:13.2%}"
-                f" {row['test_accuracy']:12.2%} {row['stage_kl'][-1]:11.4f} {certificate:13.1%}"
-                f" {row['images_per_second']:10.0f} {row['seconds']:9.1f}",
-                flush=True,
-            )
+        if self.quiet:
+            return
+        if not self.header_printed:
+            print(HEADER)
+        self.header_printed = True
+        certificate = sum(row["certificate"]) / len(row["certificate"])
+        print(
+            f"{row['epoch']:5d} {row['train_loss']:12.4f} {row['stage_accuracy'][0]:13.2%}"
+            f" {row['test_accuracy']:12.2%} {row['stage_kl'][-1]:11.4f} {certificate:13.1%}"
+            f" {row['images_per_second']:10.0f} {row['seconds']:9.1f}",
+            flush=True,
+        )

@@ -1,90 +1,62 @@
-"""What a step and a process hold."""
+"""Measure the memory that a step and the process hold."""
 
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class SavedBytes:
-    """Within it, `peak` becomes the most bytes autograd held for backward at any one time; each memory counts once,
-    `parameters` not at all."""
+    """Measure the bytes that autograd holds for backward within this context; `peak` is the most at any one time.
+
+    Each storage counts once. `parameters` do not count.
+    """
 
     def __init__(self, parameters: Iterable[Tensor] = ()):
         local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
-        memories = [parameter.untyped_storage() for parameter in local]
-        self.ignored = {memory.data_ptr(): memory for memory in memories}  # kept, lest an activation gets a moved one's
-        self.alive, self.peak, self.holders = 0, 0, Counter()
+        storages = [parameter.untyped_storage() for parameter in local]
+        # Holding them keeps an activation from getting the address of a parameter that moved.
+        self.ignored = {storage.data_ptr(): storage for storage in storages}
+        self.alive, self.peak = 0, 0
+        self.holders: Counter[int] = Counter()
 
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+    def __enter__(self) -> "SavedBytes":
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved.tensor)
         self.hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.hooks.__exit__(*error)
 
-    def pack(self, tensor: Tensor) -> "Held":
-        memory = tensor.untyped_storage()
-        key, size = memory.data_ptr(), memory.nbytes()
-        held = Held(tensor.detach())
-        if key not in self.ignored:
-            self.alive += 0 if self.holders[key] else size
-            self.holders[key] += 1
+    def pack(self, tensor: Tensor) -> "SavedTensor":
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        saved = SavedTensor(tensor.detach())
+        if address not in self.ignored:
+            self.alive += 0 if self.holders[address] else size
+            self.holders[address] += 1
             self.peak = max(self.peak, self.alive)
-            weakref.finalize(held, self.release, key, size)
-        return held
+            weakref.finalize(saved, self.release, address, size)
+        return saved
 
-    def release(self, key: int, size: int) -> None:
-        self.holders[key] -= 1
-        self.alive -= 0 if self.holders[key] else size
+    def release(self, address: int, size: int) -> None:
+        self.holders[address] -= 1
+        self.alive -= 0 if self.holders[address] else size
 
 
-class Held:
-    """A tensor that autograd holds; it lets go of this when the graph is freed."""
+class SavedTensor:
+    """A tensor that autograd holds; autograd drops this object when it frees the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
-def allocated_peak(call: Callable[[], Any], device: str = "cpu", warm: bool = True) -> int:
-    """The most bytes of PyTorch's allocator that are alive during a call beyond those at its start, result included.
-
-    What a library or a kernel takes for itself (a product's packed panels, a thread's tile) is not seen.
-    warm: call it once before, unmeasured, for what is set up once.
-    """
-    if warm:
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        kept = call()
-        torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - start
-        del kept
-        return most
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        kept = call()
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    del kept
-    assert most > 0, "the profiler saw no allocation"
-    return most
-
-
-def forget_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts anew, where the system can."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` again from what is held now, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -95,7 +67,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held at once: of PyTorch's allocator on a GPU, else of the whole process in memory."""
+    """Return the most bytes held at once: by PyTorch's allocator on a GPU, else by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -226,7 +226,7 @@ def test_a_device_without_room_is_one_line_and_status_1(tmp_path, monkeypatch, c
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
 
-    monkeypatch.setattr(Trainer, "one_step", full)
+    monkeypatch.setattr(Trainer, "train_step", full)
     status, printed = run_and_read(["train", "--out", str(tmp_path / "run")], capsys)
     assert status == 1 and printed == "sid train: CUDA out of memory. Tried to allocate 2 GiB."
 
@@ -244,7 +244,7 @@ def test_images_too_small_for_the_network_are_one_line(tmp_path, capsys, layout)
 def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypatch, capsys, number):
     options = ["--epochs", "2", "--depth", "2", "--crop", "1", "--train-images", "600"]
     assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
-    calls, one_step = [], Trainer.one_step
+    calls, one_step = [], Trainer.train_step
 
     def interrupted_at_the_third(*arguments):
         calls.append(1)
@@ -255,7 +255,7 @@ def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypat
     before = signal.getsignal(number)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "one_step", interrupted_at_the_third)
+        patch.setattr(Trainer, "train_step", interrupted_at_the_third)
         status, printed = run_and_read(["train", *options, "--out", str(out)], capsys)
     assert status == 130 and "stopped in epoch 1 after step 3" in printed and "Traceback" not in printed
     assert signal.getsignal(number) is before
@@ -279,7 +279,9 @@ def small_trainer(**settings):
 @pytest.mark.parametrize("lr_schedule", ["cosine", "one-cycle"])
 def test_a_row_tells_the_learning_rate_of_the_epochs_last_step(lr_schedule):
     trainer, used = small_trainer(lr_schedule=lr_schedule), []
-    trainer.optimizers[-1].register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    trainer.strategy.optimizers[-1].register_step_pre_hook(
+        lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+    )
     assert [row["lr"] for row in trainer.fit()] == [used[2], used[5]] and used[5] > 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.image_sets import write_image_folder
 from helpers.killed import assert_same, rows_of, sid, state_of
 from sid_trainer.cli import main
-from sid_trainer.runs.build import evaluated
+from sid_trainer.runs.build import evaluate_run
 
 
 def last_row(folder):
@@ -26,7 +26,7 @@ def last_row(folder):
 def test_eval_says_what_the_last_row_says(words, tmp_path, capsys):
     common = ["--train-images", "200", "--batch-size", "64", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(["train", *common, *words.split()]) == 0
-    row, found = last_row(tmp_path / "run"), evaluated(tmp_path / "run")
+    row, found = last_row(tmp_path / "run"), evaluate_run(tmp_path / "run")
     assert found["accuracy"] == row["stage_accuracy"] and found["images"] == 360
     assert found["kl"] == pytest.approx(row["stage_kl"], rel=1e-5)
     assert found["certificate"] == pytest.approx(row["certificate"], abs=1.5 / 360)  # an image on the very edge
@@ -132,9 +132,9 @@ def test_compare_trains_every_cell_and_writes_table_and_report(whole):
 
 
 @pytest.mark.parametrize("place", [
-    ("sid_trainer.training.trainer.Trainer.one_step", 3),  # in the first run's first epoch, before anything was saved
-    ("sid_trainer.training.trainer.Trainer.one_step", 6),  # in its second epoch
-    ("sid_trainer.training.trainer.Trainer.one_step", 18),  # in the third run
+    ("sid_trainer.training.trainer.Trainer.train_step", 3),  # in the first run's first epoch, before anything was saved
+    ("sid_trainer.training.trainer.Trainer.train_step", 6),  # in its second epoch
+    ("sid_trainer.training.trainer.Trainer.train_step", 18),  # in the third run
     ("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, and its end not saved
     ("sid_trainer.training.logs.Log.add", 4),  # ... saved, and not told
     ("sid_trainer.runs.compare.write_table", 1),
@@ -156,7 +156,7 @@ def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
     data, out = write_image_folder(tmp_path / "set", count=8), tmp_path / "out"
     words = "compare --methods sid --seeds 0 --arch mlp --depth 2 --hidden-dim 8 --epochs 2 --batch-size 8".split()
     words += ["--workers", "0", "--cache", tmp_path / "cache", "--out", out, "--data"]
-    status, _ = sid(*words, data, out=out, kill=("sid_trainer.training.trainer.Trainer.one_step", 4))
+    status, _ = sid(*words, data, out=out, kill=("sid_trainer.training.trainer.Trainer.train_step", 4))
     assert status == -9 and len(told(out / "stagewise-sid-seed0")) == 1
     data.rename(tmp_path / "moved")
     status, printed = sid(*words, tmp_path / "moved", "--save-every", "1", out=out)

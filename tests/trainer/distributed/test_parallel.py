@@ -3,21 +3,22 @@
 import copy
 import json
 import socket
-import time
-from contextlib import nullcontext
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers.killed import rows_of, sid, state_of
-from helpers.processes import PATIENCE, wait_until
+from helpers.processes import wait_until
 from helpers.ranks import finish, printed, ranks, start, start_ranks, trained
 from sid_trainer.data.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data.datasets import Split
-from sid_trainer.distributed.rendezvous import Place, leave, speaks
-from sid_trainer.distributed.trainer import shares
-from sid_trainer.runs.build import RunConfig, make_data, make_network, make_trainer, stages_of_ranks
+from sid_trainer.distributed.rendezvous import Communicator, is_main_process, leave
+from sid_trainer.distributed.state import summarize_times
+from sid_trainer.distributed.topology import Topology
+from sid_trainer.runs.build import RunConfig, assign_stages, make_data, make_network, make_trainer
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
 CPU = torch.device("cpu")
@@ -80,12 +81,13 @@ def train_by_turns(words: dict, folder: Path) -> None:
     """One of two replicas holds up its first stage's backward until the other's second stage has begun, in the first and
     in the third step: in the second DDP agrees on its buckets anew."""
     torch.set_num_threads(1)
-    trainer = make_trainer(RunConfig(train_images=24, batch_size=8, epochs=1, timeout=30, **words), quiet=True)
-    first, second, replica = *trainer.own[:2], trainer.place.replica
+    trainer = make_trainer(RunConfig(train_images=24, batch_size=8, epochs=1, timeout=300, **words), quiet=True)
+    topology, (first, second) = trainer.strategy.topology, trainer.strategy.local_stages[:2]
+    replica = topology.replica
     held_up = {0: 1, 2: 0}
 
     def file(of: int) -> Path:
-        return folder / f"rank {trainer.place.stage} of replica {of} in step {trainer.step}"
+        return folder / f"rank {topology.stage_rank} of replica {of} in step {trainer.step}"
 
     def hold_up(stage, inputs, made):
         if made[1].requires_grad and held_up.get(trainer.step) == replica:
@@ -129,7 +131,7 @@ def refused(folder, status, said, message):
     assert not folder.exists()
 
 
-TINY = "train --arch mlp --layout stagewise --train-images 40 --batch-size 8 --epochs 1 --timeout 20".split()
+TINY = "train --arch mlp --layout stagewise --train-images 40 --batch-size 8 --epochs 1 --timeout 200".split()
 
 
 @pytest.mark.parametrize(
@@ -206,12 +208,11 @@ def test_a_device_that_one_rank_lacks_is_told_by_its_rank(tmp_path):
 
 
 def test_one_process_on_each_machine_says_what_all_find_wrong(monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     said = []
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
-        said.append(speaks())
+        said.append(is_main_process())
     assert said == [True, False, True, False]
 
 
@@ -225,7 +226,7 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         processes = start_ranks([words, words], folder, port)
-        processes[0].join(PATIENCE)
+        processes[0].join(300)
         status = processes[0].exitcode
         processes[1].kill()  # it cannot know that what listens there is no peer; torchrun ends it
         finish(processes)
@@ -316,30 +317,35 @@ def test_how_ranks_spent_their_time():
         {"begun": 10.0, "ended": 18.0, "busy": 8.0, "trained": 9, "batches": [(10.0, 12.0)]},
         {"begun": 10.5, "ended": 20.0, "busy": 4.0, "trained": 9, "batches": [(12.0, 13.0)]},
     ]
-    found = shares(ranks, 2)
+    found = summarize_times(ranks, 2)
     assert found["bubble"] == pytest.approx(0.4) and found["predicted_bubble"] == pytest.approx(0.1)
     assert found["imbalance"] == pytest.approx(0.25) and found["span"] == 10.0
     assert found["ranks"][1]["ended"] == 10.0 and found["ranks"][1]["batches"] == [(2.0, 3.0)]
 
 
 def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):
-    """Loading that costs more than all stages leaves the first rank one of them."""
+    """On a clock of its own: a stage's forward pass takes 1. Loading that takes more than all leaves rank 0 one stage."""
     run = RunConfig(arch="mlp", layout="stagewise", depth=8, train_images=100, batch_size=50)
-    data, place = make_data(run), Place(stages=2)
+    data = make_data(run)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    before = copy.deepcopy(network.state_dict())
-    shuffled = Batches.shuffled
-
-    def slowly(self, *arguments):
-        for batch in shuffled(self, *arguments):
-            time.sleep(0.2)
-            yield batch
-
-    monkeypatch.setattr("sid_trainer.runs.build.tell_all", lambda place, what: what)
-    monkeypatch.setattr("sid_trainer.runs.build.said_once", nullcontext)
-    for loading, few in ((shuffled, False), (slowly, True)):
-        monkeypatch.setattr(Batches, "shuffled", loading)
-        first, second = stages_of_ranks(run, network, place, data)
-        assert [*first, *second] == list(range(8))
-        assert (len(first) == 1) is few
+    before, clock = copy.deepcopy(network.state_dict()), [0.0]
+    monkeypatch.setattr("sid_trainer.distributed.balance.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    communicator, shuffled = Communicator(Topology(0, 2)), Batches.shuffled
+    monkeypatch.setattr(communicator, "gather", lambda value: [value])
+    for stage in network.stages:
+        stage.register_forward_hook(lambda *_: take(clock, 1.0))
+    for loading, few in ((0.0, 4), (100.0, 1)):
+        monkeypatch.setattr(Batches, "shuffled", partialmethod(slowly, shuffled, clock, loading))
+        first, second = assign_stages(run, network, data, communicator)
+        assert [*first, *second] == list(range(8)) and len(first) == few
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def take(clock, seconds):
+    clock[0] += seconds
+
+
+def slowly(self, shuffled, clock, seconds, *arguments):
+    for batch in shuffled(self, *arguments):
+        clock[0] += seconds
+        yield batch

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from helpers.killed import assert_same, sid, state_of
-from helpers.processes import PATIENCE
 from helpers.ranks import STEP, assert_same_run, finish, left, ranks, start, trained
-from sid_trainer import build_network
-from sid_trainer.distributed.pipeline import Layout, Link, layouts
-from sid_trainer.distributed.rendezvous import Place, Reports
+from sid_trainer import Trainer, build_network
+from sid_trainer.distributed.pipeline import ActivationLayout, StageLink, activation_layouts
+from sid_trainer.distributed.rendezvous import Communicator
 from sid_trainer.distributed.replicas import Replicas
-from sid_trainer.distributed.trainer import ParallelTrainer
+from sid_trainer.distributed.strategy import ShardStrategy, StageStrategy
+from sid_trainer.distributed.topology import Topology
 from sid_trainer.runs.build import make_data
 from sid_trainer.training.config import RunConfig, TrainConfig
 
@@ -84,11 +84,11 @@ def test_stopped_and_gone_on_with_by_other_numbers_of_ranks(alone, tmp_path, num
     words = ["train", *words_of("mlp"), *PARALLEL, "--out", folder]
     status, said = ranks(*words, count=2, out=folder, ends={0: (STEP, 18, number), 1: (STEP, 3, number)})
     assert status == [130, 130], said
-    assert "sid train: stopped in epoch 2 after step 6; " in said[1] and "stopped" not in said[0], said
+    assert "sid train: stopped in epoch 2 after step 5; " in said[1] and "stopped" not in said[0], said
     status, text = sid("train", "--resume", folder, out=folder, kill=(STEP, 13), number=number)
-    assert status == 130 and "resumed in epoch 2 after step 6" in text and "stopped in epoch 3 after step 6" in text
+    assert status == 130 and "resumed in epoch 2 after step 5" in text and "stopped in epoch 3 after step 5" in text
     status, said = ranks("train", "--resume", folder, *PARALLEL, count=3, out=folder)
-    assert status == [0] * 3 and "resumed in epoch 3 after step 6" in said[2], said
+    assert status == [0] * 3 and "resumed in epoch 3 after step 5" in said[2], said
     assert_same_run(folder, alone("mlp"))
 
 
@@ -98,7 +98,7 @@ def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
     for count in (1, 2):
         folder = tmp_path / str(count)
         words = ["train", *words_of("cnn"), *(PARALLEL if count > 1 else ()), "--out", folder]
-        end = (STEP, 9 if count == 1 else 8, signal.SIGTERM)
+        end = (STEP, 9, signal.SIGTERM)
         if count == 1:
             status, _ = sid(*words, out=folder, kill=end[:2], number=end[2])
             assert status == 130
@@ -108,7 +108,7 @@ def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
     assert stopped[1]["step"] == 9 and stopped[1]["sums"]["right"] > 0
     assert_same(stopped[1], stopped[2])
     held = [state_of(tmp_path / str(count))["activation_bytes"] for count in (1, 2)]
-    assert held[0] == held[1]  # of the rank that holds most, not the recorder's
+    assert held[0] == held[1]  # of the rank that holds most, not the logging rank's
     assert sid("eval", tmp_path / "2", out=tmp_path / "eval")[0] == 0
 
 
@@ -129,7 +129,7 @@ def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
     ],
 )
 def test_a_message_keeps_the_values_and_how_they_lie(batch, order):
-    layout = Layout.of(batch)
+    layout = ActivationLayout.of(batch)
     assert order is None or layout.order == order
     received = layout.empty(len(batch))
     assert (received.shape, received.dtype, received.stride()) == (batch.shape, batch.dtype, batch.stride())
@@ -143,7 +143,7 @@ def test_a_message_keeps_the_values_and_how_they_lie(batch, order):
 
 
 def test_features_that_lie_otherwise_are_copied_into_order():
-    layout = Layout.of(torch.randn(2, 3, 4, 6).to(memory_format=torch.channels_last))
+    layout = ActivationLayout.of(torch.randn(2, 3, 4, 6).to(memory_format=torch.channels_last))
     batch = torch.randn(5, 3, 4, 6)
     received = layout.empty(5)
     layout.dense(received).copy_(layout.dense(batch))
@@ -157,7 +157,7 @@ def test_layouts_are_those_of_the_features_in_training_and_nothing_changes(arch,
     inputs = torch.randn(3, 1, 8, 8).to(memory_format=torch.channels_last)
     network.to(memory_format=torch.channels_last)
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
-    found = layouts(network, inputs[:2], dtype)
+    found = activation_layouts(network, inputs[:2], dtype)
     assert torch.equal(torch.get_rng_state(), random) and network.training
     assert_same(dict(network.state_dict()), dict(before))
     features, prior = inputs, network.uniform(inputs)
@@ -187,13 +187,14 @@ def moved(monkeypatch):
     return found
 
 
-def parallel_trainer(arch, layout, place, **options):
+def trainer_of(arch, layout, strategy):
     run = RunConfig(train_images=16)
-    network = build_network(arch, layout, image_size=(8, 8), in_channels=1, depth=None if layout == "stagewise" else 4)
+    network = build_network(
+        arch, layout, fused=False, image_size=(8, 8), in_channels=1, depth=None if layout == "stagewise" else 4
+    )
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    return ParallelTrainer(
-        network, make_data(run), TrainConfig(device="cpu", fused=False), place=place, **options
-    ), weights
+    config = TrainConfig(device="cpu", fused=False)
+    return Trainer(network, make_data(run), config, strategy=strategy, quiet=True), weights
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -201,9 +202,9 @@ def test_only_a_rank_s_own_stages_go_to_its_device(moved, rank):
     """And copies of the others, one at a time, to see what they hand on."""
     torch.manual_seed(1)
     parts = [range(0, 1), range(1, 3), range(3, 4)]
-    trainer, weights = parallel_trainer("resnet18", "stagewise", Place(stage=rank, stages=3), parts=parts)
+    trainer, weights = trainer_of("resnet18", "stagewise", StageStrategy(Communicator(Topology(rank, 3)), parts))
     network = trainer.network
-    own = [network.stages[i] for i in parts[rank]] + [network.extractor] * (rank == 0)
+    own = [network.stages[i] for i in parts[rank]]
     modules = [network.extractor, *network.stages]
     largest = max(sum(p.numel() for p in module.parameters()) for module in modules)
     assert all(sum(p.numel() for p in module.parameters()) <= largest for module in moved)
@@ -211,7 +212,7 @@ def test_only_a_rank_s_own_stages_go_to_its_device(moved, rank):
     held = {name for name, value in network.state_dict().items() if not value.is_meta}
     assert held == {name for module in own for name in names_in(network, module)}
     assert all(torch.equal(network.state_dict()[name], weights[name]) for name in held)
-    assert trainer.about["num_parameters"] == sum(value.numel() for value in network.parameters())
+    assert trainer.metadata["num_parameters"] == sum(value.numel() for value in network.parameters())
 
 
 def names_in(network, module):
@@ -222,23 +223,23 @@ def names_in(network, module):
 def test_parameters_in_shards_go_to_the_device_as_they_are_cut(moved, monkeypatch):
     """A whole network need not fit: nothing is there before `fully_shard` takes it, module by module."""
     monkeypatch.setattr(Replicas, "shard", lambda *_: None)
-    parallel_trainer("simple_cnn", "shared", Place(replicas=2), sharded=True)
+    trainer_of("simple_cnn", "shared", ShardStrategy(Communicator(Topology(replicas=2))))
     assert not moved
 
 
 # ---------------------------------------------------------------- messages
 
 
-def place(rank, count):
+def connect(rank, count):
     dist.init_process_group("gloo", rank=rank, world_size=count)
-    return Place(stage=rank, stages=count, control=dist.new_group(backend="gloo"), timeout=30)
+    return Communicator(Topology(rank, count), timeout=300, control_group=dist.new_group(backend="gloo"))
 
 
-LAYOUT = Layout((3,), (0, 1), torch.float32, torch.device("cpu"))
+LAYOUT = ActivationLayout((3,), (0, 1), torch.float32, torch.device("cpu"))
 
 
 def send_batches(sent, taken, in_flight, batches):
-    link = Link(place(0, 2), 1, 2, None, LAYOUT, in_flight)
+    link = StageLink(connect(0, 2), 1, 2, None, LAYOUT, in_flight)
     for t in range(batches):
         link.stop = t == batches - 1
         link.send(torch.full((1 + t % 2, 3), float(t)), torch.full((1 + t % 2, 2), t + 0.5))
@@ -248,17 +249,17 @@ def send_batches(sent, taken, in_flight, batches):
 
 
 def take_batches(sent, taken, in_flight, batches):
-    link = Link(place(1, 2), 1, 2, LAYOUT, None, in_flight)
+    link = StageLink(connect(1, 2), 1, 2, LAYOUT, None, in_flight)
     link.expect([1 + t % 2 for t in range(batches)])
     for t in range(batches):
         assert len(link.coming) == min(in_flight, batches - t)
         most = min(batches, t + 2 * in_flight)  # on their way, and kept by the sender
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + 200
         while sent.value < most and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(0.02)  # in which one that does not wait would be further ahead
         assert sent.value == most, f"{sent.value} of {most} sent before batch {t} was taken"
-        features, belief = link.take()
+        features, belief = link.recv()
         assert features.tolist() == [[t] * 3] * (1 + t % 2) and belief.tolist() == [[t + 0.5] * 2] * (1 + t % 2)
         assert link.stop == (t == batches - 1)
 
@@ -272,19 +273,19 @@ def test_a_rank_that_is_further_ahead_waits(in_flight):
 
 
 def report(rank, count):
-    reports = Reports(place(rank, count))
+    communicator = connect(rank, count)
     for t in range(3):
         own = {"of": rank, "t": t, "tensor": torch.arange(rank + 2), "none": None, "numbers": [0.1 * rank]}
-        found = reports.gather(own)
+        found = communicator.gather_on_logging_rank(own)
         if rank != count - 1:
             assert found is None
             continue
         for other, there in enumerate(found):
             assert (there["of"], there["t"], there["none"], there["numbers"]) == (other, t, None, [0.1 * other])
             assert torch.equal(there["tensor"], torch.arange(other + 2))
-    reports.finish()
-    assert not reports.telling
+    communicator.wait_for_sends()
+    assert not communicator.sending
 
 
-def test_the_recorder_hears_every_rank_in_order():
+def test_the_logging_rank_receives_from_every_rank_in_order():
     assert finish(start([(report, (rank, 3)) for rank in range(3)])) == [0, 0, 0]

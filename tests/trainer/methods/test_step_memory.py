@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from footprint import allocated_peak
 from torch import nn
 
 from sid_trainer import bp_step, build_network, deep_supervision_step, sid_step
 from sid_trainer.methods.common import STEP_SCHEDULES
-from sid_trainer.training.memory import SavedBytes, allocated_peak
+from sid_trainer.training.memory import SavedBytes
 
 
 def cascade_bytes(step, depth, fused=False, **options):

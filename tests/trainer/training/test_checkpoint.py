@@ -206,7 +206,7 @@ def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_e
     trainer(tmp_path).save()
     before = (tmp_path / "last.pt").read_bytes()
     ours = trainer(tmp_path, save_every=save_every, buffers={"kept": torch.zeros(2), "mask": torch.tensor(-torch.inf)})
-    whole = ours.run_step
+    whole = ours.strategy.step
 
     def step(*batch):
         result = whole(*batch)
@@ -214,7 +214,7 @@ def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_e
             ours.network.state_dict()[name].view(-1)[0] = float("nan")
         return result
 
-    ours.run_step = step
+    ours.strategy.step = step
     with pytest.raises(NonFiniteLoss) as error:
         ours.fit()
     place = f"{where} is not finite after epoch 1, step {1 if save_every else 2} (learning rate 0.001, float32)"

@@ -30,7 +30,6 @@ def test_denormals_are_zero_within_and_as_before_after():
 
 THREADS = """
 import torch
-from sid_trainer.training.cpu import flush_denormals
 torch.set_num_threads(3)
 {call}
 small = torch.full((3_000_000,), torch.finfo(torch.float32).tiny)  # the first operation of three threads
@@ -38,7 +37,7 @@ print((small / 2).count_nonzero().item())
 """
 
 
-@pytest.mark.parametrize(("call", "left"), [("flush_denormals()", 0), ("", 3_000_000)])
+@pytest.mark.parametrize(("call", "left"), [("torch.set_flush_denormal(True)", 0), ("", 3_000_000)])
 def test_a_process_that_only_trains_flushes_in_all_threads(call, left):
     fresh = [sys.executable, "-c", THREADS.format(call=call)]
     assert int(subprocess.run(fresh, capture_output=True, text=True, check=True).stdout) == left
@@ -58,7 +57,7 @@ def test_a_dead_unit_leaves_no_denormals_in_adam(method):
     layer = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
     with torch.no_grad():
         layer.weight[0], layer.bias[0] = 0.0, -100.0  # never above zero again
-    optimizer = next(one for one in trainer.optimizers if one)
+    optimizer = next(one for one in trainer.strategy.optimizers if one)
     average = optimizer.state[layer.weight]["exp_avg"]
     average[0] = 2 * SMALLEST
     trainer.epoch, trainer.config = 2, TrainConfig(method=method, epochs=9, batch_size=12, device="cpu")

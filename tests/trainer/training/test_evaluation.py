@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sid_trainer import SIDNetwork, build_network
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.training.evaluation import evaluate
 
 CLASSES = 7
@@ -62,7 +63,7 @@ def test_against_the_definition(divergence, smoothing, batch):
     network, inputs = given(logits)
     network.train()
     batches = zip(inputs.split(batch), labels.split(batch), strict=True)
-    found = evaluate(network, batches, alphas, divergence=divergence, label_smoothing=smoothing)
+    found = evaluate(network, batches, StepOptions(alphas, divergence, smoothing))
     right, distance, worse = definition(logits, labels, alphas, divergence, smoothing)
     assert not network.training
     assert found["accuracy"] == right.mean(1).tolist()
@@ -76,7 +77,7 @@ def test_a_real_network_in_either_layout():
     for layout in ("shared", "stagewise"):
         network = build_network("mlp", layout, num_classes=CLASSES, in_channels=1, image_size=(4, 4), depth=3)
         inputs, labels = torch.randn(60, 1, 4, 4), torch.randint(0, CLASSES, (60,))
-        found = evaluate(network, [(inputs, labels)], [0.5] * 3)
+        found = evaluate(network, [(inputs, labels)], StepOptions())
         with torch.no_grad():
             logits = torch.stack(network.double().stage_logits(inputs.double()))
         right, distance, worse = definition(logits, labels, [0.5] * 3, "forward", 0.0)
@@ -88,7 +89,7 @@ def test_a_real_network_in_either_layout():
 def test_in_bfloat16_it_says_nearly_the_same():
     network = build_network("mlp", "stagewise", num_classes=CLASSES, in_channels=1, image_size=(4, 4), depth=2)
     batch = [(torch.randn(60, 1, 4, 4), torch.randint(0, CLASSES, (60,)))]
-    full, half = (evaluate(network, batch, [0.5] * 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (evaluate(network, batch, StepOptions(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
     assert half["kl"] == pytest.approx(full["kl"], rel=0.02) and half["kl"] != full["kl"]
 
 
@@ -105,7 +106,9 @@ def test_where_the_premise_holds_so_does_the_inequality(alpha):
         gain = q[image, labels].log().neg() - p[image, labels].log().neg()  # KL(y || q) - KL(y || p)
         moved = (q * (q / p).log()).sum(1)
         for i in range(300):
-            (_, holds) = evaluate(network, [(inputs[i : i + 1], labels[i : i + 1])], [1.0, alpha])["certificate"]
+            (_, holds) = evaluate(network, [(inputs[i : i + 1], labels[i : i + 1])], StepOptions([1.0, alpha]))[
+                "certificate"
+            ]
             if holds:
                 counted += 1
                 assert gain[i] >= (1 - alpha) / alpha * moved[i] - 1e-4  # of rounding, divided by alpha
@@ -120,8 +123,8 @@ def test_a_perfect_copy_does_no_worse_than_itself(divergence, smoothing):
 
     labels = torch.randint(0, CLASSES, (500,))
     network = SIDNetwork(nn.Identity(), [Copy(), Given(0), Copy(), Copy()], CLASSES)
-    options = {"divergence": divergence, "label_smoothing": smoothing}
-    found = evaluate(network, [(torch.randn(500, CLASSES) * 3, labels)], [0.5] * 4, **options)
+    options = StepOptions(0.5, divergence, smoothing)
+    found = evaluate(network, [(torch.randn(500, CLASSES) * 3, labels)], options)
     first, given_, *copies = found["certificate"]
     assert first == 1 and copies == [1, 1] and 0 < given_ < 1
     assert found["kl"][0] == pytest.approx(math.log(CLASSES)) and found["kl"][2] == pytest.approx(found["kl"][1])
@@ -131,6 +134,6 @@ def test_a_belief_without_mass_on_the_truth_is_infinitely_far():
     logits = torch.zeros(2, 4, CLASSES)
     logits[1, :, 0] = 1000.0
     network, inputs = given(logits)
-    found = evaluate(network, [(inputs, torch.tensor([0, 0, 1, 1]))], [0.5, 1.0])
+    found = evaluate(network, [(inputs, torch.tensor([0, 0, 1, 1]))], StepOptions([0.5, 1.0]))
     assert found["accuracy"] == [0.5, 0.5] and found["kl"][1] == pytest.approx(500)
     assert found["certificate"] == [1, 0.5]

@@ -80,14 +80,14 @@ def test_what_takes_the_memory_a_parameter_has_left_is_counted():
 
 PEAK = """
 import torch
-from sid_trainer.training.memory import forget_peak, peak_memory
+from sid_trainer.training.memory import peak_memory, reset_peak_memory
 device, size = torch.device("cpu"), 256 * 2**20
 torch.ones(1024)
-forget_peak(device)
+reset_peak_memory(device)
 before = peak_memory(device)
 torch.ones(size, dtype=torch.uint8)
 held = peak_memory(device)
-forget_peak(device)
+reset_peak_memory(device)
 print(before, held, peak_memory(device))
 """
 

@@ -1,0 +1,304 @@
+"""Strategies that share a trainer's work among processes: replicas share every batch, ranks of a pipeline the stages.
+
+The run's folder is that of one process: any number of processes may resume from its checkpoints.
+"""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..data.batches import Batches, Labels
+from ..data.datasets import Split
+from ..methods.common import StepResult, autocast, clear_gradients
+from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
+from ..methods.step import stage_by_stage
+from ..methods.streams import StageHooks
+from ..network.modules import SIDNetwork, at_least_float32
+from ..training.strategy import Strategy
+from ..training.trainer import Interrupted
+from .pipeline import StageLink, activation_layouts
+from .rendezvous import Communicator
+from .replicas import Replicas, full_tensors, shard_state
+from .state import combine_results, combine_states, local_state, summarize_times
+
+TIMED_BATCHES = 40  # batches of an epoch whose times are kept for the report
+
+
+class DataStrategy(Strategy):
+    """Share every batch among replicas of the network, whose gradients are averaged."""
+
+    def __init__(self, communicator: Communicator):
+        self.communicator, self.topology = communicator, communicator.topology
+        self.writes_run_folder, self.handles_signals = communicator.is_logging, self.topology.is_first
+        self.stop = False  # whether the run ends after the current step; all replicas agree
+        self.batch_times: list[tuple[float, float]] = []
+
+    # ---------------------------------------------------------------- what is this process's
+
+    def make_batches(self, name: str, split: Split) -> Batches:
+        size, first = self.config.batch_size, self.topology.is_first  # later ranks of a pipeline need only the labels
+        batches = super().make_batches(name, split) if first else Labels(split, size, self.device)
+        method, replicas = self.config.method, self.topology.replicas
+        parts = BACKPROPAGATED.get(method, {}).get("parts", 0) if name == "train" else 0
+        needed = max(1, 2 * parts) * replicas  # all replicas learn from equally many parts: each is a reduction
+        if min(batches.sizes()) < needed:
+            self.communicator.abort_all(
+                f"batch_size {size} leaves a {name} batch of {min(batches.sizes())} images: the"
+                f" {replicas} processes that share it need {needed}"
+            )
+        batches.share = self.topology.share
+        return batches
+
+    def place_network(self) -> None:
+        super().place_network()
+        self.replicas = Replicas(self.topology, self.communicator.replica_group, self.device)
+
+    def make_step(self) -> Any:
+        replicated = self.replicas.wrap(self.network, self.optimizers) if self.topology.replicas > 1 else self.network
+        return make_step(self.config.method, replicated, self.optimizers, self.options, self.make_hooks())
+
+    def make_hooks(self) -> StageHooks:
+        on_gpu = self.device.type == "cuda" and self.config.streams
+        return super().make_hooks() if on_gpu else StageHooks(defer_updates=self.topology.replicas > 1)
+
+    # ---------------------------------------------------------------- an epoch
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Leave only after the others have received what this process sent, which is lost with it."""
+        with self.communicator.watch():
+            try:
+                yield
+            except Interrupted:
+                self.wait_for_sends()
+                if not self.writes_run_folder:
+                    raise SystemExit(130) from None  # the logging rank prints it
+                raise
+            self.wait_for_sends()
+
+    def wait_for_sends(self) -> None:
+        self.communicator.wait_for_sends()
+
+    def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
+        start = time.time()
+        self.replicas.waited, self.batch_times = 0.0, []
+        self.rows = iter(self.batches["train"].sizes()[first_step:])
+        yield from super().train_batches(epoch, first_step)
+        end, waiting = time.time(), self.seconds_waiting()
+        self.times = {
+            "rank": self.topology.rank,
+            "stages": [i + 1 for i in self.local_stages],
+            "begun": start,
+            "ended": end,
+            # Whatever is not waiting counts as busy: loading and saving, too, and what a backward pass waits for.
+            "busy": end - start - sum(waiting.values()),
+            **waiting,
+            "bytes_sent": self.bytes_sent(),
+            "trained": len(self.batches["train"]) - first_step,
+            "batches": self.batch_times,
+        }
+
+    def seconds_waiting(self) -> dict[str, float]:
+        """Return how long this process has waited for others in the current epoch."""
+        return {"receiving": 0.0, "sending": 0.0, "reducing": self.replicas.waited}
+
+    def bytes_sent(self) -> int:
+        """Return how many bytes this process has sent to the next stage in the current epoch."""
+        return 0
+
+    def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
+        inputs = self.recv_inputs(inputs)
+        start = time.time()
+        self.replicas.share = len(targets) / next(self.rows)
+        with self.communicator.watch():
+            result = super().run_step(inputs, targets)
+        if len(self.batch_times) < TIMED_BATCHES:
+            self.batch_times.append((start, time.time()))
+        return result
+
+    def recv_inputs(self, inputs: Any) -> Any:
+        """Return the inputs of the next step after all replicas have agreed whether it is the last one."""
+        requested = torch.tensor([float(bool(self.stop_signals))])
+        if self.topology.replicas > 1:
+            with self.communicator.watch():
+                dist.all_reduce(requested, dist.ReduceOp.MAX, group=self.communicator.replica_group)
+        self.stop = bool(requested)
+        return inputs
+
+    def should_stop(self) -> bool:
+        return self.stop
+
+    def evaluate(self) -> dict[str, tuple[Tensor, int]]:
+        self.sync_buffers()
+        return super().evaluate()
+
+    def sync_buffers(self) -> None:
+        """Give every replica the first one's buffers: batch-norm's statistics are of each replica's own images."""
+        if self.topology.replicas > 1:
+            for buffer in self.network.buffers():
+                if not buffer.is_meta:
+                    dist.broadcast(buffer, self.topology.stage_rank, group=self.communicator.replica_group)
+
+    # ---------------------------------------------------------------- results and checkpoints
+
+    def gather_epoch(self, results: dict) -> dict | None:
+        times = self.times | {"peak_memory_bytes": results["memory"]}
+        everyone = self.communicator.gather_on_logging_rank(results | {"times": times})
+        if everyone is None:
+            return None
+        self.activation_bytes = max(one["activation_bytes"] for one in everyone)
+        pipeline = summarize_times([one["times"] for one in everyone], self.topology.stage_ranks)
+        return combine_results(everyone, self.topology.stage_ranks) | {"pipeline": pipeline}
+
+    def gather_state(self, state: dict) -> dict | None:
+        first_replica = ("network", "optimizers", "schedulers", "sums")  # the other replicas hold the same
+        part = {name: state[name] for name in (first_replica if self.topology.replica == 0 else ("sums",))}
+        if "network" in part:
+            part["network"] = {name: tensor for name, tensor in state["network"].items() if not tensor.is_meta}
+        everyone = self.communicator.gather_on_logging_rank(part | {"activation_bytes": self.activation_bytes})
+        return None if everyone is None else combine_states(state, everyone, self.topology.stage_ranks)
+
+    def state_dict(self) -> dict:
+        self.sync_buffers()
+        return super().state_dict()
+
+    def local_state(self, state: dict) -> dict:
+        if self.topology.replica > 0 and state["sums"]:  # each replica adds up its own images
+            empty = {"loss": [0.0] * len(state["sums"]["loss"]), "right": 0}
+            state = state | {"sums": state["sums"] | empty}
+        return state
+
+    def raise_on_one_rank(self) -> AbstractContextManager[None]:
+        return self.communicator.raise_on_one_rank()
+
+    def check_same(self, values: dict) -> None:
+        self.communicator.check_same(values)
+
+
+class ShardStrategy(DataStrategy):
+    """Share every batch among replicas that also share the parameters: each holds a shard of every stage."""
+
+    def place_network(self) -> None:
+        self.replicas = Replicas(self.topology, self.communicator.replica_group, self.device)
+        # Shards' gradients are weighted at the logits. That suffices if no gradient passes from stage to stage.
+        sizes = set(self.batches["train"].sizes())
+        if self.config.method not in LOCAL and any(size % self.topology.replicas for size in sizes):
+            self.communicator.abort_all(
+                f"method {self.config.method!r} with parallel 'shard' needs batches that {self.topology.replicas}"
+                f" processes share evenly; batches here are of {' and '.join(map(str, sorted(sizes)))} images"
+            )
+        self.replicas.shard(self.network)
+
+    def make_step(self) -> Any:
+        return make_step(self.config.method, self.network, self.optimizers, self.options, self.make_hooks())
+
+    def state_dict(self) -> dict:
+        return full_tensors(super().state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(shard_state(state, self.network, self.optimizers))
+
+
+class StageStrategy(DataStrategy):
+    """Run a pipeline of stages, in one or more replicas.
+
+    Args:
+        stages_by_rank: The stages of each rank of a pipeline, counted from 0.
+        in_flight: As in `StageLink`.
+    """
+
+    def __init__(self, communicator: Communicator, stages_by_rank: Sequence[range], in_flight: int = 2):
+        super().__init__(communicator)
+        self.stages_by_rank, self.in_flight = stages_by_rank, in_flight
+
+    def assign_stages(self) -> range:
+        if not isinstance(self.network.extractor, nn.Identity):
+            raise ValueError("network must be stagewise: a shared extractor needs the gradients of all stages")
+        return self.stages_by_rank[self.topology.stage_rank]
+
+    def place_network(self) -> None:
+        """Move this rank's stages to its device; the others keep names and shapes on the meta device."""
+        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from the stubs
+        height, width = self.data.image_size
+        example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
+        example = example.contiguous(memory_format=self.memory_format)
+        layouts = activation_layouts(self.network, example, self.options.dtype)
+        for i, stage in enumerate(self.network.local_modules[1:]):
+            stage.to(self.device if i in self.local_stages else "meta")
+        self.replicas = Replicas(self.topology, self.communicator.replica_group, self.device)
+        received = None if self.topology.is_first else layouts[self.local_stages.start - 1]
+        sent = None if self.topology.is_last else layouts[self.local_stages.stop - 1]
+        self.link = StageLink(
+            self.communicator, len(self.local_stages), self.network.num_classes, received, sent, self.in_flight
+        )
+
+    def make_step(self) -> Any:
+        network, optimizers = self.network, [None, *(self.optimizers[1 + i] for i in self.local_stages)]
+        stages = network.local_modules[1:]
+        local = SIDNetwork(nn.Identity(), [stages[i] for i in self.local_stages], network.num_classes)
+        self.local_network = self.replicas.wrap(local, optimizers) if self.topology.replicas > 1 else local
+        self.local_optimizers = optimizers
+        return self.pipeline_step
+
+    def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        clear_gradients(self.local_optimizers)
+        return StepResult(*stage_by_stage(
+            self.local_network, inputs, targets, self.local_options, self.local_optimizers, hooks=self.link,
+            prior=self.prior,
+        ))  # fmt: skip
+
+    def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
+        self.link.reset_counters()
+        self.link.expect(self.local_rows("train")[first_step:])
+        return super().train_batches(epoch, first_step)
+
+    def seconds_waiting(self) -> dict[str, float]:
+        return super().seconds_waiting() | {"receiving": self.link.receiving, "sending": self.link.sending}
+
+    def bytes_sent(self) -> int:
+        return self.link.bytes_sent
+
+    def local_rows(self, name: str) -> list[int]:
+        replica, replicas = self.topology.share
+        return [len(range(replica, rows, replicas)) for rows in self.batches[name].sizes()]
+
+    def recv_inputs(self, inputs: Any) -> Any:
+        """Return the inputs of the next step; ranks after the first one learn with them whether it is the last."""
+        if not self.topology.is_first:
+            inputs, self.prior = self.link.recv()
+            self.stop = self.link.stop
+            return inputs
+        self.prior = self.local_network.uniform(inputs)
+        inputs = super().recv_inputs(inputs)
+        self.link.stop = self.stop
+        return inputs
+
+    def evaluation_batches(self, name: str) -> Iterator[tuple[Any, Tensor]]:
+        self.link.expect(self.local_rows(name))
+        return super().evaluation_batches(name)
+
+    def stage_logits(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
+        features, first_prior = (
+            (inputs, self.local_network.uniform(inputs)) if self.topology.is_first else self.link.recv()
+        )
+        prior, logits = first_prior, []
+        with autocast(features, self.options.dtype):
+            for stage in self.local_network.stages:
+                features, z = stage(features, prior)
+                prior = at_least_float32(z).softmax(dim=1)
+                logits.append(z)
+        self.link.send(features, prior)
+        return logits, first_prior
+
+    def wait_for_sends(self) -> None:
+        self.link.wait_for_room()
+        super().wait_for_sends()
+
+    def local_state(self, state: dict) -> dict:
+        state = local_state(state, self.network.state_dict(), self.optimizers, self.local_stages)
+        return super().local_state(state)
