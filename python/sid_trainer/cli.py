@@ -20,14 +20,14 @@ HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-Ima
 
 
 def dataset_of(path: str | None) -> str:
-    """What lies at --data, where --dataset does not say."""
+    """Return the name of the data set that lies at --data, for a command without --dataset."""
     if path is None:
         return "digits"
     return next((name for entry, name in HOLDS.items() if (Path(path) / entry).exists()), "folder")
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """The arguments that are settings of a run."""
+    """Return the arguments that are settings of a run."""
     known = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(args).items() if name in known}
     return {"dataset": dataset_of(given.get("data"))} | given
@@ -126,7 +126,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 when training failed, 2 when what was asked for is not possible, 130 when interrupted."""
+    """Run the command; return 0, or 1 if training failed, 2 if the request is not possible, 130 if interrupted."""
     try:
         args = parser(COMMANDS).parse_args(arguments)
     except SystemExit as end:

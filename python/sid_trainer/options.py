@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
-    """Every command's arguments; `run` is what to call for each."""
+    """Return the parser of all commands; `run` maps each command to the function that runs it."""
     top = Parser(prog="sid", description="Train networks by synergistic information distillation (SID).")
     commands = top.add_subparsers(dest="command", required=True, metavar="train | compare | report | eval | export")
 
@@ -77,7 +77,7 @@ def default(name: str) -> str:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What `train` and `compare` have in common; where a recipe of the network decides, there is no default here."""
+    """Add the options that `train` and `compare` share; those that the architecture's recipe sets have no default."""
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--dataset", choices=DATASETS, help="(default: what --data holds; without it digits, which needs no files)")

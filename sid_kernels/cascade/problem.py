@@ -19,7 +19,9 @@ REDUCTIONS = ("mean", "sum")
 
 
 class CascadeWeights(NamedTuple):
-    """Parameters of L equal stages, or their gradients, each in the layout of `nn.Linear`, stacked. Stage i computes
+    """Parameters of L equal stages, or their gradients, stacked, each in the layout of `nn.Linear`.
+
+    Stage i computes
 
     h_i = relu(hidden_weight[i] concat(p_{i-1}, f) + hidden_bias[i]),   z_i = logits_weight[i] h_i + logits_bias[i]
     """

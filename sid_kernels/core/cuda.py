@@ -53,8 +53,10 @@ def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which `device` is current; entering one costs more host time than a small kernel, so it is
-    entered only if another device is current."""
+    """Return a context in which `device` is current.
+
+    Entering one costs more host time than a small kernel, so it is entered only if another device is current.
+    """
     return _SAME_DEVICE if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
 
 

@@ -18,7 +18,6 @@ def is_imperative(sentence: str) -> bool:
     return bool(re.fullmatch(r"[A-Z][a-z]+", word)) and (not word.endswith("s") or word in VERBS_IN_S)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_first_lines(package):
     bad = []

@@ -49,7 +49,6 @@ def test_there_are_few_arrows(package):
     assert len(found) <= MOST_ARROWS[package], listed(found)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_arrow_points_down(package):
     """So there are no cycles either."""
@@ -58,7 +57,6 @@ def test_every_arrow_points_down(package):
     assert not upward, listed(upward)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_there_are_no_cycles(package):
     """Independent of the declared floors: rooms that import nothing are taken away until none is left."""

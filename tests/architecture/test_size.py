@@ -20,10 +20,9 @@ PUBLIC = {*sid_kernels.__all__, *sid_trainer.__all__}
 PUBLIC_METHODS = {("fused_belief_head.py", "forward"), ("fused_belief_head.py", "__init__")}  # of BeliefHead
 OPERATORS = "torch_op.py"  # the functions there have the parameters of an operator's schema
 MOST_PLACES = 16
-MOST_LINES = 3700
+MOST_LINES = 5950  # lower it as it shrinks; the goal is 3,700
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_functions_have_few_parameters(package):
     """Except public signatures, operators and GPU kernels."""
@@ -40,7 +39,6 @@ def test_functions_have_few_parameters(package):
     assert not long, "\n".join(long)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 def test_cpp_functions_have_few_parameters():
     """Except GPU kernels."""
     found = list(cpp_functions())
@@ -49,7 +47,6 @@ def test_cpp_functions_have_few_parameters():
     assert not long, "\n".join(long)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 def test_few_places_list_the_loss_options():
     """divergence, label_smoothing, ignore_index and reduction, spelled out together."""
     places = [f"{package}/{place}" for package in PACKAGES for place in loss_option_places(package)]
@@ -57,7 +54,6 @@ def test_few_places_list_the_loss_options():
     assert len(places) <= MOST_PLACES, f"{len(places)} places:\n" + "\n".join(places)
 
 
-@pytest.mark.xfail(reason="the redesign is under way")
 def test_the_trainer_is_small():
     folder = PACKAGES["sid_trainer"]
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".jinja")]

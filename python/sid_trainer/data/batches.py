@@ -16,8 +16,9 @@ SAMPLE = 2048  # images the pixel statistics are taken from; of CIFAR-10 that is
 
 
 class Batches:
-    """Float batches of one split: (B, C, H, W), in channels-last memory unless that is False, scaled to mean 0 and
-    deviation 1 a channel.
+    """Float batches (B, C, H, W) of one split, scaled to mean 0 and deviation 1 in each channel.
+
+    They lie in channels-last memory unless `channels_last` is False.
 
     A single image left over joins the batch before it: batch-norm cannot learn from one.
     `mean` and `std` (C,) are in pixel units. Images in memory move to `device` once; image files are decoded by
@@ -45,23 +46,23 @@ class Batches:
         return len(self.sizes())
 
     def sizes(self) -> list[int]:
-        """Images in each whole batch."""
+        """Return the number of images in each batch, before batches are shared."""
         count, size = len(self.labels), self.batch_size
         number = -(-count // size) - (count > size and count % size == 1)
         return [size] * (number - 1) + [count - size * (number - 1)]
 
     def indices(self, order: Tensor, start: int) -> Sequence[Tensor]:
-        """This share of batches start, start + 1, ... of images in that order."""
+        """Return this process's indices of batches start, start + 1, ... for images in the given order."""
         first, every = self.share
         return [index[first::every] for index in order.split(self.sizes())[start:]]
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of every batch, as they lie in the split."""
+        """Yield (images, labels) of every batch in the order of the split."""
         for images, labels in self.pixels(torch.arange(len(self.labels)), 0):
             yield self.normalised(images), labels
 
     def shuffled(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches start, start + 1, ... of an epoch in which every image comes once.
+        """Yield batches start, start + 1, ... of an epoch in which every image comes once.
 
         The order depends on (seed, epoch) alone, and the crops and flips of batch t on (seed, epoch, t) alone.
         """
@@ -73,14 +74,14 @@ class Batches:
             yield self.normalised(images), labels
 
     def pixels(self, order: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (B, H, W, C) uint8, labels (B,)) in that order, without the first `start` batches."""
+        """Yield (images (B, H, W, C) uint8, labels (B,)) in the given order, from batch `start` on."""
         there = self.indices(order.to(self.device), start)
         here = self.indices(order, start) if isinstance(self.images, ImageFiles) else there
         for images, index in zip(chosen(self.images, here, self.workers, self.device), there, strict=True):
             yield images, self.labels[index]
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, C) -> float32 (B, C, H, W)."""
+        """Return uint8 images (B, H, W, C) as normalized float32 (B, C, H, W)."""
         scaled = images.flatten(2).float().mul_(self.scale).add_(self.shift).view(images.shape).permute(0, 3, 1, 2)
         return scaled if self.channels_last else scaled.contiguous()
 
@@ -106,7 +107,7 @@ class Labels(Batches):
 def chosen(
     images: Tensor | ImageFiles, indices: Sequence[Tensor], workers: int = 0, device: torch.device | None = None
 ) -> Iterator[Tensor]:
-    """The uint8 images (B, H, W, C) of each index (B,) in turn, those of files moved to `device`."""
+    """Yield the uint8 images (B, H, W, C) of each index (B,); images from files are moved to `device`."""
     if isinstance(images, ImageFiles):
         pin_memory = device is not None and device.type == "cuda"
         for batch in images.batches(indices, workers, pin_memory):
@@ -136,7 +137,8 @@ def cropped_and_flipped(
     images: Tensor, crop: int, flip: bool, generator: torch.Generator, whole: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Tensor:  # fmt: skip
-    """Zero-pad uint8 images (B, H, W, C) by `crop`, cut an H x W window at random from each, mirror half of them.
+    """Crop uint8 images (B, H, W, C) at random out of `crop` pixels of zero padding and mirror half of them.
+
     Where they are a share of a batch of `whole` images, they get the windows that they have in it.
 
     A window is gathered by whole lines, each at the pixel where it begins: 1.4 times as fast on a CPU as pixel by

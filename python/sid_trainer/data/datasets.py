@@ -27,7 +27,7 @@ class Split(NamedTuple):
     labels: Tensor  # (N,) int64
 
     def take(self, index: Tensor) -> "Split":
-        """The images and labels at `index` (M,) int64."""
+        """Return the images and labels at `index` (M,) int64."""
         images = self.images
         images = images.subset(index) if isinstance(images, ImageFiles) else images.index_select(0, index)
         return Split(images, self.labels[index])
@@ -61,7 +61,7 @@ def load_data(
     stream: bool | None = None,
     workers: int = 0,
 ) -> ImageData:
-    """The image set called `name`, one of DATASETS; `path` is the folder that holds its files. Raises DataError.
+    """Load the image set called `name`, one of DATASETS, from the folder `path`. Raises DataError.
 
     `download` fetches one of DOWNLOADS where it is missing; else nothing is. The rest is for image files: `image_size`
     resizes their shorter side to it and cuts out the centre; `stream` leaves them in their files (None: if they would
@@ -120,7 +120,7 @@ def image_folder(root: Path) -> tuple[Listing, Listing]:
 
 
 def tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
-    """Its test images have no labels, so that, as everywhere, the validation images are what is tested on."""
+    """List Tiny-ImageNet's training and validation images; its test images have no labels."""
     train = class_folders(root / "train")
     return train, annotated_images(root / "val", train.classes)
 
@@ -165,7 +165,7 @@ def load_mnist(root: Path, name: str, download: bool) -> ImageData:
 
 
 def load_cifar(root: Path, name: str, download: bool) -> ImageData:
-    """The files are pickles; torchvision opens one only if its checksum is that of the original."""
+    """Read CIFAR-10 or CIFAR-100 through torchvision, which opens a pickle only if its checksum is the original's."""
     from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
 
@@ -197,7 +197,7 @@ def fetch(kind, root: Path) -> None:
 
 
 def physical_memory() -> int:
-    """Bytes. The machine's, not what is free now: so the same command does the same thing from one day to the next."""
+    """Return the machine's memory in bytes, not what is free now, so that a command always does the same."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -43,7 +43,7 @@ class ImageFiles(Dataset):
 
     @classmethod
     def of(cls, files: list[str], image_size: int | None = None) -> "ImageFiles":
-        """The first file fixes the size. Raises DataError if it is not readable."""
+        """Make images of `files`, whose first one fixes the size. Raises DataError if it is not readable."""
         return cls(files, read_image(files[0], image_size).shape[:2], image_size)
 
     @property
@@ -70,7 +70,7 @@ class ImageFiles(Dataset):
         return torch.from_numpy(images)
 
     def batches(self, indices: Sequence[Tensor], workers: int = 0, pin_memory: bool = False) -> Iterator[Tensor]:
-        """The images of each index (B,) in turn, (B, H, W, 3) uint8, decoded ahead by `workers` processes.
+        """Yield the images of each index (B,) as (B, H, W, 3) uint8, decoded ahead by `workers` processes.
 
         With 0 workers they are decoded here. Raises DataError, and leaves PyTorch's own random state alone.
         """
@@ -101,13 +101,13 @@ class ErrorsAsValues(Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach a whole process group; the trainer alone answers, and saves its run."""
+    """Ignore SIGINT and SIGTERM, which reach the whole process group; the trainer alone answers them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def read_image(file: str, image_size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8. Raises DataError."""
+    """Read an image file as (H, W, 3) uint8. Raises DataError."""
     from torchvision.datasets.folder import pil_loader
     from torchvision.transforms.v2 import functional as F
 
@@ -121,7 +121,7 @@ def read_image(file: str, image_size: int | None) -> np.ndarray:
 
 
 def class_folders(folder: Path) -> Listing:
-    """The images below folder/<class>/, sorted by class and name. Raises DataError."""
+    """List the images below folder/<class>/, sorted by class and name. Raises DataError."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -132,7 +132,7 @@ def class_folders(folder: Path) -> Listing:
 
 
 def annotated_images(folder: Path, classes: list[str]) -> Listing:
-    """Tiny-ImageNet's validation images: folder/images/*, and the class of each in folder/val_annotations.txt."""
+    """List Tiny-ImageNet's validation images, whose classes are in folder/val_annotations.txt. Raises DataError."""
     table, images = folder / "val_annotations.txt", folder / "images"
     try:
         rows = [line.split("\t")[:2] for line in table.read_text().splitlines()]
@@ -149,7 +149,7 @@ def annotated_images(folder: Path, classes: list[str]) -> Listing:
 
 
 def decoded(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> Tensor:
-    """All images as one tensor (N, H, W, 3) uint8, from the cache where it still matches the files in `folder`."""
+    """Return all images as one tensor (N, H, W, 3) uint8, from the cache if it still matches the files in `folder`."""
     place = hashlib.sha256(b"%s %d" % (os.fsencode(folder.resolve()), images.image_size or 0)).hexdigest()[:16]
     listing = hashlib.sha256()
     for file in images.files:
@@ -190,7 +190,7 @@ def decode(images: ImageFiles, what: str, workers: int) -> np.ndarray:
 
 
 def printable(text: str) -> str:
-    """`text` with line breaks, terminal codes and undecodable bytes of file names escaped."""
+    """Return `text` with line breaks, terminal codes and undecodable bytes of file names escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

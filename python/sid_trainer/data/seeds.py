@@ -1,5 +1,7 @@
-"""Random streams that depend on a seed and on what they are for, never on what was drawn before: so a run resumes at
-any batch with the bits it would have had."""
+"""Random streams that depend on a seed and on their purpose only.
+
+They never depend on what was drawn before, so a run resumes at any batch with the bits it would have had.
+"""
 
 import numpy as np
 import torch
@@ -8,6 +10,6 @@ ORDER, CROPS, SUBSET, VALIDATION, NOISE = range(5)  # what a stream is for; the 
 
 
 def seeded(seed: int, *key: int) -> torch.Generator:
-    """A fresh generator on the CPU, independent of those with another seed or key. Raises ValueError for seed < 0."""
+    """Return a CPU generator, independent of those with another seed or key. Raises ValueError for seed < 0."""
     mixed = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]))

@@ -38,8 +38,10 @@ def with_validation(data: ImageData, share: float, seed: int = 0) -> ImageData:
 
 
 def with_label_noise(data: ImageData, share: float, seed: int = 0) -> ImageData:
-    """Symmetric noise: round(share * N) training labels, drawn at random, become one of the other classes, each as
-    likely as the next. Raises DataError."""
+    """Replace round(share * N) training labels, drawn at random, by another class each. Raises DataError.
+
+    The noise is symmetric: each of the other classes is equally likely.
+    """
     if not 0 <= share <= 1:
         raise DataError(f"the share of noisy labels must be in [0, 1], not {share}")
     generator, labels, classes = seeded(seed, NOISE), data.train.labels.clone(), len(data.classes)
@@ -50,7 +52,7 @@ def with_label_noise(data: ImageData, share: float, seed: int = 0) -> ImageData:
 
 
 def ranks_in_class(labels: Tensor, seed: int, purpose: int) -> tuple[Tensor, Tensor]:
-    """Each image's place (N,) among its class's in a random order (N,) of all images, and that order."""
+    """Return the rank (N,) of each image within its class in a random order (N,) of all images, and that order."""
     order = torch.randperm(len(labels), generator=seeded(seed, purpose))
     by_class = order[labels[order].argsort(stable=True)]
     counts = torch.bincount(labels)

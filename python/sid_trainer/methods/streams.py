@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def do_nothing() -> None:
-    """The update that is deferred when none is."""
+    """Do nothing, as the deferred update if no update is pending."""
 
 
 class StageHooks:

@@ -71,7 +71,7 @@ PANELS = (
 
 @matplotlib.rc_context(STYLE)
 def draw_report(groups: Sequence[Group]) -> bytes:
-    """The panels that at least one run can fill; for more than one group also bars, methods side by side."""
+    """Draw the panels that at least one run can fill, and bars of the methods if there are several; return a PNG."""
     looks, labels = looks_of(groups), labels_of(groups)
     panels = [panel for panel in PANELS if any(panel.curve(run) for group in groups for run in group.runs)]
     drawings: list[Callable[[Axes], object]] = [
@@ -122,7 +122,7 @@ def colours_of(methods: Iterable[str]) -> dict[str, str]:
 
 
 def labels_of(groups: Sequence[Group], method: bool = True) -> list[str]:
-    """What sets each group apart, in words: only what is not the same in all of them, and the method if asked for."""
+    """Return what sets each group apart, in words; the method is included if asked for."""
     parts = []
     for group in groups:
         arch, layout, name, noise = group.family
@@ -176,7 +176,7 @@ def draw_panel(axes: Axes, panel: Panel, groups: Sequence[Group], looks: Sequenc
 
 
 def log_axis(axes: Axes, lowest: float, highest: float) -> None:
-    """A logarithmic axis with plain numbers at it, however little or much it spans."""
+    """Make the y axis logarithmic with plain numbers, whatever range it spans."""
     low, high = lowest / 1.3, highest * 1.3
     subs = (1, 1.5, 2, 3, 4, 6, 8) if high / low < 8 else (1, 2, 5) if high / low < 500 else (1,)
     axes.set(yscale="log", ylim=(low, high))
@@ -210,7 +210,7 @@ def draw_bytes(axes: Axes, groups: Sequence[Group], looks: Sequence[Look]) -> No
 
 
 def bars(axes: Axes, groups: Sequence[Group], looks: Sequence[Look], heights, deviations, texts) -> None:
-    """A cluster of bars for each architecture, layout and noise, a bar for each method and variant in it."""
+    """Draw a cluster of bars for each architecture, layout and noise, with a bar for each method and variant."""
     clusters: dict[tuple, list[int]] = {}
     for index, group in enumerate(groups):
         arch, layout, _, noise = group.family
@@ -250,8 +250,11 @@ def bars(axes: Axes, groups: Sequence[Group], looks: Sequence[Look], heights, de
 
 @matplotlib.rc_context(STYLE)
 def draw_memory(rows: Sequence[dict]) -> bytes:
-    """Bytes held for backward against depth (at the batch size most rows have) and against batch size (at the depth
-    most have), a row of panels for each architecture and layout. `rows` as in `report.read_memory`."""
+    """Draw the bytes held for backward against depth and against batch size; return a PNG.
+
+    There is a row of panels for each architecture and layout, at the batch size and the depth that most rows have.
+    `rows` are those of `read_memory`.
+    """
     places = list(dict.fromkeys((row["arch"], row["layout"]) for row in rows))
     methods = sorted(dict.fromkeys(row["method"] for row in rows), key=rank)
     colours = colours_of(methods)
@@ -286,7 +289,7 @@ def draw_memory(rows: Sequence[dict]) -> bytes:
 
 
 def most_common(values: Sequence[int]) -> int:
-    """The value most rows have; of several, the largest."""
+    """Return the most frequent value; of several, the largest."""
     return max(set(values), key=lambda value: (values.count(value), value))
 
 

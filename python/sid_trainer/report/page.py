@@ -194,14 +194,14 @@ PIPELINE: dict[str, Callable[[dict], str]] = {
 
 
 def as_cells(columns: dict[str, Callable], items: Sequence) -> tuple[list[str], list[list[str]]]:
-    """A table's titles and its rows in words, without the columns in which no row has anything."""
+    """Return a table's titles and its rows as text, without the columns in which no row has a value."""
     kept = {title: [words(item) for item in items] for title, words in columns.items()}
     kept = {title: cells for title, cells in kept.items() if set(cells) != {"–"}}
     return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
 
 
 def as_markdown(table: Sequence[dict]) -> str:
-    """`comparison_table`'s rows as a table in Markdown."""
+    """Return the rows of `comparison_table` as a Markdown table."""
     return markdown(COMPARISON, table)
 
 
@@ -212,8 +212,10 @@ def markdown(columns: dict[str, Callable], items: Sequence) -> str:
 
 
 def read_memory(file: Path) -> dict:
-    """A memory table, {"what": text, "rows": [...]}, each row with layout, arch, method, depth, batch_size, saved_bytes
-    and peak_bytes (which may be null). Raises ValueError, in one line that names the file, where it is none."""
+    """Read a memory table, {"what": text, "rows": [...]}. Raises ValueError, in one line, if the file is none.
+
+    Each row has layout, arch, method, depth, batch_size, saved_bytes and peak_bytes, which may be null.
+    """
     found = read_json(file)
     names, numbers = {"layout", "arch", "method"}, {"depth", "batch_size", "saved_bytes"}
     rows = found.get("rows") if isinstance(found, dict) else None
@@ -230,11 +232,12 @@ def read_memory(file: Path) -> dict:
 
 
 def write_report(folders: Sequence[Path], out: Path, memory: Path | None = None) -> Path:
-    """Write report.png and report.html, one page that needs no other file, over the runs in `folders` into the folder
-    `out`, with memory.png where `memory` names a memory table (`read_memory`), and pipeline.png where a run's stages
-    were spread over ranks. Returns the page's path.
+    """Write report.png and report.html about the runs in `folders` into the folder `out`; return the page's path.
 
-    Raises ValueError, in one line that names the file, before anything is written, where a folder holds no whole run.
+    The page needs no other file. If `memory` names a memory table (`read_memory`), memory.png is added; if the stages
+    of a run were spread over ranks, pipeline.png.
+
+    Raises ValueError, in one line that names the file, before anything is written, if a folder holds no whole run.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

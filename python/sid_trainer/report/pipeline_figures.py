@@ -50,7 +50,7 @@ def colour(batch: int, kind: str) -> tuple[float, ...]:
 
 @matplotlib.rc_context(STYLE)
 def draw_pipelines(runs: Sequence[tuple[str, dict]]) -> bytes:
-    """(name, what its pipeline.json holds) of real runs, below one another: the first batches of the last epoch."""
+    """Draw the first batches of the last epoch of each run (name, content of its pipeline.json); return a PNG."""
     heights = [0.9 + 0.42 * len(about["ranks"]) for _, about in runs]
     figure = Figure(figsize=(13, sum(heights) + 0.6 * len(runs)), layout="constrained")
     every = figure.subplots(len(runs), 1, height_ratios=heights, squeeze=False)[:, 0]

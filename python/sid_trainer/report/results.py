@@ -49,7 +49,7 @@ class Run:
         return len(self.last["stage_accuracy"])
 
     def series(self, key: str) -> list | None:
-        """A key's value in every epoch; None where an epoch lacks it, as those of older runs do."""
+        """Return a key's value in every epoch, or None if an epoch lacks it."""
         values = [row.get(key) for row in self.rows]
         return None if None in values else values
 
@@ -72,7 +72,7 @@ class Run:
         return statistics.median(rates) if rates else None
 
     def most(self, key: str) -> int | None:
-        """The largest value of a key over all epochs."""
+        """Return the largest value of a key over all epochs."""
         values = self.series(key)
         return max(values) if values else None
 
@@ -119,7 +119,7 @@ def load_runs(folders: Sequence[Path | str]) -> list[Run]:
 
 
 def read_run(folder: Path) -> tuple[list[dict], dict]:
-    """The lines of a run's metrics.jsonl, and its config.json. Raises ValueError, in one line, where they are not."""
+    """Read a run's metrics.jsonl and config.json. Raises ValueError, in one line, if they are not a run's."""
     metrics, about = folder / "metrics.jsonl", folder / "config.json"
     rows = read_json(metrics, lambda text: [json.loads(line) for line in text.splitlines()])
     config = read_json(about)
@@ -153,11 +153,10 @@ def read_run(folder: Path) -> tuple[list[dict], dict]:
 
 
 def read_pipeline(folder: Path) -> dict | None:
-    """A run's pipeline.json, where it has one: for each of `ranks` its number, stages (from 1), seconds busy, waiting
-    to receive, to send and, where updates do, for replicas' gradients, bytes, and `batches`, [start, end] in seconds of
-    the first of the last epoch.
+    """Read a run's pipeline.json; return None if it has none. Raises ValueError, in one line, if it is something else.
 
-    Raises ValueError, in one line, where it is something else.
+    Each of `ranks` has its number, stages (from 1), seconds busy, waiting to receive, to send and for gradients of
+    replicas, bytes, and `batches`: [start, end] in seconds of the first batches of the last epoch.
     """
     file = folder / PIPELINE
     if not file.exists():
@@ -194,7 +193,7 @@ def is_finite(value) -> bool:
 
 
 def read_json(file: Path, parse: Callable = json.loads):
-    """What `parse` makes of the file's text. Raises ValueError, in one line that names the file."""
+    """Return what `parse` makes of the file's text. Raises ValueError, in one line that names the file."""
     try:
         return parse(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -210,7 +209,7 @@ def ideal_kl(
     label_smoothing: float = 0.0,
     divergence: str = "forward",
 ) -> list[float]:
-    """KL(y || p_i) in nats, y hard, of the ideal cascade: every stage at its minimum, given the one before it.
+    """Return KL(y || p_i) in nats for hard y of the ideal cascade: each stage at its minimum, given the one before.
 
     With u uniform, t the smoothed target and r_i the product of (1 - alpha_j) over j <= i, the minimum is
     p_i = (1 - r_i) t + r_i u (forward) or p_i proportional to t^(1 - r_i) (reverse).
@@ -228,7 +227,7 @@ def ideal_kl(
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Runs that differ in nothing but the seed, together; in the order of architecture, layout, noise and method."""
+    """Group runs that differ in the seed only, ordered by architecture, layout, noise and method."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in NOT_SETTINGS}
@@ -252,7 +251,7 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 
 def rank(method: str) -> tuple[int, str]:
-    """Sorts methods in the order of METHODS, any others after them."""
+    """Return a key that sorts methods in the order of METHODS, and any others after them."""
     return METHODS.index(method) if method in METHODS else len(METHODS), method
 
 
@@ -262,13 +261,13 @@ def seed_of(run: Run) -> float:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The seed and the settings whose values, as shown, are not the same in all runs; in the configurations' order."""
+    """Return the names of the settings that differ between runs, the seed included, in the order of the settings."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key == "seed" or key not in NOT_SETTINGS)
     return [key for key in keys if len({shown(run.config.get(key)) for run in runs}) > 1]
 
 
 def shown(value) -> str:
-    """A setting in few words; a list of equal values, one a stage, is one value."""
+    """Return a setting as short text; a list of equal values, one a stage, is one value."""
     if isinstance(value, list):
         parts = [shown(part) for part in value]
         text = parts[0] if parts and set(parts) == {parts[0]} else ", ".join(parts)
@@ -280,10 +279,11 @@ def shown(value) -> str:
 
 
 def comparison_table(runs: Sequence[Run]) -> list[dict]:
-    """One dict a group of runs that differ in nothing but the seed: arch, layout, method, label_noise, settings (those
-    that set it apart from groups with the same four), n, seeds, epochs (that the runs reached, a sorted list),
-    test_accuracy (mean of the last epoch's, in [0, 1]), deviation (the sample's standard deviation; None for one run),
-    images_per_second (median), activation_bytes and peak_memory_bytes (the most; None where no run has them).
+    """Return one dict for each group of runs that differ in the seed only.
+
+    Keys: arch, layout, method, label_noise; settings (those that differ from groups with the same four); n; seeds;
+    epochs (reached, a sorted list); test_accuracy (mean of the last epochs, in [0, 1]); deviation (of the sample; None
+    for one run); images_per_second (median); activation_bytes and peak_memory_bytes (the largest, or None).
     """
     table = []
     for group in grouped(runs):
@@ -309,12 +309,12 @@ def comparison_table(runs: Sequence[Run]) -> list[dict]:
 
 
 def unit_of(count: float) -> tuple[int, str]:
-    """The largest unit of bytes that `count` has at least one of: its size and name."""
+    """Return size and name of the largest unit of bytes that is not larger than `count`."""
     units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
     return next(((size, name) for size, name in units if count >= size), (1, "bytes"))
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes in three digits and a unit."""
+    """Return a number of bytes with three digits and a unit."""
     size, name = unit_of(count)
     return f"{count / size:.3g} {name}"

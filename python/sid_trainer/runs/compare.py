@@ -19,8 +19,9 @@ def compare(
     base: RunConfig, out: Path, *, methods: Sequence[str], layouts: Sequence[str], seeds: Sequence[int],
     noises: Sequence[float] = (0.0,), command: str = "",
 ) -> str:  # fmt: skip
-    """Train every combination as `base` says otherwise, each in a folder of its own in `out`, and write table.json,
-    table.md and the report there. Returns the table as text.
+    """Train every combination of methods, layouts, seeds and noises on the settings `base`; return the table as text.
+
+    Each run has a folder of its own in `out`; table.json, table.md and the report are written there too.
 
     Runs that are there and finished are taken as they are, those begun are resumed: a comparison that was stopped goes
     on, and parts of it may run at the same time. Raises ValueError where a run there has other settings.
@@ -74,7 +75,7 @@ def write_table(folders: Sequence[Path], out: Path, command: str = "") -> str:
 
 
 def common_settings(configs: Sequence[dict]) -> dict:
-    """What all runs have in common, but for where their files lie."""
+    """Return the settings that all runs share, except the places of files."""
     leave_out = {"run", "data", "cache", "classes"}
     first = configs[0]
     return {k: v for k, v in first.items() if k not in leave_out and all(c.get(k) == v for c in configs)}

@@ -31,8 +31,9 @@ class Classifier(nn.Module):
 def exported(
     network: SIDNetwork, mean: Tensor, std: Tensor, image_size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
-    """The program of the network, on the CPU, for batches of any size. `.module()` is a plain `nn.Module` of operators
-    and parameters alone.
+    """Return the network as an exported program on the CPU, for batches of any size.
+
+    Its `.module()` is a plain `nn.Module` of PyTorch operators and parameters.
 
     mean, std: (C,) of the training pixels in 0..255, as `pixel_statistics` gives them.
     """
@@ -43,8 +44,10 @@ def exported(
 
 
 def export(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, form: str) -> None:
-    """Write `file` whole, with the names of the classes: "torch" is what `torch.export.load` reads, "onnx" what ONNX
-    runtimes do (needs the packages onnx and onnxscript)."""
+    """Write the program and the names of the classes to `file`, whole or not at all.
+
+    form: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript.
+    """
     if form not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {form!r}")
     buffer, names = io.BytesIO(), json.dumps(list(classes))

@@ -1,5 +1,6 @@
-"""What a run is made of: `TrainConfig`, how to train, and `RunConfig`, also what and on what. Every setting is checked
-here, before anything is read or made.
+"""The settings of a run: `TrainConfig`, how to train, and `RunConfig`, also which network on which data.
+
+Every setting is checked here, before anything is read or made.
 """
 
 import math
@@ -158,14 +159,14 @@ MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROC
 
 
 def run_config(**given) -> RunConfig:
-    """A run's settings; what is not given (or None) is the network's recipe, then the default."""
+    """Return the settings of a run; what is not given (or None) comes from the network's recipe, then the default."""
     given = {name: value for name, value in given.items() if value is not None}
     recipe = RECIPES.get(given.get("arch", RunConfig.arch), {})
     return RunConfig(**{"epochs": 30 if given.get("dataset", "digits") == "digits" else 5} | recipe | given)
 
 
 def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ...] | str:
-    """A number; "0.9,0.5,0.3", one a stage; "0.9:0.3", linear over depth (stays a text until the depth is known)."""
+    """Parse alpha: a number; "0.9,0.5,0.3", one a stage; or "0.9:0.3", linear over depth, which stays a string."""
     if not isinstance(given, str):
         return given if isinstance(given, float | int) else tuple(given)
     try:
@@ -180,7 +181,7 @@ def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ..
 
 
 def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
-    """One alpha for each of `depth` stages. Raises ValueError for another number of them."""
+    """Return one alpha for each of `depth` stages. Raises ValueError for another number of values."""
     alpha = parse_alpha(alpha)
     if isinstance(alpha, tuple) and len(alpha) != depth:
         raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alpha)}")
@@ -191,11 +192,11 @@ def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[flo
 
 
 def is_plain(run: RunConfig) -> bool:
-    """Whether its network is the backbone with one classifier."""
+    """Return whether the run trains the plain backbone with one classifier."""
     return run.layout == "stagewise" and run.method in BACKPROPAGATED
 
 
 def stage_alphas(run: RunConfig) -> list[float]:
-    """One for each stage of a run's network. Raises ValueError for a depth, or a number of alphas, it cannot have."""
+    """Return alpha for each stage of the run's network. Raises ValueError for a depth or number it cannot have."""
     depth = stage_count(run.arch, run.layout, run.depth)
     return alpha_by_depth(run.alpha, 1 if is_plain(run) else depth)
