@@ -109,7 +109,10 @@ def trained(*words, count: int, out: Path) -> Path:
 def torchrun(
     *words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",), stop_at: int = 0
 ):
-    """A running torchrun of `sid WORDS`, stopped before a step if `stop_at` says so; `.text()` is what all have printed. Whatever is left at the end is killed."""
+    """Run torchrun of `sid WORDS`; `.text()` is what all ranks have printed. Whatever is left at the end is killed.
+
+    stop_at: send torchrun a SIGTERM before this step, counted from 1 (see `rank_main`).
+    """
     if "--standalone" not in meeting:
         port = free_port()
         meeting = [*meeting, f"--rdzv-endpoint=localhost:{port}" if meeting else f"--master-port={port}"]

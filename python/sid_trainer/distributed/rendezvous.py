@@ -69,10 +69,6 @@ class Communicator:
                 dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
-        return self.gather(value)[0]
-
     def check_same(self, values: dict, problem: str = "") -> None:
         """End all processes with one message if a rank has a problem, or values that differ from rank 0's."""
         everyone = self.gather((values, problem))
@@ -164,17 +160,14 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def launch_id() -> str | None:
-    """Return the id of this launch of torchrun, the same after a restart. None without --standalone or --rdzv-id.
+def max_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
-    Raises ValueError if torchrun may restart processes that could not tell their own run from an older one.
-    """
+
+def launch_id() -> str | None:
+    """Return the id of this launch of torchrun, the same after a restart. None without --standalone or --rdzv-id."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if launch != "none":
-        return launch
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise ValueError("torchrun --max-restarts needs --standalone or an --rdzv-id, by which a run is found again")
-    return None
+    return None if launch == "none" else launch
 
 
 def is_main_process() -> bool:

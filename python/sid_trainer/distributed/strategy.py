@@ -89,27 +89,23 @@ class DataStrategy(Strategy):
         self.replicas.waited, self.batch_times = 0.0, []
         self.rows = iter(self.batches["train"].sizes()[first_step:])
         yield from super().train_batches(epoch, first_step)
-        end, waiting = time.time(), self.seconds_waiting()
+        end, link, reducing = time.time(), self.link_usage(), self.replicas.waited
         self.times = {
             "rank": self.topology.rank,
             "stages": [i + 1 for i in self.local_stages],
             "begun": start,
             "ended": end,
             # Whatever is not waiting counts as busy: loading and saving, too, and what a backward pass waits for.
-            "busy": end - start - sum(waiting.values()),
-            **waiting,
-            "bytes_sent": self.bytes_sent(),
+            "busy": end - start - link["receiving"] - link["sending"] - reducing,
+            "reducing": reducing,
+            **link,
             "trained": len(self.batches["train"]) - first_step,
             "batches": self.batch_times,
         }
 
-    def seconds_waiting(self) -> dict[str, float]:
-        """Return how long this process has waited for others in the current epoch."""
-        return {"receiving": 0.0, "sending": 0.0, "reducing": self.replicas.waited}
-
-    def bytes_sent(self) -> int:
-        """Return how many bytes this process has sent to the next stage in the current epoch."""
-        return 0
+    def link_usage(self) -> dict[str, float]:
+        """Return the seconds of waiting for other stages and the bytes sent to the next one in the current epoch."""
+        return {"receiving": 0.0, "sending": 0.0, "bytes_sent": 0}
 
     def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
         inputs = self.recv_inputs(inputs)
@@ -257,11 +253,9 @@ class StageStrategy(DataStrategy):
         self.link.expect(self.local_rows("train")[first_step:])
         return super().train_batches(epoch, first_step)
 
-    def seconds_waiting(self) -> dict[str, float]:
-        return super().seconds_waiting() | {"receiving": self.link.receiving, "sending": self.link.sending}
-
-    def bytes_sent(self) -> int:
-        return self.link.bytes_sent
+    def link_usage(self) -> dict[str, float]:
+        link = self.link
+        return {"receiving": link.receiving, "sending": link.sending, "bytes_sent": link.bytes_sent}
 
     def local_rows(self, name: str) -> list[int]:
         replica, replicas = self.topology.share

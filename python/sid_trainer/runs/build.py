@@ -18,6 +18,7 @@ from ..distributed.rendezvous import (
     init_distributed,
     launch_id,
     local_device,
+    max_restarts,
     restart_count,
     world_size,
 )
@@ -135,7 +136,7 @@ def assign_stages(run: RunConfig, network: SIDNetwork, data: ImageData, communic
         with communicator.raise_on_one_rank():
             measures = topology.rank == 0 and topology.stage_ranks > 1
             seconds = stage_seconds(run, network, data, topology.replicas) if measures else [1.0] * depth
-        return balance_stages(communicator.broadcast(seconds), topology.stage_ranks)
+        return balance_stages(communicator.gather(seconds)[0], topology.stage_ranks)
     if len(counts) != topology.stage_ranks or sum(counts) != depth or min(counts) < 1:
         communicator.abort_all(
             f"stages_per_rank must be {topology.stage_ranks} positive numbers whose sum is {depth}, not {counts}"
@@ -165,9 +166,10 @@ def start_run(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Train
 
     Raises ValueError if the folder holds another run, unless that may be overwritten.
     """
-    communicator = connect(run)
+    communicator, launch = connect(run), launch_id()
     with communicator.raise_on_one_rank():
-        launch = launch_id()
+        if launch is None and max_restarts() > 0:  # restarted processes could not tell their run from an older one
+            raise ValueError("torchrun --max-restarts needs --standalone or an --rdzv-id to find the run again")
     restarted = any(communicator.gather(restart_count() > 0))  # a machine that joined later counts from 0
     resumes = restarted and launch is not None and recorded_launch(folder) == launch
     saved = communicator.gather(resumes and has_checkpoint(folder))

@@ -35,7 +35,9 @@ class Strategy:
         self.network, self.data, self.config = network, data, config
         self.device = pick_device(config.device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.options = self.make_options()
+        self.options = StepOptions(
+            config.alpha, config.divergence, config.label_smoothing, DTYPES[config.dtype], config.schedule, config.fused
+        )
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(len(network.stages))
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])
@@ -53,11 +55,6 @@ class Strategy:
         self.captured_step: CapturedStep | None = None
         self.activation_bytes: int | None = None  # held for backward by the first step of the run
         self.stop_signals: list[int] = []
-
-    def make_options(self) -> StepOptions:
-        """Return the options of the training step."""
-        c = self.config
-        return StepOptions(c.alpha, c.divergence, c.label_smoothing, DTYPES[c.dtype], c.schedule, c.fused)
 
     def assign_stages(self) -> range:
         """Return the stages of this process, counted from 0."""
