@@ -19,6 +19,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import record
@@ -80,7 +81,7 @@ class InMemory(Dataset):
 def reference(args: argparse.Namespace) -> tuple[Epoch, Accuracy]:
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
-    run = settings(args)
+    run = replace(settings(args), fused=False)  # one module per stage
     data = make_data(run)
     torch.manual_seed(run.seed)
     network = as_in_the_reference(make_network(run, len(data.classes), data.in_channels, data.image_size))

@@ -50,9 +50,9 @@ def test_the_references_network_and_loop(where, monkeypatch):
     """The network computes what ours does, and an epoch trains it on every image."""
     monkeypatch.syspath_prepend(str(BENCH))
     epoch = importlib.import_module("epoch")
-    ours = build_network(depth=2)
+    ours = build_network(depth=2, fused=False)
     torch.manual_seed(0)
-    theirs = epoch.as_in_the_reference(build_network(depth=2))
+    theirs = epoch.as_in_the_reference(build_network(depth=2, fused=False))
     assert [type(layer).__name__ for layer in theirs.extractor[1]] == ["Conv2d", "ReLU", "MaxPool2d"]
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 32, 32)
