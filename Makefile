@@ -1,40 +1,45 @@
-# `make train`, `make test`, `make bench` and `make gpu` do all set-up themselves.
-# VENV: the virtual environment they use and make. PYTHON: the interpreter it is made with.
+# Every target installs what it needs into a virtual environment, except `gpu` and `gpu-train`.
+# VENV: the virtual environment. PYTHON: the interpreter it is made with.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip
 RUN = $(VENV)/bin/python
 CONSTRAINTS ?= constraints.txt
 CPP = $(wildcard csrc/*.h csrc/*/* tests/helpers/simt/*.h tests/helpers/simt/*.cpp)
-# What the type checker finds no error in; `make types` checks everything.
-TYPED = sid_kernels $(addprefix sid_trainer.,network methods distributed training.trainer training.strategy)
 SETTINGS = setup.py pyproject.toml CMakeLists.txt $(CONSTRAINTS)
 
-.PHONY: train test test-quick test-all docs types bench gpu gpu-train lint clean
+.PHONY: train test test-quick test-all test-triton bench lint docs gpu gpu-train clean
 
-train: $(VENV)/installed
+train: $(VENV)/for-train
 	$(VENV)/bin/sid train --dataset digits --epochs 10 --out runs/digits --overwrite
 
-# One process a core, one thread each: what a case needs beyond that it sets itself.
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests
+# One process per core with one thread each; a test that needs more threads sets their number.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --dist worksteal --timeout 1800
 
-test: $(VENV)/installed
+test: $(VENV)/for-test
 	$(PYTEST)
 
-test-quick: $(VENV)/installed
+test-quick: $(VENV)/for-test
 	$(PYTEST) -m "not slow and not aot and not processes"
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/for-test
 	$(PYTEST) -m ""
 
-docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+# The targets of the Triton kernels that `make test` leaves out.
+test-triton: $(VENV)/for-test
+	$(PYTEST) -m "slow and aot"
 
-types: $(VENV)/installed
+bench: $(VENV)/for-test
+	$(RUN) -m pytest bench/ --benchmark-only
+
+lint: $(VENV)/for-lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/installed
-	$(RUN) -m pytest bench/ --benchmark-only
+docs: $(VENV)/for-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # On a machine with CUDA; needs no network: it uses the machine's own Python with PyTorch, not $(VENV).
 gpu:
@@ -48,15 +53,15 @@ gpu-train:
 	--methods sid bp --seeds 0 --dataset cifar10 --data $(DATA) --epochs $(EPOCHS) --batch-size 512 --dtype bfloat16 \
 	--device cuda --out runs/gpu-$$arch || exit; done
 
-lint: $(VENV)/installed
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
-	$(VENV)/bin/mypy --follow-imports=silent $(TYPED:%=-p %)
+# What each use needs of pyproject.toml's extras.
+EXTRAS_train = trainer
+EXTRAS_test = trainer,test
+EXTRAS_lint = trainer,lint
+EXTRAS_docs = docs
 
-$(VENV)/installed: $(SETTINGS) $(wildcard csrc/*.h csrc/*/*)
+$(VENV)/for-%: $(SETTINGS) $(wildcard csrc/*.h csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) -e ".[trainer,test,lint,docs]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) -e ".[$(EXTRAS_$*)]"
 	touch $@
 
 clean:

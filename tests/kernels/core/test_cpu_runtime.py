@@ -47,6 +47,11 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def two_threads(threads):
+    threads(2)
+
+
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 ALL_KINDS = """
@@ -211,6 +216,7 @@ def test_workers_of_a_data_loader_compute():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype,prior_dtype", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
@@ -228,6 +234,7 @@ def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
     assert_within_budget(LocalLoss(*found[:4]), found[4], few)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_without_a_belief(classes, divergence):
