@@ -43,7 +43,7 @@ docs: $(VENV)/for-docs
 
 # On a machine with CUDA; needs no network: it uses the machine's own Python with PyTorch, not $(VENV).
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) bench/gpu/gpu.py
 
 # There, too: SID and backpropagation on CIFAR-10 at full size, into one table a network. DATA: its files.
 DATA ?= data/cifar

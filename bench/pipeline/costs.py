@@ -24,7 +24,6 @@ from sid_trainer.methods.factory import make_optimizers
 from sid_trainer.methods.step import stage_by_stage
 from sid_trainer.methods.streams import StageHooks
 from sid_trainer.network.modules import SIDNetwork, at_least_float32
-from sid_trainer.report.results import read_json
 from sid_trainer.training.config import DTYPES
 from sid_trainer.training.cpu import denormals_as_zero
 from sid_trainer.training.memory import SavedBytes
@@ -294,8 +293,9 @@ def load_or_measure(
             filed = {name: [asdict(cost) for cost in stages] for name, stages in costs.items()}
             write_json(file, record | {"costs": filed})
         return costs
-    record = read_json(file)
+    text = file.read_text()
     try:
+        record = json.loads(text)
         measured = record["of"]
         costs = {name: [StageCost(**cost) for cost in stages] for name, stages in record["costs"].items()}
         numbers = [value for stages in costs.values() for cost in stages for value in asdict(cost).values()]

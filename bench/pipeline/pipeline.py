@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
-from bench import record
+from bench.lib import record
 
 NETWORKS = {  # the settings of `sid train` that say what is trained
     "mlp": {"arch": "mlp", "depth": 16, "train_images": 12800, "batch_size": 128},

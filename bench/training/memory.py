@@ -2,8 +2,9 @@
 
     python bench/training/memory.py --out bench/results/memory.json
 
-The steps run on the CPU in float32, on images of 3 x 32 x 32 with 10 classes. `sid report --memory FILE` draws the
-result.
+    python bench/training/memory.py --plot bench/results/memory.json --out docs/images/memory.png
+
+The steps run on the CPU in float32, on images of 3 x 32 x 32 with 10 classes.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
-from bench.footprint import allocated_peak
+from bench.lib.footprint import allocated_peak
 from sid_trainer import build_network
 from sid_trainer.files import write_atomically
 from sid_trainer.methods.common import StepOptions
@@ -87,6 +88,35 @@ def tables(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[dict], file: Path) -> None:
+    """Draw bytes held for backward against depth and batch size, each at the most common value of the other."""
+    import pandas as pd
+    import seaborn as sns
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(rows).assign(MiB=lambda table: table["saved_bytes"] / 2**20)
+    networks, methods = list(table.groupby(["arch", "layout"], sort=False)), list(table["method"].unique())
+    figure = Figure(figsize=(11.5, 3.9 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 2, squeeze=False, sharey="row")
+    for ((arch, layout), group), pair in zip(networks, panels, strict=True):
+        for axes, x, fixed in zip(pair, ("depth", "batch_size"), ("batch_size", "depth"), strict=True):
+            value = group[fixed].mode().max()
+            sns.lineplot(
+                group[group[fixed] == value], x=x, y="MiB", hue="method", hue_order=methods, style="method",
+                style_order=methods, markers=True, palette="colorblind", ax=axes, legend=axes is pair[1],
+            )  # fmt: skip
+            axes.set(title=f"{arch}, {layout}: {fixed} {value}".replace("_size", " size"), xlabel=x.replace("_", " "))
+            axes.set_ylabel("MiB held for backward")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(group[x].unique()))
+            axes.set_yscale("log", base=2)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+        sns.move_legend(pair[1], "upper left", bbox_to_anchor=(1, 1), title=None)
+    figure.savefig(file, dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -94,11 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
     add("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
     add("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
+    add("--plot", metavar="JSON", type=Path, help="measure nothing: draw this file's rows into --out, a picture")
     args = parser.parse_args(arguments)
     try:
+        if args.plot:
+            draw(json.loads(args.plot.read_text())["rows"], args.out)
+            return
         rows = measure(args.methods, args.depths, args.batch_sizes)
         write(rows, args.out)
-    except (ValueError, OSError) as error:
+    except (LookupError, TypeError, ValueError, OSError) as error:
         parser.exit(2, f"memory.py: error: {error}\n")
     print(tables(rows))
     print(f"written: {args.out}")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import OutOfMemoryError, set_flush_denormal
@@ -66,18 +67,20 @@ def introduce(trainer) -> None:
 
 
 def show(folder: Path) -> None:
-    """From what the run left in its folder: the table of the last epoch by stage, and the picture."""
-    from .files import PICTURE
-    from .report.page import draw_run, load_runs
+    """Print the last epoch of the run in a folder by stage, and draw the run's picture."""
+    from .files import PICTURE, write_atomically
+    from .report.figures import draw_run
+    from .report.results import load_runs
 
-    (run,) = load_runs([folder])
-    last = run.last
-    table(last["stage_accuracy"], last["stage_kl"], last["certificate"], f"after epoch {last['epoch']}")
-    draw_run(run.rows, folder / PICTURE, title=run.name, ideal=run.ideal)
+    results = load_runs([folder])
+    last = results.stages[results.stages["last"]]
+    table(last["stage_accuracy"], last["stage_kl"], last["certificate"], f"after epoch {last['epoch'].max():.0f}")
+    picture = draw_run(results)
+    write_atomically(folder / PICTURE, lambda file: file.write(picture))
     print(f"\npicture: {folder / PICTURE}")
 
 
-def table(accuracy: list[float], kl: list[float], certificate: list[float], when: str) -> None:
+def table(accuracy: Iterable[float], kl: Iterable[float], certificate: Iterable[float], when: str) -> None:
     print(f"\nstage   accuracy   KL(y|p)   certificate   {when}")
     for stage, (a, b, c) in enumerate(zip(accuracy, kl, certificate, strict=True), 1):
         print(f"{stage:5d} {a:10.2%} {b:9.4f} {c:13.1%}")
@@ -104,7 +107,7 @@ def run_report(args: argparse.Namespace) -> None:
     for folder in args.folders:
         inside = [] if (folder / "config.json").exists() else sorted(f.parent for f in folder.glob("*/config.json"))
         folders += inside or [folder]
-    print(f"report: {write_report(folders, args.out, args.memory)}")
+    print(f"report: {write_report(folders, args.out)}")
 
 
 def run_eval(args: argparse.Namespace) -> None:

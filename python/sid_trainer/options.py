@@ -54,9 +54,6 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.
     report = command("report", "draw runs side by side: report.png and one HTML page")
     report.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="folders of runs, or of many runs")
     report.add_argument("--out", metavar="DIR", type=Path, default=Path("report"), help="(default: report)")
-    report.add_argument(
-        "--memory", metavar="FILE", type=Path, default=None, help="what bench/training/memory.py wrote, to draw it too"
-    )
 
     evaluate = command("eval", "what every stage of a trained network knows of a data set")
     evaluate.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")

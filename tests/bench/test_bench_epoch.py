@@ -1,6 +1,5 @@
 """The benchmark of whole epochs on a tiny image folder: what it measures, files and refuses."""
 
-import importlib
 import json
 import statistics
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.training import epoch
 from helpers.image_sets import write_image_folder
 from sid_trainer import build_network
 
@@ -24,7 +24,7 @@ def where(tmp_path_factory):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, BENCH / "epoch.py", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, BENCH / "training" / "epoch.py", *words], capture_output=True, text=True)
 
 
 def test_one_round(where):
@@ -48,8 +48,6 @@ def test_one_round(where):
 
 def test_the_references_network_and_loop(where, monkeypatch):
     """The network computes what ours does, and an epoch trains it on every image."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    epoch = importlib.import_module("epoch")
     ours = build_network(depth=2, fused=False)
     torch.manual_seed(0)
     theirs = epoch.as_in_the_reference(build_network(depth=2, fused=False))
@@ -88,9 +86,7 @@ def test_bad_arguments_are_one_line_and_status_2(where, words, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_contender_that_fails_is_named(where, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    epoch = importlib.import_module("epoch")
+def test_a_contender_that_fails_is_named():
     args = epoch.argparse.Namespace(data="nowhere", cache=None, images=8, rounds=1)
     with pytest.raises(RuntimeError, match="reference: DataError: nowhere: no such folder"):
         epoch.measure(args)

@@ -1,6 +1,5 @@
 """The benchmark's own correctness at toy sizes: that every contender computes the same, and what a report holds."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -9,17 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.kernels import contenders
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-@pytest.fixture
-def contenders(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("contenders")
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_contenders_agree_with_float64(contenders, dtype):
+def test_contenders_agree_with_float64(dtype):
     problem = contenders.make_problem(37, 11, dtype, "cpu")
     expected = contenders.truth(problem)
     listed, left_out = contenders.contenders("cpu", 37, 11)
@@ -30,7 +25,7 @@ def test_contenders_agree_with_float64(contenders, dtype):
 
 
 @pytest.mark.parametrize("wrong", ("loss", "belief", "dlogits"))
-def test_a_wrong_contender_is_found(contenders, wrong):
+def test_a_wrong_contender_is_found(wrong):
     problem = contenders.make_problem(5, 7, torch.float32, "cpu")
 
     def run(*arguments):
@@ -42,7 +37,7 @@ def test_a_wrong_contender_is_found(contenders, wrong):
         contenders.check(contenders.Contender("bad", "", run), problem, contenders.truth(problem))
 
 
-def test_traffic_is_what_must_move(contenders):
+def test_traffic_is_what_must_move():
     problem = contenders.make_problem(6, 10, torch.bfloat16, "cpu")
     assert problem.minimum_traffic == 4 * 6 * 10 * 2 + 6 * 8
     assert problem.clone_traffic == 4 * 6 * 10 * 2
@@ -51,7 +46,9 @@ def test_traffic_is_what_must_move(contenders):
 def test_report_and_plot(tmp_path):
     out, picture = tmp_path / "cpu.json", tmp_path / "bench.png"
     words = ["--sizes", "8x5", "16x9", "--rounds", "4", "--device", "cpu", "--skip", "compiled"]
-    done = subprocess.run([sys.executable, BENCH / "report.py", "--out", out, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCH / "kernels" / "report.py", "--out", out, *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert " us" not in done.stdout and "GB/s" not in done.stdout  # on a CPU the table shows ratios only
     filed = json.loads(out.read_text())
@@ -71,11 +68,11 @@ def test_report_and_plot(tmp_path):
         ratio = entry["ratios"]["local_loss_and_grad"]["eager four-op"]["of_medians"]
         assert ratio == pytest.approx(found["eager four-op"]["seconds"] / ours["seconds"], rel=1e-6)
     assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
-    subprocess.run([sys.executable, BENCH / "report.py", "--plot", out, "--out", picture], check=True)
+    subprocess.run([sys.executable, BENCH / "kernels" / "report.py", "--plot", out, "--out", picture], check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_sanitizer_case_agrees_with_the_reference():
-    command = [sys.executable, BENCH / "sanitizer_case.py", "--backend", "cpu"]
+    command = [sys.executable, BENCH / "gpu" / "sanitizer_case.py", "--backend", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

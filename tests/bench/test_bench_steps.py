@@ -1,7 +1,6 @@
 """The benchmark of the cascade's step and the belief head at toy sizes: its checks, its counting, what a report holds."""
 
 import functools
-import importlib
 import json
 import subprocess
 import sys
@@ -11,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.kernels import cascade_contenders as cascade
+from bench.kernels import head_contenders as head
+from bench.kernels import step_report
+from bench.lib import footprint
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 CASCADE, HEAD = (3, 8, 6, 5, 4), (37, 8, 11)
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 def passes(module, contender, problem, expected):
@@ -28,8 +26,7 @@ def passes(module, contender, problem, expected):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def test_cascade_contenders_agree_with_float64(bench):
-    cascade = bench("cascade_contenders")
+def test_cascade_contenders_agree_with_float64():
     problem = cascade.make_problem(CASCADE, "cpu")
     before = [x.clone() for x in problem.network.parameters()]
     listed, left_out = cascade.contenders("cpu", problem)
@@ -44,8 +41,7 @@ def test_cascade_contenders_agree_with_float64(bench):
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", HEAD), ("bfloat16", HEAD), ("float32", (5, 7, 300))])
 @pytest.mark.parametrize("prior", ("given", "none", "head"))
-def test_head_contenders_agree_with_float64(bench, prior, dtype, size):
-    head = bench("head_contenders")
+def test_head_contenders_agree_with_float64(prior, dtype, size):
     problem = head.make_problem((*size, dtype, prior), "cpu")
     listed, left_out = head.contenders("cpu", problem)
     assert set(listed) | set(left_out) == set(head.names())
@@ -57,8 +53,7 @@ def test_head_contenders_agree_with_float64(bench, prior, dtype, size):
 
 
 @pytest.mark.parametrize("wrong", ("features", "hidden_weight", "logits_bias", "update"))
-def test_a_wrong_cascade_step_is_found(bench, wrong):
-    cascade = bench("cascade_contenders")
+def test_a_wrong_cascade_step_is_found(wrong):
     problem = cascade.make_problem(CASCADE, "cpu")
 
     def start(network, features, target):
@@ -82,16 +77,14 @@ def test_a_wrong_cascade_step_is_found(bench, wrong):
         passes(cascade, cascade.Contender("bad", "", start), problem, cascade.truth(problem))
 
 
-def test_backpropagated_gradients_do_not_vanish_into_denormal_numbers(bench):
+def test_backpropagated_gradients_do_not_vanish_into_denormal_numbers():
     """Nor do their squares, in Adam: arithmetic on those would be timed, and not the step."""
-    cascade = bench("cascade_contenders")
     problem = cascade.make_problem((10, 16, 32, 8, 300), "cpu")
     first = cascade.truth(problem)[True]["hidden_weight"][0]
     assert first[first != 0].abs().median() > 1e-16
 
 
-def test_backpropagation_is_not_taken_for_the_local_gradient(bench):
-    cascade = bench("cascade_contenders")
+def test_backpropagation_is_not_taken_for_the_local_gradient():
     problem = cascade.make_problem(CASCADE, "cpu")
     contender = cascade.contenders("cpu", problem)[0][cascade.BP]._replace(backpropagates=False)
     with pytest.raises(AssertionError, match="gradient of features is off by"):
@@ -99,8 +92,7 @@ def test_backpropagation_is_not_taken_for_the_local_gradient(bench):
 
 
 @pytest.mark.parametrize("wrong", ("loss", "belief", "hidden", "weight", "bias"))
-def test_a_wrong_head_is_found(bench, wrong):
-    head = bench("head_contenders")
+def test_a_wrong_head_is_found(wrong):
     problem = head.make_problem((*HEAD, "float32", "head"), "cpu")
 
     def call(problem):
@@ -114,9 +106,9 @@ def test_a_wrong_head_is_found(bench, wrong):
         passes(head, head.Contender("bad", "", call), problem, head.truth(problem))
 
 
-def test_those_that_do_less_are_held_to_what_they_compute(bench, monkeypatch):
+def test_those_that_do_less_are_held_to_what_they_compute(monkeypatch):
     """Liger-Kernel's operations, by stand-ins: cross-entropy with labels, and KL(prior || belief) without biases."""
-    head, functional = bench("head_contenders"), torch.nn.functional
+    functional = torch.nn.functional
 
     def cross_entropy(hidden, weight, target, bias=None):
         return functional.cross_entropy(functional.linear(hidden, weight, bias), target)
@@ -143,10 +135,9 @@ def test_those_that_do_less_are_held_to_what_they_compute(bench, monkeypatch):
 # ---- operators and memory --------------------------------------------------------------------------------------------
 
 
-def test_operators_of_a_known_call(bench):
+def test_operators_of_a_known_call():
     from sid_kernels import local_loss_and_grad
 
-    footprint = bench("footprint")
     x, y = torch.randn(4, 3), torch.randn(4, 3)
     assert footprint.operators(lambda: (x + y) * 2) == 2
     assert footprint.operators(lambda: torch.nn.functional.linear(x, y)) == 1  # and not what it calls in turn
@@ -155,9 +146,8 @@ def test_operators_of_a_known_call(bench):
     assert calls == 5 + 1  # the five outputs' memory and the kernel
 
 
-def test_costs_of_the_cascade(bench):
+def test_costs_of_the_cascade():
     """Gradients count once, wherever a contender keeps them; a step in the trainer calls few operators at any depth."""
-    cascade, report = bench("cascade_contenders"), bench("step_report")
     operators = []
     for stages in (2, 6):
         problem = cascade.make_problem((stages, *CASCADE[1:]), "cpu")
@@ -165,7 +155,7 @@ def test_costs_of_the_cascade(bench):
         found = {}
         for name in (cascade.DIRECT, cascade.TRAINER, cascade.REFERENCE):
             run = listed[name].run(problem)
-            found[name] = report.costs(listed[name], run, "cpu")
+            found[name] = step_report.costs(listed[name], run, "cpu")
             gradients = sum(x.numel() * 4 for x in (problem.features, *problem.network.parameters()))
             assert run.returned == gradients
             assert found[name]["peak_bytes"] >= gradients
@@ -179,7 +169,9 @@ def test_costs_of_the_cascade(bench):
 
 
 def report(*words):
-    return subprocess.run([sys.executable, BENCH / "step_report.py", *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, BENCH / "kernels" / "step_report.py", *words], capture_output=True, text=True
+    )
 
 
 def test_report_and_plot(tmp_path):
@@ -218,9 +210,9 @@ def test_report_and_plot(tmp_path):
         (["--plot", "missing.json"], "--plot: missing.json cannot be read: FileNotFoundError"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(bench, capsys, tmp_path, words, message):
+def test_bad_arguments_are_one_line_and_status_2(capsys, tmp_path, words, message):
     with pytest.raises(SystemExit) as stopped:
-        bench("step_report").main(["--out", str(tmp_path / "out"), *words])
+        step_report.main(["--out", str(tmp_path / "out"), *words])
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and message in printed

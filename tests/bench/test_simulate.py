@@ -310,7 +310,7 @@ def test_rows_are_of_the_best_count_of_microbatches(tmp_path):
         (["--rounds", "0"], "rounds must be at least 1, not 0"),
         (["--costs", "nowhere/costs.json"], "no such folder"),
         (["--out", "damaged", "--costs", "new"], "damaged: not a folder"),
-        (["--costs", "damaged"], "damaged: not what a run writes"),
+        (["--costs", "damaged"], "damaged: not what `simulate.py --costs` writes"),
         (["--costs", "other"], "other: not what `simulate.py --costs` writes"),
         (["--costs", "deeper"], "deeper: was measured with depth 7, not None: choose another file"),
         (["--costs", "few"], "few: holds no costs for bp/1, only for sid"),

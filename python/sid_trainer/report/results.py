@@ -1,214 +1,132 @@
-"""What runs left in their folders: reading it, grouping runs that differ in nothing but the seed, the table of methods.
-
-It draws and writes nothing.
-"""
+"""Run folders as tables: a row per run, per epoch, per stage, and per group of runs that differ in the seed only."""
 
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..files import PIPELINE
-from ..methods.factory import METHODS  # in the order they are shown
-from ..training.config import MOVABLE
+import numpy as np
+import pandas as pd
 
-FAMILY = ("arch", "layout", "method", "label_noise")  # what the table of methods tells apart first
-# what every epoch's row has beside its number, and what only those of newer runs have
-NUMBERS, LISTS = ("train_loss", "test_accuracy"), ("stage_accuracy", "stage_kl")
-NUMBERS_OF_SOME = ("elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes")
-LISTS_OF_SOME = ("certificate",)
-# what may differ between two runs of one group: the seed, who started it, where files lie, how often it is saved
-NOT_SETTINGS = {"seed", "run", "threads", "torchrun", *MOVABLE} - {"device"}
-FOLLOWS = {
-    "num_parameters",
-    "classes",
-    "in_channels",
-    "pixel_mean",
-    "pixel_std",
-}  # from other settings, so never named where those are
+from ..files import CONFIG, METRICS, PIPELINE
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run as read from its folder: `config` of config.json, `rows` of metrics.jsonl, one dict an epoch."""
-
-    name: str
-    config: dict
-    rows: list[dict]
-    pipeline: dict | None = None  # what its pipeline.json holds, where ranks shared the stages
-
-    @property
-    def last(self) -> dict:
-        return self.rows[-1]
-
-    @property
-    def depth(self) -> int:
-        """Stages that answer: 1 for a plain network."""
-        return len(self.last["stage_accuracy"])
-
-    def series(self, key: str) -> list | None:
-        """Return a key's value in every epoch, or None if an epoch lacks it."""
-        values = [row.get(key) for row in self.rows]
-        return None if None in values else values
-
-    @property
-    def elapsed(self) -> list[float] | None:
-        """Seconds of training up to each epoch's end."""
-        seconds = self.series("seconds")
-        summed = seconds and [sum(seconds[: epoch + 1]) for epoch in range(len(seconds))]
-        return self.series("elapsed") or summed
-
-    @property
-    def certificate(self) -> list[float] | None:
-        """The last epoch's certificate rate by stage; None for one stage, which has no earlier one to improve on."""
-        return self.last.get("certificate") if self.depth > 1 else None
-
-    @property
-    def images_per_second(self) -> float | None:
-        """The median over epochs."""
-        rates = self.series("images_per_second")
-        return statistics.median(rates) if rates else None
-
-    def most(self, key: str) -> int | None:
-        """Return the largest value of a key over all epochs."""
-        values = self.series(key)
-        return max(values) if values else None
-
-    @property
-    def ideal(self) -> list[float] | None:
-        """KL by stage of the ideal cascade; None where it is not known, or 0 (alpha = 1, hard labels)."""
-        config = self.config
-        if config["method"] != "sid" or config.get("label_noise"):
-            return None
-        smoothing, divergence = config.get("label_smoothing") or 0.0, config.get("divergence", "forward")
-        if isinstance(config["alpha"], list) and len(config["alpha"]) != self.depth:
-            return None
-        ideal = ideal_kl(config["alpha"], len(config["classes"]), self.depth, smoothing, divergence)
-        return ideal if min(ideal) > 0 else None
+METHODS = ("sid", "greedy", "deep-supervision", "bp", "bp-checkpoint", "bp-accumulate")  # their order in the report
+FAMILY = ["arch", "layout", "label_noise", "method"]  # settings with a column of their own
+# Settings in which runs of one group may differ: the seed, who started the run, where its files lie.
+NOT_SETTINGS = {
+    "seed", "run", "threads", "torchrun", "data", "cache", "download", "workers", "save_every", "parallel", "replicas",
+    "stages_per_rank", "in_flight", "timeout",
+}  # fmt: skip
+FOLLOWS = {"num_parameters", "classes", "in_channels", "pixel_mean", "pixel_std"}  # from other settings
+NUMBERS = ["epoch", "train_loss", "test_accuracy"]
+OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them
+LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number a stage; the last is optional
+RANK = ["rank", "busy", "receiving", "sending", "reducing", "bytes_sent", "peak_memory_bytes"]  # of a pipeline
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but the seed."""
+class Results(NamedTuple):
+    """The content of run folders, as tables with the columns run, group, method and variant.
 
-    runs: list[Run]
-    variant: str = ""  # the settings that set it apart from groups of the same FAMILY
+    runs: A row per run, in the order of the report: name, config, settings (those that tell its group from others of
+        the same FAMILY, as text), ideal (`ideal_kl` or None), and results.
+    epochs: A row per run and epoch: NUMBERS and OPTIONAL.
+    stages: A row per run, epoch and stage (from 1): LISTS, and whether this is the run's last epoch.
+    pipelines: The content of pipeline.json by run, for runs whose stages were spread over ranks.
+    """
 
-    @property
-    def family(self) -> tuple:
-        """Architecture, layout, method and label noise (0 where the run does not say)."""
-        arch, layout, method, noise = (self.runs[0].config.get(key) for key in FAMILY)
-        return arch, layout, method, noise or 0.0
+    runs: pd.DataFrame
+    epochs: pd.DataFrame
+    stages: pd.DataFrame
+    pipelines: dict[int, dict[str, Any]]
 
 
-def load_runs(folders: Sequence[Path | str]) -> list[Run]:
-    """Read every folder once. Raises ValueError, in one line that names the file, where one holds no run."""
-    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
-    if not folders:
+def load_runs(folders: Sequence[Path | str]) -> Results:
+    """Read run folders, each once. Raises ValueError, in one line that names the file, if one holds no run."""
+    paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    if not paths:
         raise ValueError("folders: no run's folder was given")
-    names = [folder.resolve().name for folder in folders]
-    runs = []
-    for folder, name in zip(folders, names, strict=True):
-        rows, config = read_run(folder)
-        name = shown(name if names.count(name) == 1 else str(folder))
-        shared = "pipeline" in rows[-1]  # else pipeline.json, if it is there, shows an earlier epoch, or another run's
-        runs.append(Run(name, config, rows, read_pipeline(folder) if shared else None))
+    names = [path.resolve().name for path in paths]
+    configs = [read_config(path / CONFIG) for path in paths]
+    tables = [[table.assign(run=run) for table in read_metrics(path / METRICS)] for run, path in enumerate(paths)]
+    epochs, stages = (pd.concat(table, ignore_index=True) for table in zip(*tables, strict=True))
+    shared = epochs.groupby("run")["pipeline"].last()  # otherwise the file is of an earlier epoch
+    files = {run: path / PIPELINE for run, path in enumerate(paths) if shared[run] and (path / PIPELINE).exists()}
+    pipelines = {run: read_pipeline(file) for run, file in files.items()}
+    runs = epochs.groupby("run").agg(
+        epoch=("epoch", "last"), test_accuracy=("test_accuracy", "last"), elapsed=("elapsed", "last"),
+        images_per_second=("images_per_second", "median"), activation_bytes=("activation_bytes", "max"),
+        peak_memory_bytes=("peak_memory_bytes", "max"),
+    ).join(stages[stages["last"]].groupby("run").agg(
+        stages=("stage", "size"), best_stage=("stage_accuracy", "max"), first_stage=("stage_accuracy", "first"),
+        last_kl=("stage_kl", "last"), certificate=("certificate", "mean"),
+    ))  # fmt: skip
+    runs["certificate"] = runs["certificate"].where(runs["stages"] > 1)  # one stage has no earlier one to improve on
+    runs["name"] = [shown(n if names.count(n) == 1 else str(path)) for n, path in zip(names, paths, strict=True)]
+    runs = add_settings(runs.assign(config=configs))
+    kind = runs[["group", "method", "variant"]]
+    return Results(runs, epochs.join(kind, on="run"), stages.join(kind, on="run"), pipelines)
+
+
+def add_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns that come from `config`, and order the runs by architecture, layout, noise, method and seed."""
+    for key in ("arch", "layout", "method", "seed"):
+        runs[key] = [config.get(key) for config in runs["config"]]
+    runs["label_noise"] = [config.get("label_noise") or 0.0 for config in runs["config"]]
+    runs["ideal"] = [ideal_of(config, stages) for config, stages in zip(runs["config"], runs["stages"], strict=True)]
+    exact = settings_of(runs, json.dumps).drop(columns="seed", errors="ignore")
+    runs["group"] = exact.assign(stages=runs["stages"]).groupby(list(exact) + ["stages"], sort=False).ngroup()
+    for _, family in exact.groupby([runs[key] for key in FAMILY], dropna=False):
+        named = [key for key in exact if key not in FOLLOWS and family[key].nunique() > 1]
+        for run in family.index:
+            text = (f"{key} {shown(runs.at[run, 'config'].get(key))}" for key in named)
+            runs.loc[run, "settings"] = ", ".join(text)
+    runs["place"] = [METHODS.index(m) if m in METHODS else len(METHODS) for m in runs["method"]]
+    runs["number"] = pd.to_numeric(runs["seed"], errors="coerce")
+    runs = runs.sort_values(["arch", "layout", "label_noise", "place", "method", "group", "number"])
+    runs["group"] = pd.factorize(runs["group"])[0]
+    words = runs[["arch", "layout", "settings"]].fillna("").assign(noise=runs["label_noise"].map("noise {:.0%}".format))
+    differing = words.loc[:, words.nunique() > 1].to_numpy()
+    runs["variant"] = [" · ".join(filter(None, row)).replace("$", r"\$") for row in differing]  # $ starts a formula
     return runs
 
 
-def read_run(folder: Path) -> tuple[list[dict], dict]:
-    """Read a run's metrics.jsonl and config.json. Raises ValueError, in one line, if they are not a run's."""
-    metrics, about = folder / "metrics.jsonl", folder / "config.json"
-    rows = read_json(metrics, lambda text: [json.loads(line) for line in text.splitlines()])
-    config = read_json(about)
-    needed = {"epoch", *NUMBERS, *LISTS}
-    if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise ValueError(f"{metrics}: holds no whole epoch")
-    first = rows[0]["stage_accuracy"]
-    depth = len(first) if isinstance(first, list) else 0
-    for row in rows:
-        row = {key: value for key, value in row.items() if key in needed or value is not None}
-        for key in ("epoch", *NUMBERS, *NUMBERS_OF_SOME):
-            if not is_number(row.get(key, 0)):
-                raise ValueError(f"{metrics}: {key} of epoch {row['epoch']} is not a number")
-        for key in (*LISTS, *LISTS_OF_SOME):
-            values = row.get(key, first)
-            if not (isinstance(values, list) and len(values) == depth > 0 and all(map(is_number, values))):
-                raise ValueError(f"{metrics}: {key} of epoch {row['epoch']} is not a list of one number a stage")
-    if not isinstance(config, dict) or not {"method", "alpha", "classes"} <= config.keys():
-        raise ValueError(f"{about}: not what a run writes")
-    alpha = config["alpha"] if isinstance(config["alpha"], list) else [config["alpha"]]
-    shares = [*alpha, *(config[key] for key in ("label_noise", "label_smoothing") if config.get(key) is not None)]
-    names = [config["method"], *(config[key] for key in ("arch", "layout") if config.get(key) is not None)]
-    if not (
-        all(is_number(share) and 0 <= share <= 1 for share in shares)
-        and all(isinstance(name, str) for name in names)
-        and isinstance(config["classes"], list)
-        and config["classes"]
-    ):
-        raise ValueError(f"{about}: not what a run writes (its names, classes, or a share that is not in [0, 1])")
-    return rows, config
+def settings_of(runs: pd.DataFrame, text: Callable[[Any], str]) -> pd.DataFrame:
+    """Return the settings of each run, seed included, as text."""
+    keys = dict.fromkeys(key for config in runs["config"] for key in config if key == "seed" or key not in NOT_SETTINGS)
+    return pd.DataFrame({key: [text(config.get(key)) for config in runs["config"]] for key in keys}, index=runs.index)
 
 
-def read_pipeline(folder: Path) -> dict | None:
-    """Read a run's pipeline.json; return None if it has none. Raises ValueError, in one line, if it is something else.
+def comparison_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per group of runs: FAMILY, settings, n, seeds, the epochs reached, and results.
 
-    Each of `ranks` has its number, stages (from 1), seconds busy, waiting to receive, to send and for gradients of
-    replicas, bytes, and `batches`: [start, end] in seconds of the first batches of the last epoch.
+    test_accuracy is the mean of the last epochs, in [0, 1]; deviation that of the sample (NaN for one run);
+    images_per_second the median; activation_bytes and peak_memory_bytes are the largest.
     """
-    file = folder / PIPELINE
-    if not file.exists():
+    return runs.groupby("group").agg(
+        **{key: (key, "first") for key in ["arch", "layout", "method", "label_noise", "settings"]},
+        n=("name", "size"), seeds=("seed", list), epochs=("epoch", lambda epochs: sorted(set(epochs))),
+        test_accuracy=("test_accuracy", "mean"), deviation=("test_accuracy", "std"),
+        images_per_second=("images_per_second", "median"), activation_bytes=("activation_bytes", "max"),
+        peak_memory_bytes=("peak_memory_bytes", "max"),
+    )  # fmt: skip
+
+
+def ideal_of(config: dict[str, Any], stages: int) -> list[float] | None:
+    """Return `ideal_kl` of a run; None if it is not known, or is 0 (alpha = 1 with hard labels)."""
+    alpha = config["alpha"]
+    if config["method"] != "sid" or config.get("label_noise") or (isinstance(alpha, list) and len(alpha) != stages):
         return None
-    found = read_json(file)
-    ranks = found.get("ranks") if isinstance(found, dict) else None
-    numbers = ("rank", "busy", "receiving", "sending", "reducing", "bytes_sent", "peak_memory_bytes")
-
-    def are_numbers(values) -> bool:
-        return isinstance(values, list) and len(values) > 0 and all(map(is_finite, values))
-
-    whole = isinstance(ranks, list) and all(
-        isinstance(one, dict)
-        and all(is_finite(one.get(key)) for key in numbers)
-        and are_numbers(one.get("stages"))
-        and isinstance(one.get("batches"), list)
-        and all(are_numbers(span) and len(span) == 2 for span in one["batches"])
-        for one in ranks
-    )
-    shares = ("bubble", "predicted_bubble", "imbalance")
-    if not ranks or not whole or not any(one["batches"] for one in ranks):
-        raise ValueError(f"{file}: not what a run writes: each of ranks has {', '.join(numbers)}, stages, batches")
-    if not all(found.get(key) is None or is_finite(found[key]) for key in shares):
-        raise ValueError(f"{file}: not what a run writes: {', '.join(shares)} must be numbers")
-    return found
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_finite(value) -> bool:
-    return is_number(value) and math.isfinite(value)
-
-
-def read_json(file: Path, parse: Callable = json.loads):
-    """Return what `parse` makes of the file's text. Raises ValueError, in one line that names the file."""
-    try:
-        return parse(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not what a run writes ({error})") from error
+    smoothing, divergence = config.get("label_smoothing") or 0.0, config.get("divergence", "forward")
+    ideal = ideal_kl(alpha, len(config["classes"]), stages, smoothing, divergence)
+    return ideal if min(ideal) > 0 else None
 
 
 def ideal_kl(
-    alpha: float | Sequence[float],
-    num_classes: int,
-    depth: int,
-    label_smoothing: float = 0.0,
+    alpha: float | Sequence[float], num_classes: int, depth: int, label_smoothing: float = 0.0,
     divergence: str = "forward",
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """Return KL(y || p_i) in nats for hard y of the ideal cascade: each stage at its minimum, given the one before.
 
     With u uniform, t the smoothed target and r_i the product of (1 - alpha_j) over j <= i, the minimum is
@@ -226,47 +144,73 @@ def ideal_kl(
     return [math.log1p((num_classes - 1) * math.exp(-(1 - r) * odds)) for r in kept]
 
 
-def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Group runs that differ in the seed only, ordered by architecture, layout, noise and method."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        settings = {key: value for key, value in run.config.items() if key not in NOT_SETTINGS}
-        found.setdefault(json.dumps([settings, run.depth], sort_keys=True), []).append(run)
-    families: dict[tuple, list[list[Run]]] = {}
-    for members in found.values():
-        families.setdefault(Group(members).family, []).append(members)
-    groups = []
-    for members_of_one in families.values():
-        differing = differing_settings([members[0] for members in members_of_one])
-        named = [key for key in differing if key not in {"seed", *FOLLOWS}]
-        for members in members_of_one:
-            variant = ", ".join(f"{key} {shown(members[0].config.get(key))}" for key in named)
-            groups.append(Group(sorted(members, key=seed_of), variant))
-
-    def place(group: Group):
-        arch, layout, method, noise = group.family
-        return arch or "", layout or "", noise, rank(method)
-
-    return sorted(groups, key=place)
+# ---------------------------------------------------------------- files
 
 
-def rank(method: str) -> tuple[int, str]:
-    """Return a key that sorts methods in the order of METHODS, and any others after them."""
-    return METHODS.index(method) if method in METHODS else len(METHODS), method
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a file into a ValueError of one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: not what a run writes ({' '.join(str(error).split())})") from error
 
 
-def seed_of(run: Run) -> float:
-    seed = run.config.get("seed")
-    return seed if is_number(seed) else math.inf
+def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the epochs and the stages of metrics.jsonl."""
+    with reading(file):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError("no epoch")
+        columns = {key: [row[key] for row in rows] for key in NUMBERS}
+        columns |= {key: [row.get(key) for row in rows] for key in OPTIONAL}
+        epochs = pd.DataFrame(columns, dtype=float)
+        if epochs[NUMBERS].isna().any(axis=None):
+            raise ValueError(f"{', '.join(NUMBERS)} must be numbers in every epoch")
+        depth = len(rows[0]["stage_kl"])
+        lists = [[row.get(key) or [math.nan] * (depth if key == "certificate" else 0) for key in LISTS] for row in rows]
+        if {np.shape(values) for lists_ in lists for values in lists_} != {(depth,)}:
+            raise ValueError(f"{', '.join(LISTS)} must be lists of one number a stage in every epoch")
+        stages = pd.DataFrame(np.array(lists, float).transpose(0, 2, 1).reshape(-1, len(LISTS)), columns=LISTS)
+    epochs["elapsed"] = epochs["elapsed"].fillna(epochs["seconds"].cumsum())
+    epochs["pipeline"] = ["pipeline" in row for row in rows]
+    stages["epoch"], stages["stage"] = (
+        np.repeat(epochs["epoch"], depth).to_numpy(),
+        np.tile(range(1, depth + 1), len(rows)),
+    )
+    stages["last"] = stages["epoch"] == epochs["epoch"].max()
+    return epochs, stages
 
 
-def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """Return the names of the settings that differ between runs, the seed included, in the order of the settings."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key == "seed" or key not in NOT_SETTINGS)
-    return [key for key in keys if len({shown(run.config.get(key)) for run in runs}) > 1]
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the settings in config.json, which have those that the report needs."""
+    with reading(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        shares = [*np.atleast_1d(config["alpha"]), *(config.get(k) or 0.0 for k in ("label_noise", "label_smoothing"))]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError("a share is not in [0, 1]")
+        names = [config["method"], *(config.get(key) or "" for key in ("arch", "layout"))]
+        if not all(isinstance(name, str) for name in names) or not config["classes"]:
+            raise ValueError("method, arch and layout must be names, classes a list")
+    return config
 
 
-def shown(value) -> str:
+def read_pipeline(file: Path) -> dict[str, Any]:
+    """Return pipeline.json: shares of idle time in the last epoch and, for each of `ranks`, the numbers RANK, its
+    stages (from 1) and its first `batches`, [start, end] in seconds."""
+    with reading(file):
+        pipeline = json.loads(file.read_text(encoding="utf-8"))
+        numbers = [pipeline[key] for key in ("bubble", "predicted_bubble", "imbalance")]
+        spans = [span for rank in pipeline["ranks"] for span in rank["batches"]]
+        numbers += [number for rank in pipeline["ranks"] for number in (*rank["stages"], *(rank[key] for key in RANK))]
+        if {len(span) for span in spans} != {2} or not np.isfinite(np.array([*numbers, *sum(spans, [])], float)).all():
+            raise ValueError("every time and share must be a number")
+    return pipeline
+
+
+def shown(value: Any) -> str:
     """Return a setting as short text; a list of equal values, one a stage, is one value."""
     if isinstance(value, list):
         parts = [shown(part) for part in value]
@@ -276,45 +220,3 @@ def shown(value) -> str:
         return "yes" if value else "no"
     text = "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
     return text.encode(errors="replace").decode()  # a file's name need not be Unicode
-
-
-def comparison_table(runs: Sequence[Run]) -> list[dict]:
-    """Return one dict for each group of runs that differ in the seed only.
-
-    Keys: arch, layout, method, label_noise; settings (those that differ from groups with the same four); n; seeds;
-    epochs (reached, a sorted list); test_accuracy (mean of the last epochs, in [0, 1]); deviation (of the sample; None
-    for one run); images_per_second (median); activation_bytes and peak_memory_bytes (the largest, or None).
-    """
-    table = []
-    for group in grouped(runs):
-        accuracies = [run.last["test_accuracy"] for run in group.runs]
-        rates = [run.images_per_second for run in group.runs if run.images_per_second is not None]
-        most = {
-            key: max((run.most(key) for run in group.runs if run.most(key) is not None), default=None)
-            for key in ("activation_bytes", "peak_memory_bytes")
-        }
-        row = dict(zip(FAMILY, group.family, strict=True))
-        row |= {
-            "settings": group.variant,
-            "n": len(group.runs),
-            "seeds": [run.config.get("seed") for run in group.runs],
-            "epochs": sorted({run.last["epoch"] for run in group.runs}),
-            "test_accuracy": statistics.fmean(accuracies),
-            "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "images_per_second": statistics.median(rates) if rates else None,
-            **most,
-        }
-        table.append(row)
-    return table
-
-
-def unit_of(count: float) -> tuple[int, str]:
-    """Return size and name of the largest unit of bytes that is not larger than `count`."""
-    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-    return next(((size, name) for size, name in units if count >= size), (1, "bytes"))
-
-
-def in_bytes(count: float) -> str:
-    """Return a number of bytes with three digits and a unit."""
-    size, name = unit_of(count)
-    return f"{count / size:.3g} {name}"

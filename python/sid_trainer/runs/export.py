@@ -1,4 +1,4 @@
-"""A trained network for use without this package: one plain module from pixels to logits, as a program or as ONNX."""
+"""Export of a trained network for use without this package: from pixels to logits, as a PyTorch program or as ONNX."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from .build import trained_network
 FORMATS = ("torch", "onnx")
 
 
-class Classifier(nn.Module):
-    """Images (B, C, H, W), float32 in [0, 1] -> logits (B, classes): the pixels' normalisation, then the network."""
+class PixelClassifier(nn.Module):
+    """A network that normalises its inputs: images (B, C, H, W), float32 in [0, 1], to logits (B, classes)."""
 
     def __init__(self, network: SIDNetwork, mean: Tensor, std: Tensor):
         super().__init__()
@@ -28,22 +28,21 @@ class Classifier(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
-def exported(
+def export_network(
     network: SIDNetwork, mean: Tensor, std: Tensor, image_size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
     """Return the network as an exported program on the CPU, for batches of any size.
 
-    Its `.module()` is a plain `nn.Module` of PyTorch operators and parameters.
-
-    mean, std: (C,) of the training pixels in 0..255, as `pixel_statistics` gives them.
+    Its `.module()` is a plain `nn.Module` of PyTorch operators and parameters. mean and std (C,) are those of the
+    training pixels in 0..255, as `pixel_statistics` returns them.
     """
-    classifier = Classifier(network, mean, std).cpu().eval()
+    classifier = PixelClassifier(network, mean, std).cpu().eval()
     example = torch.rand(2, len(mean), *image_size)
     with torch.no_grad():
         return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def export(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, form: str) -> None:
+def write_program(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, form: str) -> None:
     """Write the program and the names of the classes to `file`, whole or not at all.
 
     form: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript.
@@ -63,9 +62,10 @@ def export(program: torch.export.ExportedProgram, classes: Sequence[str], file: 
 
 
 def export_run(place: Path, file: Path | None, form: str) -> Path:
-    """Export the network of a checkpoint, by default beside it; returns the file."""
-    network, _, about = trained_network(place)
+    """Export the network of a checkpoint to `file`, by default beside the checkpoint, and return the file."""
+    network, _, metadata = trained_network(place)
     file = file or (place if place.is_dir() else place.parent) / ("network.onnx" if form == "onnx" else "network.pt2")
-    mean, std = map(torch.tensor, (about["pixel_mean"], about["pixel_std"]))
-    export(exported(network, mean, std, tuple(about["image_size"])), about["classes"], file, form)
+    mean, std = map(torch.tensor, (metadata["pixel_mean"], metadata["pixel_std"]))
+    program = export_network(network, mean, std, tuple(metadata["image_size"]))
+    write_program(program, metadata["classes"], file, form)
     return file

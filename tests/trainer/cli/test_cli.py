@@ -154,7 +154,6 @@ def run_and_read(arguments, capsys):
         (["report", "nowhere"], "No such file or directory"),
         (["report", "damaged"], "not what a run writes"),
         (["report", "empty"], "holds no whole epoch"),
-        (["memory", "--depths", "0"], "depths must be 1 or more, not 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):

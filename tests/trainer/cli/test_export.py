@@ -15,7 +15,7 @@ from sid_trainer import build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import load_digits
 from sid_trainer.runs.build import trained_network
-from sid_trainer.runs.export import export, exported
+from sid_trainer.runs.export import export_network, write_program
 
 ODD_NAMES = ["a", "b c", 'quo"te', "ü ☃", "back\\slash", "<b>", ""]
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -109,7 +109,7 @@ def test_it_answers_what_the_run_was_measured_with(run):
 @pytest.fixture(scope="module")
 def program():
     network = build_network("mlp", "stagewise", num_classes=len(ODD_NAMES), in_channels=3, image_size=(4, 5), depth=2)
-    return network, exported(network, torch.tensor([0.0, 100.0, 255.0]), torch.tensor([1.0, 50.0, 255.0]), (4, 5))
+    return network, export_network(network, torch.tensor([0.0, 100.0, 255.0]), torch.tensor([1.0, 50.0, 255.0]), (4, 5))
 
 
 def test_pixels_are_normalised_a_channel(program):
@@ -126,7 +126,7 @@ def test_other_networks_for_any_batch(arch):
     network = build_network(arch, "stagewise", num_classes=3, in_channels=1, image_size=(4, 4))
     with torch.no_grad():
         network(torch.randn(8, 1, 4, 4))
-    program = exported(network.eval(), torch.tensor([100.0]), torch.tensor([50.0]), (4, 4)).module()
+    program = export_network(network.eval(), torch.tensor([100.0]), torch.tensor([50.0]), (4, 4)).module()
     images = torch.rand(5, 1, 4, 4)
     expected = network((255 * images - 100) / 50)
     for size in (1, 5):
@@ -135,12 +135,12 @@ def test_other_networks_for_any_batch(arch):
 
 def test_odd_class_names_are_only_names(program, tmp_path):
     _, exported_ = program
-    export(exported_, ODD_NAMES, tmp_path / "odd.pt2", "torch")
+    write_program(exported_, ODD_NAMES, tmp_path / "odd.pt2", "torch")
     names = {"classes.json": ""}
     torch.export.load(tmp_path / "odd.pt2", extra_files=names)
     assert json.loads(names["classes.json"]) == ODD_NAMES
     with pytest.raises(ValueError, match="format must be one of torch, onnx, not 'tflite'"):
-        export(exported_, ODD_NAMES, tmp_path / "odd.tflite", "tflite")
+        write_program(exported_, ODD_NAMES, tmp_path / "odd.tflite", "tflite")
     assert os.listdir(tmp_path) == ["odd.pt2"]
 
 
@@ -148,7 +148,7 @@ def test_odd_class_names_are_only_names(program, tmp_path):
 def test_odd_class_names_are_only_names_in_onnx(program, tmp_path):
     import onnx
 
-    export(program[1], ODD_NAMES, tmp_path / "odd.onnx", "onnx")
+    write_program(program[1], ODD_NAMES, tmp_path / "odd.onnx", "onnx")
     model = onnx.load(tmp_path / "odd.onnx")
     onnx.checker.check_model(model)
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == ODD_NAMES

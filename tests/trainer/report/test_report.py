@@ -1,4 +1,4 @@
-"""`sid report` and `sid compare`: what runs left is read, grouped by seed, put into numbers, pictures and one page."""
+"""`sid report` and the tables of `sid compare`: run folders are read, grouped by seed, tabulated and drawn."""
 
 import json
 import math
@@ -7,15 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sid_trainer.report.page import (
-    as_markdown,
-    comparison_table,
-    draw_run,
-    ideal_kl,
-    load_runs,
-    read_run,
-    write_report,
-)
+from sid_trainer.methods.factory import METHODS
+from sid_trainer.report import results
+from sid_trainer.report.figures import draw_run, in_bytes
+from sid_trainer.report.page import as_markdown, comparison_text, write_report
+from sid_trainer.report.results import comparison_table, ideal_kl, load_runs
+from sid_trainer.training.config import MOVABLE
 
 NEW_KEYS = ("certificate", "elapsed", "activation_bytes", "peak_memory_bytes")
 
@@ -81,18 +78,28 @@ def png_size(content):
     return struct.unpack(">II", content[16:24])
 
 
+def compared(folders):
+    return comparison_table(load_runs(folders).runs).to_dict("records")
+
+
+def test_constants_that_the_report_repeats():
+    """The report imports nothing of training: it reads folders only."""
+    assert results.METHODS == METHODS
+    assert set(MOVABLE) - {"device"} <= results.NOT_SETTINGS
+
+
 def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
     folders = [
         write_run(tmp_path / f"sid{seed}", (0.3, last), seed=seed) for seed, last in ((2, 0.7), (0, 0.6), (1, 0.8))
     ]
     folders.append(write_run(tmp_path / "bp", (0.3, 0.5), stages=1, method="bp", without=("activation_bytes",)))
-    bp, sid = sorted(comparison_table(load_runs(folders)), key=lambda one: one["method"])
+    sid, bp = compared(folders)
     assert sid["test_accuracy"] == pytest.approx(0.7)
     assert sid["deviation"] == pytest.approx(math.sqrt((0.1**2 + 0.1**2) / 2))  # over n - 1
     assert (sid["n"], sid["seeds"], sid["epochs"]) == (3, [0, 1, 2], [2])
     assert sid["images_per_second"] == 150.0 and sid["activation_bytes"] == 3 * 2**20
-    assert (bp["n"], bp["deviation"], bp["activation_bytes"]) == (1, None, None)
-    lines = as_markdown([sid, bp]).splitlines()
+    assert bp["n"] == 1 and math.isnan(bp["deviation"]) and math.isnan(bp["activation_bytes"])
+    lines = as_markdown(comparison_text(load_runs(folders).runs)).splitlines()
     assert "| 70.00% ± 10.00 | 3 | 0, 1, 2 | 2 | 150 | 3 MiB |" in lines[2]
     assert "| 50.00% | 1 | 0 | 2 | 150 | – |" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
@@ -104,27 +111,48 @@ def test_other_settings_than_the_seed_are_not_averaged_over(tmp_path):
         write_run(tmp_path / "b", (0.7,), alpha=[0.5, 0.5], seed=1),
         write_run(tmp_path / "c", (0.9,), alpha=[0.9, 0.3], seed=0),
         write_run(tmp_path / "d", (0.2,), label_noise=0.4, seed=0),
+        write_run(tmp_path / "e", (0.1,), label_noise=0.4, seed=0, classes=["other", "names"]),
     ]
-    found = {
-        (one["label_noise"], one["settings"]): one["test_accuracy"] for one in comparison_table(load_runs(folders))
-    }
-    assert found == {(0.0, "alpha 0.5"): pytest.approx(0.6), (0.0, "alpha 0.9, 0.3"): 0.9, (0.4, ""): 0.2}
-    assert "alpha 0.9, 0.3" in as_markdown(comparison_table(load_runs(folders)))
+    found = [(one["label_noise"], one["settings"], one["test_accuracy"]) for one in compared(folders)]
+    assert found[:2] == [(0.0, "alpha 0.5", pytest.approx(0.6)), (0.0, "alpha 0.9, 0.3", 0.9)]
+    assert sorted(found[2:]) == [(0.4, "", 0.1), (0.4, "", 0.2)]
+    assert "alpha 0.9, 0.3" in as_markdown(comparison_text(load_runs(folders).runs))
 
 
-def test_a_bar_in_a_name_does_not_break_the_markdown_table():
-    one = {"arch": "a|b", "layout": None, "method": "sid", "label_noise": 0.0, "settings": "", "n": 1, "seeds": [0],
-           "epochs": [1], "test_accuracy": 0.5, "deviation": None, "images_per_second": None, "activation_bytes": None,
-           "peak_memory_bytes": None}  # fmt: skip
-    line = as_markdown([one]).splitlines()[2]
+def test_runs_stand_by_architecture_layout_noise_method_and_seed(tmp_path):
+    kinds = [
+        ("mlp", "stagewise", 0.0, "sid", 0), ("mlp", "shared", 0.4, "sid", 0), ("mlp", "shared", 0.0, "bp", 0),
+        ("mlp", "shared", 0.0, "another", 0), ("mlp", "shared", 0.0, "sid", 1), ("mlp", "shared", 0.0, "sid", 0),
+        ("cnn", "stagewise", 0.4, "bp", 7),
+    ]  # fmt: skip
+    names = ("arch", "layout", "label_noise", "method", "seed")
+    folders = [write_run(tmp_path / str(i), **dict(zip(names, kind, strict=True))) for i, kind in enumerate(kinds)]
+    runs = load_runs(folders).runs
+    assert list(runs["name"]) == ["6", "5", "4", "2", "3", "1", "0"]
+    assert list(runs["group"]) == [0, 1, 1, 2, 3, 4, 5]
+
+
+def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path):
+    run = write_run(
+        tmp_path / "run", (0.5,), arch="a|b", layout=None, without=(*NEW_KEYS, "seconds", "images_per_second")
+    )
+    line = as_markdown(comparison_text(load_runs([run]).runs)).splitlines()[2]
     assert line == "| a\\|b | sid | 0% | 50.00% | 1 | 0 | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (3.5 * 2**20, "3.5 MiB"), (2**45, "32768 GiB")],
+)
+def test_bytes_have_a_unit(count, text):
+    assert in_bytes(count) == text
 
 
 def test_runs_that_differ_in_who_started_them_are_one_group(tmp_path):
     starts = ({}, {"torchrun": None}, {"torchrun": "here"}, {"torchrun": "there"})
     folders = [write_run(tmp_path / f"r{seed}", (0.6,), seed=seed, **start) for seed, start in enumerate(starts)]
     page = write_report(folders, tmp_path / "out")
-    assert [one["seeds"] for one in Tables(page.read_text()).rows("test accuracy, last epoch")] == ["0, 1, 2, 3"]
+    assert [one["seeds"] for one in Tables(page.read_text()).rows("accuracy, last epoch")] == ["0, 1, 2, 3"]
 
 
 def test_the_page_holds_the_numbers_and_needs_no_other_file(tmp_path):
@@ -134,8 +162,8 @@ def test_the_page_holds_the_numbers_and_needs_no_other_file(tmp_path):
     assert page == tmp_path / "out" / "deep" / "report.html"
     assert sorted(file.name for file in page.parent.iterdir()) == ["report.html", "report.png"]
     parsed = Tables(page.read_text())
-    by_method = parsed.rows("test accuracy, last epoch")
-    assert [one["test accuracy, last epoch"] for one in by_method] == ["65.00% ± 7.07", "25.00%"]
+    by_method = parsed.rows("accuracy, last epoch")
+    assert [one["accuracy, last epoch"] for one in by_method] == ["65.00% ± 7.07", "25.00%"]
     runs = {one["run"]: one for one in parsed.rows("best stage")}
     assert runs["r1"] == {
         "run": "r1", "arch": "simple_cnn", "layout": "shared", "method": "sid", "label noise": "0%", "depth": "2",
@@ -174,9 +202,7 @@ def test_names_are_only_text(tmp_path):
     assert names == {"$\\frac{$", "<script>alert(1)<", str(tmp_path / "b" / "same"), str(tmp_path / "c" / "same")}
     assert {one["value"] for one in parsed.rows("setting") if one["setting"] == "classes"} == {f"{odd}, b"}
     assert "{{ 1 }}" in {one["lr"] for one in parsed.rows("lr")}
-    rows, _ = read_run(folders[0])
-    draw_run(rows, tmp_path / "one.png", title=folders[0].name)
-    png_size((tmp_path / "one.png").read_bytes())
+    png_size(draw_run(load_runs(folders[:1])))
 
 
 def test_a_run_without_the_newer_keys_leaves_their_columns_and_panels_out(tmp_path):
@@ -189,20 +215,28 @@ def test_a_run_without_the_newer_keys_leaves_their_columns_and_panels_out(tmp_pa
     assert mixed["old"]["certificate"] == mixed["old"]["held for backward"] == "–"
     assert mixed["new"]["certificate"] == "62.50%"
     write_report([new], whole)
-    heights = [png_size((folder / "report.png").read_bytes())[1] for folder in (alone, both, whole)]
-    assert heights[0] == heights[2] < heights[1]  # 4 and 6 panels are two rows, with the bars they are three
-    assert (alone / "report.png").stat().st_size < (whole / "report.png").stat().st_size
+    sizes = [(folder / "report.png").stat().st_size for folder in (alone, both, whole)]
+    assert sizes[0] < sizes[2] < sizes[1]  # fewer panels; and with two groups there are bars
     timed = write_run(tmp_path / "timed", without=("elapsed",))
-    assert load_runs([timed])[0].elapsed == [3.0, 6.0]  # summed from the epochs' seconds
+    assert list(load_runs([timed]).epochs["elapsed"]) == [3.0, 6.0]  # summed from the epochs' seconds
 
 
 def test_the_picture_of_one_run_shows_certificates_where_there_are_any(tmp_path):
     widths = {}
     for name, stages, without in (("new", 3, ()), ("old", 3, NEW_KEYS), ("plain", 1, ())):
-        rows, _ = read_run(write_run(tmp_path / name, stages=stages, without=without))
-        draw_run(rows, tmp_path / f"{name}.png", ideal=ideal_kl([0.5] * stages, 3, stages))
-        widths[name] = png_size((tmp_path / f"{name}.png").read_bytes())[0]
+        run = write_run(tmp_path / name, stages=stages, without=without)
+        widths[name] = png_size(draw_run(load_runs([run])))[0]
     assert widths["new"] > widths["old"] == widths["plain"]
+
+
+def test_the_ideal_is_known_for_sid_on_true_labels_only(tmp_path):
+    settings = {
+        "sid": {}, "other": {"method": "greedy"}, "noisy": {"label_noise": 0.2}, "one": {"alpha": 1.0},
+        "short": {"alpha": [0.5]}, "smooth": {"alpha": 1.0, "label_smoothing": 0.1},
+    }  # fmt: skip
+    runs = load_runs([write_run(tmp_path / name, **more) for name, more in settings.items()]).runs
+    assert set(runs.loc[runs["ideal"].notna(), "name"]) == {"sid", "smooth"}
+    assert runs.set_index("name")["ideal"]["sid"] == ideal_kl([0.5, 0.5], 3, 2)
 
 
 def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
@@ -217,60 +251,39 @@ def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
     png_size((tmp_path / "out" / "report.png").read_bytes())
 
 
-def memory_rows():
-    return [
-        {"layout": layout, "arch": "mlp", "method": method, "depth": depth, "batch_size": batch, "saved_bytes": 1024 * depth * batch, "peak_bytes": None}
-        for layout in ("shared", "stagewise") for method in ("sid", "bp") for depth in (4, 8) for batch in (32, 128)
-    ]  # fmt: skip
-
-
-def test_a_memory_table_adds_its_picture_and_rows(tmp_path):
-    run = write_run(tmp_path / "run")
-    table = tmp_path / "memory.json"
-    table.write_text(json.dumps({"what": "bytes of <one> step", "rows": memory_rows()}))
-    text = write_report([run], tmp_path / "out", table).read_text()
-    parsed = Tables(text)
-    assert "bytes of &lt;one&gt; step" in text and sum(tag == "img" for tag, _ in parsed.tags) == 2
-    rows = parsed.rows("batch size")
-    assert len(rows) == 16 and rows[-1] == {
-        "arch": "mlp", "layout": "stagewise", "method": "bp", "depth": "8", "batch size": "128", "held for backward": "1 MiB",
-    }  # fmt: skip
-    width, height = png_size((tmp_path / "out" / "memory.png").read_bytes())
-    assert width > 1000 and height > 700  # a row of panels for each layout
-
-
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
         ("metrics.jsonl", None, "No such file or directory"),
         ("config.json", None, "No such file or directory"),
-        ("metrics.jsonl", "", "holds no whole epoch"),
-        ("metrics.jsonl", "{}\n", "holds no whole epoch"),
+        ("metrics.jsonl", "", "not what a run writes (no epoch)"),
+        ("metrics.jsonl", "{}\n", "not what a run writes ('epoch')"),
+        ("metrics.jsonl", "[]\n", "not what a run writes"),
         ("metrics.jsonl", json.dumps(row(1, 0.5)) + '\n{"epoch": 2, "tr', "not what a run writes"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": 3}), "stage_kl of epoch 1 is not a list of one number a stage"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5)) + "\n" + json.dumps(row(2, 0.5, 3)), "stage_accuracy of epoch 2 is not a list"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"certificate": ["x", 1]}), "certificate of epoch 1 is not a list"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"elapsed": "long"}), "elapsed of epoch 1 is not a number"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"test_accuracy": None}), "test_accuracy of epoch 1 is not a number"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": 3}), "not what a run writes"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": None}), "not what a run writes"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": [1.0]}), "must be lists of one number a stage in every epoch"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5)) + "\n" + json.dumps(row(2, 0.5, 3)), "must be lists of one number a stage in every epoch"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"certificate": ["x", 1]}), "could not convert string to float: 'x'"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"elapsed": "long"}), "could not convert string to float: 'long'"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"test_accuracy": None}), "test_accuracy must be numbers in every epoch"),
         ("config.json", "[]", "not what a run writes"),
         ("config.json", "\xff\x00", "not what a run writes"),
-        ("config.json", '{"method": "sid", "alpha": [7], "classes": ["a"]}', "not what a run writes"),
-        ("config.json", '{"method": "sid", "alpha": 0.5, "classes": []}', "not what a run writes"),
-        ("config.json", '{"method": ["sid"], "alpha": 0.5, "classes": ["a"]}', "not what a run writes"),
-        ("memory.json", None, "No such file or directory"),
-        ("memory.json", '{"rows": []}', "not a memory table"),
-        ("memory.json", json.dumps({"rows": [memory_rows()[0] | {"saved_bytes": "1"}]}), "not a memory table"),
+        ("config.json", '{"alpha": 0.5, "classes": ["a"]}', "not what a run writes"),
+        ("config.json", '{"method": "sid", "alpha": [7], "classes": ["a"]}', "a share is not in [0, 1]"),
+        ("config.json", '{"method": "sid", "alpha": ["a"], "classes": ["a"]}', "not what a run writes"),
+        ("config.json", '{"method": "sid", "alpha": 0.5, "classes": []}', "classes a list"),
+        ("config.json", '{"method": ["sid"], "alpha": 0.5, "classes": ["a"]}', "must be names"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_that_names_it_and_nothing_is_written(file, text, message, tmp_path):
     good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad")
-    (tmp_path / "bad" / "memory.json").write_text(json.dumps({"rows": memory_rows()}))
     if text is None:
         (bad / file).unlink()
     else:
         (bad / file).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError) as error:
-        write_report([good, bad], tmp_path / "out", bad / "memory.json")
+        write_report([good, bad], tmp_path / "out")
     assert str(error.value).startswith(f"{bad / file}: ") and message in str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -284,7 +297,7 @@ def test_no_folders(tmp_path):
 
 def test_a_folder_named_twice_is_one_run(tmp_path):
     run = write_run(tmp_path / "run")
-    assert [one.name for one in load_runs([run, tmp_path / "run" / ".." / "run"])] == ["run"]
+    assert list(load_runs([run, tmp_path / "run" / ".." / "run"]).runs["name"]) == ["run"]
 
 
 @pytest.mark.parametrize(("divergence", "smoothing"), [("forward", 0.0), ("forward", 0.1), ("reverse", 0.1)])
@@ -347,13 +360,14 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: {}, "each of ranks has rank, busy"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "each of ranks has rank, busy"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": [[0, math.inf]]}]}, "each of ranks has"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": []}]}, "each of ranks has"),
-        (lambda found: found | {"bubble": "much"}, "bubble, predicted_bubble, imbalance must be numbers"),
+        (lambda found: {}, "'bubble'"),
+        (lambda found: [], "not what a run writes"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "not what a run writes"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": [[0, math.inf]]}]}, "every time and share must be a number"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": []}]}, "every time and share must be a number"),
+        (lambda found: found | {"bubble": "much"}, "could not convert string to float: 'much'"),
     ],
-)
+)  # fmt: skip
 def test_a_pipeline_that_is_none_is_named(change, message, tmp_path):
     run = write_run(tmp_path / "run", over_ranks=[1, 2])
     (run / "pipeline.json").write_text(json.dumps(change(pipeline())))

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import record
 import torch
+
+from bench.lib import record
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contenders import ALPHA, DTYPES, TOLERANCE, mixed, no_compiler, no_liger
-from footprint import nbytes
 from torch import Tensor
 
+from bench.kernels.contenders import ALPHA, DTYPES, TOLERANCE, mixed, no_compiler, no_liger
+from bench.lib.footprint import nbytes
 from sid_kernels import belief_head_and_grad, fused_belief_head
 
 PRIORS = ("given", "none", "head")

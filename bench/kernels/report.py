@@ -1,7 +1,7 @@
 """Measures the fused local loss against its alternatives and a clone of the same bytes, and files it as one JSON.
 
-    python bench/report.py --out bench/results/cpu.json
-    python bench/report.py --plot bench/results/cpu.json --out docs/images/bench.png
+    python bench/kernels/report.py --out bench/results/cpu.json
+    python bench/kernels/report.py --plot bench/results/cpu.json --out docs/images/bench.png
 
 Everything at one size is measured in one process, in rounds that visit every contender in turn; each is first checked
 against float64 on the inputs it is timed on. "Share of clone" is the bandwidth of the op, counting only the bytes it
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
+from pathlib import Path
 
-import record
-import runner
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
 import torch
-from contenders import (
+
+from bench.kernels.contenders import (
     ALPHA,
     ALTERNATIVES,
     CLONE,
@@ -31,8 +34,8 @@ from contenders import (
     make_problem,
     truth,
 )
-from timing import GraphTimer, Timer, interleave, quartiles, ratios
-
+from bench.lib import record, runner
+from bench.lib.timing import GraphTimer, Timer, interleave, quartiles, ratios
 from sid_kernels.core import backends
 
 GRAPH_ELEMENTS = 1 << 22  # up to here a GPU waits for launches, so calls are replayed from a graph too
@@ -169,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     args = parser.parse(argv)
     if args.plot:
-        import plot
+        from bench.kernels import report_plot
 
-        plot.draw(args.plot, args.out)
+        report_plot.draw(args.plot, args.out)
         print(f"written: {args.out}")
         return 0
     what = "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone"

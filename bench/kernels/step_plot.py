@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cascade_contenders as cascade
-import head_contenders as head
 import matplotlib
-from plot import bars, where
+
+from bench.kernels import cascade_contenders as cascade
+from bench.kernels import head_contenders as head
+from bench.lib.plot import bars, where
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

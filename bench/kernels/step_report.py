@@ -1,7 +1,7 @@
 """Measures a cascade's training step and the belief head against their alternatives: time, memory and operator calls.
 
-    python bench/step_report.py --out bench/results/steps-cpu.json
-    python bench/step_report.py --plot bench/results/steps-cpu.json --out docs/images/steps.png
+    python bench/kernels/step_report.py --out bench/results/steps-cpu.json
+    python bench/kernels/step_report.py --plot bench/results/steps-cpu.json --out docs/images/steps.png
 
 Everything in one case is measured in one process, in rounds that visit every contender in turn; each is first checked
 against float64 on the inputs it is timed on. Peak memory is what is alive at the most during a call beyond its inputs
@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
+from pathlib import Path
 
-import cascade_contenders as cascade
-import footprint
-import head_contenders as head
-import runner
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
 import torch
-from contenders import ALPHA, DTYPES
-from timing import Timer, interleave, quartiles, ratios
 
+from bench.kernels import cascade_contenders as cascade
+from bench.kernels import head_contenders as head
+from bench.kernels.contenders import ALPHA, DTYPES
+from bench.lib import footprint, runner
+from bench.lib.timing import Timer, interleave, quartiles, ratios
 from sid_kernels.cascade import cpu as cascade_cpu
 
 # What the others' times are divided by, and what the summary compares with.
@@ -169,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     # fmt: on
     args = parser.parse(argv)
     if args.plot:
-        import step_plot
+        from bench.kernels import step_plot
 
         step_plot.draw(args.plot, args.out)
         print(f"written: {args.out}")

@@ -1,6 +1,6 @@
 """A pytest plugin: each test's outcome is filed as it comes, one JSON a line, so that a run which is ended leaves them.
 
-    PYTHONPATH=bench python -m pytest -p outcome_lines --outcome-lines=FILE
+    python -m pytest -p bench.gpu.outcome_lines --outcome-lines=FILE
 
 A line has the test, its outcome, its seconds and, unless it passed, why not; a failed one the end of its traceback.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-import record
+from bench.lib import record
 
 WHY, TRACE = 300, 4_000  # characters that are kept
 

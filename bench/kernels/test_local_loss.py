@@ -9,8 +9,9 @@ import statistics
 
 import pytest
 import torch
-from benchmarked import DEVICE, ROUND, checked, seconds_of, timed
-from contenders import CLONE, DTYPES, GPU_SIZES, SIZES, check, contenders, make_problem, names, truth
+
+from bench.kernels.contenders import CLONE, DTYPES, GPU_SIZES, SIZES, check, contenders, make_problem, names, truth
+from bench.lib.benchmarked import DEVICE, ROUND, checked, seconds_of, timed
 
 
 @functools.lru_cache(maxsize=1)  # the largest problems do not fit twice

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -50,3 +52,22 @@ def checked(benchmark, group: str, contender, call: Callable[[], object], check:
     benchmark.group = group
     benchmark.pedantic(call, rounds=max(3, min(50, int(SECONDS / (one * calls)))), iterations=calls)
     return errors
+
+
+@functools.lru_cache(maxsize=1)
+def case(module: ModuleType, size: tuple) -> tuple:
+    """Return a problem of a module of contenders, its true results, the contenders, and why others are left out."""
+    problem = module.make_problem(size, DEVICE)
+    return problem, module.truth(problem), *module.contenders(DEVICE, problem)
+
+
+def measure(benchmark, module: ModuleType, size: tuple, name: str) -> None:
+    """Check a contender of `head_contenders` or `cascade_contenders` against float64, then time it."""
+    problem, expected, listed, left_out = case(module, size)
+    if name not in listed:
+        pytest.skip(left_out.get(name, "not on this machine"))
+    contender = listed[name]
+    run = contender.run(problem)
+    group = f"{module.label(size)}, on {DEVICE}"
+    errors = checked(benchmark, group, contender, run.step, lambda: module.check(contender, run, problem, expected))
+    benchmark.extra_info |= {"what": contender.what, "relative_errors": errors}

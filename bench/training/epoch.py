@@ -1,6 +1,6 @@
 """Images a second of whole CIFAR-10 epochs, loading included: what `sid train` runs against the public reference.
 
-    python bench/epoch.py --data PATH --out bench/results/epoch.json
+    python bench/training/epoch.py --data PATH --out bench/results/epoch.json
 
 Every contender lives in a process of its own, which keeps its warmed state and sleeps until it is told to run an epoch
 of the same class-balanced images; they take turns in an order that rotates from round to round, and the first round
@@ -17,17 +17,20 @@ reference's transforms, some 0.1 ms an image on processes that share the cores w
 import argparse
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import record
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
 import torch
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset
 
+from bench.lib import record
 from sid_trainer import SIDNetwork, sid_step
 from sid_trainer.data.batches import Batches, pixel_statistics
 from sid_trainer.data.datasets import Split
@@ -81,7 +84,7 @@ class InMemory(Dataset):
 def reference(args: argparse.Namespace) -> tuple[Epoch, Accuracy]:
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
-    run = replace(settings(args), fused=False)  # one module per stage
+    run = replace(settings(args), fused=False)  # a module for each stage
     data = make_data(run)
     torch.manual_seed(run.seed)
     network = as_in_the_reference(make_network(run, len(data.classes), data.in_channels, data.image_size))

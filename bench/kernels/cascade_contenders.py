@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contenders import ALPHA, TOLERANCE, no_compiler
-from footprint import nbytes
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from bench.kernels.contenders import ALPHA, TOLERANCE, no_compiler
+from bench.lib.footprint import nbytes
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
 from sid_trainer import SIDNetwork, StackedHeads, Stage, StageHead, capture, sid_step
 from sid_trainer.methods.common import StepOptions, clear_gradients, update

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch", "torchvision", "triton", "liger-kernel", "numpy", "pillow", "pybind11", "cmake", "ninja", "pytest",
     "pytest-benchmark",

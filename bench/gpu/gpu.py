@@ -1,6 +1,6 @@
 """What `make gpu` runs on a machine with CUDA: build, GPU tests, compute-sanitizer, benchmarks; one JSON in the end.
 
-    python bench/gpu.py [--out bench/results/gpu-NAME.json]
+    python bench/gpu/gpu.py [--out bench/results/gpu-NAME.json]
 
 It needs no network: it builds with the Python it is run by, against the torch that is there. Every step has a time
 limit, and all of them together end within `--total` seconds: a step for which no time is left is skipped, and named.
@@ -28,12 +28,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import record
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
+from bench.lib import record
 
 TOTAL = 400.0  # seconds for all steps together
 WORKERS = 12  # processes that test at the same time, where pytest-xdist is there and the machine has the cores
 TAIL = 10_000  # characters of a step's output that are kept
-BENCH = Path(__file__).resolve().parent
 SANITIZER_EXIT = 9  # what compute-sanitizer exits with after a report
 
 
@@ -201,9 +202,9 @@ def what_is_missing() -> list[str]:
 
 def test_command(outcomes: Path) -> tuple[list[str], dict[str, str]]:
     """The command of the GPU tests and its environment; in several processes where pytest-xdist is there."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-p", "outcome_lines"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-p", "bench.gpu.outcome_lines"]
     command.append(f"--outcome-lines={outcomes}")
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(BENCH), os.environ.get("PYTHONPATH"))))}
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(record.ROOT), os.environ.get("PYTHONPATH"))))}
     workers = min(WORKERS, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
@@ -217,7 +218,7 @@ def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
     python, sanitizer = sys.executable, find("compute-sanitizer")
     programs = {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"}  # cmake, ninja
     architectures = os.environ.get("SID_KERNELS_CUDA_ARCHS", f"{capability}-real")
-    case = [python, "bench/sanitizer_case.py"]
+    case = [python, "bench/gpu/sanitizer_case.py"]
     no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
     benchmark, training = scratch / "benchmark.json", scratch / "steps.json"
     tests, environment = test_command(outcomes)
@@ -239,10 +240,10 @@ def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
         # Each tensor an allocation of its own, so that an access beyond its end is one.
         sanitize("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitize("racecheck"),
-        Step("benchmark", lambda limit: [python, "bench/report.py", "--device", "cuda", f"--out={benchmark}",
+        Step("benchmark", lambda limit: [python, "bench/kernels/report.py", "--device", "cuda", f"--out={benchmark}",
                                          f"--budget={max(limit - 45, 20):.0f}"],  # 45 s: for the size begun last
              110, 75, programs, lambda outcome, output: read_json(benchmark, outcome)),
-        Step("steps", lambda limit: [python, "bench/step_report.py", "--device", "cuda", f"--out={training}",
+        Step("steps", lambda limit: [python, "bench/kernels/step_report.py", "--device", "cuda", f"--out={training}",
                                      "--seconds=2", f"--budget={max(limit - 45, 20):.0f}"],
              90, 60, programs, lambda outcome, output: read_json(training, outcome)),
     ]  # fmt: skip

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from contenders import CLONE, DIRECT, FUSED
+
+from bench.kernels.contenders import CLONE, DIRECT, FUSED
+from bench.lib.plot import bars, where
 
 # The alternatives drawn, and their colours; "compiled four-op" stands in the table only.
 DRAWN = {
@@ -63,15 +64,6 @@ def draw(source: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def where(filed: dict) -> str:
-    """What the numbers were measured on."""
-    machine = filed["machine"]
-    if filed["settings"]["device"] == "cuda":
-        return machine["gpu"]["name"]
-    instructions = f" ({machine['instruction_set']})" if machine["instruction_set"] else ""
-    return f"{machine['threads']} threads, {machine['processor']}{instructions}"
-
-
 def _chosen(results: list[dict]) -> list[dict]:
     """One entry a size and dtype: the replayed graph rather than ordinary calls, where every alternative but one is."""
     chosen = {(e["rows"], e["classes"], e["dtype"]): e for e in results if e["launch"] == "calls"}
@@ -79,28 +71,3 @@ def _chosen(results: list[dict]) -> list[dict]:
         if entry["launch"] == "graph" and FUSED in entry["contenders"]:
             chosen[entry["rows"], entry["classes"], entry["dtype"]] = entry
     return list(chosen.values())
-
-
-def bars(
-    panel,
-    values: dict[str, list[float | None]],
-    colors: dict[str, str],
-    labels: list[str],
-    text: Callable[[float], str],
-    base: float = 0.0,
-) -> None:
-    """Groups of bars from `base` on, with their values beyond their ends; a missing value leaves its place empty."""
-    width = 0.8 / len(values)
-    for i, (name, row) in enumerate(values.items()):
-        places = [x - 0.4 + (i + 0.5) * width for x in range(len(row))]
-        heights = [(base if value is None else value) - base for value in row]
-        panel.bar(places, heights, width * 0.94, base, color=colors[name], label=name)
-        for place, value in zip(places, row, strict=True):
-            if value:
-                offset, side = ((0, 2), "bottom") if value >= base else ((0, -3), "top")
-                panel.annotate(
-                    text(value), (place, value), offset, textcoords="offset points", ha="center", va=side, fontsize=7
-                )
-    panel.set_xticks(range(len(labels)), labels, fontsize=8)
-    panel.tick_params(axis="y", labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)

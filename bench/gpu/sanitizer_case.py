@@ -1,9 +1,9 @@
 """Small problems through every path of the CUDA kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitizer_case.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/gpu/sanitizer_case.py
 
-Each result is compared with the reference backend's on the CPU, so that the run also fails where the sanitizer has
-nothing to report but a value is wrong. Exit status: 0 all right, 1 a wrong value, 2 the backend cannot be used.
+Each result is compared with the reference backend's in float64 on the CPU, so that the run also fails if the sanitizer
+has nothing to report but a value is wrong. Exit status: 0 all right, 1 a wrong value, 2 the backend cannot be used.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def placed(x: Any, device: str, padding: int = 0) -> Any:
 
 
 def run(case: Case, backend: str, seed: int) -> str | None:
-    """None, or what is wrong."""
+    """Run a case; return None, or what is wrong."""
     logits, prior, target, alpha = tensors(case, seed)
-    want, want_grad = local_loss_and_grad(logits, prior, target, alpha, backend="reference", **case.options)
+    exact = (x.double() if x is not None and x.is_floating_point() else x for x in (logits, prior, target))
+    want, want_grad = local_loss_and_grad(*exact, alpha, backend="reference", **case.options)
     device = backends.BACKENDS[backend][0]
     z = placed(logits, device, case.padding)
     arguments = (placed(prior, device, case.padding), placed(target, device), placed(alpha, device))
@@ -104,8 +105,7 @@ def run(case: Case, backend: str, seed: int) -> str | None:
         (scaled,) = torch.autograd.grad(loss, z, torch.full_like(loss, 3.0))
         results.append(("scaled dlogits", scaled / 3.0, want_grad))
     for name, value, expected in results:
-        dtype, expected = expected.dtype, expected.double()
-        allowed = TOLERANCE[dtype] * (2.0 if "dlogits" in name else 1.0)  # of the largest value
+        allowed = TOLERANCE[value.dtype] * (2.0 if "dlogits" in name else 1.0)  # of the largest value
         error = float((value.cpu().double() - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
         if not error <= allowed:  # NaN is not
             return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
