@@ -12,7 +12,7 @@ from torch import OutOfMemoryError, set_flush_denormal
 from .distributed.rendezvous import LostRank, is_main_process, leave, wait_for_main_process
 from .options import parser
 from .training.config import MOVABLE, RunConfig
-from .training.trainer import Interrupted, NonFiniteLoss
+from .training.trainer import Interrupted, NonFiniteLoss, Trainer
 
 HOLDS = {  # what lies in a data set's folder, the first that is there: Tiny-ImageNet has a train, too
     "wnids.txt": "tiny-imagenet", "train": "folder", "MNIST": "mnist", "FashionMNIST": "fashion-mnist",
@@ -57,7 +57,7 @@ def run_train(args: argparse.Namespace) -> None:
         show(trainer.folder)
 
 
-def introduce(trainer) -> None:
+def introduce(trainer: Trainer) -> None:
     about, data = trainer.metadata, trainer.data
     print(
         f"{about['method']} on {about['dataset']}: {len(data.train.labels)} training and {len(data.test.labels)} test"
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parser(COMMANDS).parse_args(arguments)
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     prog = f"sid {args.command}"
     try:
         args.run(args)
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{prog}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"{prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from .data.datasets import DATASETS
 from .methods.common import STEP_SCHEDULES
@@ -14,7 +15,7 @@ from .training.config import DTYPES, PARALLEL, RunConfig
 class Parser(argparse.ArgumentParser):
     """A wrong argument gets one line, not argparse's usage text before it."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -18,6 +18,9 @@ FORMATS = ("torch", "onnx")
 class PixelClassifier(nn.Module):
     """A network that normalises its inputs: images (B, C, H, W), float32 in [0, 1], to logits (B, classes)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: SIDNetwork, mean: Tensor, std: Tensor):
         super().__init__()
         self.network = network
@@ -53,7 +56,9 @@ def write_program(program: torch.export.ExportedProgram, classes: Sequence[str],
     if form == "torch":
         torch.export.save(program, buffer, extra_files={"classes.json": names})
     else:
-        model = torch.onnx.export(program, dynamo=True, verbose=False).model
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert exported is not None  # only None with dynamo=False
+        model = exported.model
         model.metadata_props["classes"] = names
         import onnx_ir
 

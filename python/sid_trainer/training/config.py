@@ -6,6 +6,7 @@ Every setting is checked here, before anything is read or made.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ class TrainConfig:
 
 
 # A strong recipe for backpropagation on the network, and the same for every method it is compared with.
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
     "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
     "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
@@ -100,7 +101,7 @@ class RunConfig(TrainConfig):
     head_depth: int = 1
     hidden_dim: int = 256
     grid: int = 4
-    alpha: float | str | Sequence[float] = 0.5  # also a text that `alpha_by_depth` takes
+    alpha: float | str | Sequence[float] = 0.5  # type: ignore[assignment]  # also a text that `alpha_by_depth` takes
     parallel: str = "none"  # how the processes that torchrun started share the work
     replicas: int = 1  # of the pipeline, each with a share of every batch
     stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
@@ -158,11 +159,12 @@ PROCESSES = ("parallel", "replicas", "stages_per_rank", "in_flight", "timeout")
 MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROCESSES)
 
 
-def run_config(**given) -> RunConfig:
+def run_config(**given: Any) -> RunConfig:
     """Return the settings of a run; what is not given (or None) comes from the network's recipe, then the default."""
     given = {name: value for name, value in given.items() if value is not None}
-    recipe = RECIPES.get(given.get("arch", RunConfig.arch), {})
-    return RunConfig(**{"epochs": 30 if given.get("dataset", "digits") == "digits" else 5} | recipe | given)
+    recipe: dict[str, Any] = RECIPES.get(given.get("arch", RunConfig.arch), {})
+    epochs = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5}
+    return RunConfig(**epochs | recipe | given)
 
 
 def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ...] | str:
