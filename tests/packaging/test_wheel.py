@@ -108,9 +108,9 @@ def python(wheel, tmp_path_factory) -> Path:
 
 IMPORTS = """
 import sid_kernels, sid_trainer, sid_kernels._C, torch
-from sid_kernels.local_loss import dispatch
+from sid_kernels.core import backends
 from sid_trainer import TrainConfig, Trainer, build_network, cut, sid_step
-assert dispatch.unavailable("cpu") is None
+assert backends.unavailable("cpu") is None
 print(sid_kernels.__file__, sid_trainer.__file__, sid_kernels._C.__file__, sep="\\n")
 logits = torch.randn(4, 10, requires_grad=True)
 sid_kernels.fused_local_loss(logits, torch.full((4, 10), 0.1), torch.arange(4), backend="cpu").loss.backward()

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 from .results import METHODS, Results, shown
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False,
@@ -61,7 +61,7 @@ def draw_report(results: Results) -> bytes:
     epochs = epochs.assign(seconds=epochs.groupby(["group", "epoch"])["elapsed"].transform("mean"))
     alone = stages["run"].map(runs["stages"]) == 1  # a network with a single answer is a level beside other stages
     levels = stages[alone].drop(columns="stage").merge(stages[["stage"]].drop_duplicates(), how="cross")
-    stages = pd.concat([stages[~alone], levels.assign(certificate=math.nan)])
+    stages = pd.concat([stages[~alone], levels.assign(certificate=math.nan)], ignore_index=True)
     panels = [(stages, "stage", column) for column in BY_STAGE]
     panels += [
         (epochs, "epoch", "test_accuracy"),

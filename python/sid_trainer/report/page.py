@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ RANKS = "name rank stages busy receiving sending reducing bytes_sent peak_memory
 
 def as_text(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return columns of a table as text under their titles, without those in which no row has a value."""
-    titles = {column: COLUMNS.get(column, (column, shown)) for column in columns}
-    text = {title: table[column].map(form, na_action="ignore").fillna("–") for column, (title, form) in titles.items()}
-    return pd.DataFrame({title: cells for title, cells in text.items() if (cells != "–").any()})
+    text = {}
+    for column in columns:
+        title, form = COLUMNS.get(column, (column, shown))
+        known = table[column].notna()
+        cells = [form(value) if there else "–" for value, there in zip(table[column], known, strict=True)]
+        if {*cells} != {"–"}:
+            text[title] = cells
+    return pd.DataFrame(text, index=table.index)
 
 
 def comparison_text(runs: pd.DataFrame) -> pd.DataFrame:
@@ -51,7 +57,7 @@ def comparison_text(runs: pd.DataFrame) -> pd.DataFrame:
 
 def as_markdown(text: pd.DataFrame) -> str:
     """Return a table of text as Markdown."""
-    lines = [list(text), ["---"] * text.shape[1], *text.to_numpy().tolist()]
+    lines: list[list[str]] = [[*map(str, text.columns)], ["---"] * text.shape[1], *text.to_numpy().tolist()]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -70,9 +76,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     epochs = [shown(n) if n == of else f"{n:.0f} of {shown(of)}" for n, of in zip(runs["epoch"], asked, strict=True)]
     depth = [config.get("depth", stages) for config, stages in zip(runs["config"], runs["stages"], strict=True)]
     pictures = {"report.png": draw_report(results)}
-    pipelines = [
-        (run.name, results.pipelines[run.Index]) for run in runs.itertuples() if run.Index in results.pipelines
-    ]
+    names = zip(runs.index.tolist(), runs["name"], strict=True)
+    pipelines = [(name, results.pipelines[run]) for run, name in names if run in results.pipelines]
     if pipelines:
         pictures["pipeline.png"] = draw_pipelines(pipelines)
     ranks = pd.DataFrame([rank | {"name": name} for name, pipeline in pipelines for rank in pipeline["ranks"]])
@@ -91,5 +96,5 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for name, content in {**pictures, "report.html": page.encode()}.items():
-        write_atomically(out / name, lambda file, content=content: file.write(content))
+        write_atomically(out / name, methodcaller("write", content))
     return out / "report.html"

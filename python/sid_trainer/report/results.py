@@ -48,8 +48,8 @@ def load_runs(folders: Sequence[Path | str]) -> Results:
     if not paths:
         raise ValueError("folders: no run's folder was given")
     names = [path.resolve().name for path in paths]
-    configs = [read_config(path / CONFIG) for path in paths]
     tables = [[table.assign(run=run) for table in read_metrics(path / METRICS)] for run, path in enumerate(paths)]
+    configs = [read_config(path / CONFIG) for path in paths]
     epochs, stages = (pd.concat(table, ignore_index=True) for table in zip(*tables, strict=True))
     shared = epochs.groupby("run")["pipeline"].last()  # otherwise the file is of an earlier epoch
     files = {run: path / PIPELINE for run, path in enumerate(paths) if shared[run] and (path / PIPELINE).exists()}
@@ -74,13 +74,15 @@ def add_settings(runs: pd.DataFrame) -> pd.DataFrame:
     for key in ("arch", "layout", "method", "seed"):
         runs[key] = [config.get(key) for config in runs["config"]]
     runs["label_noise"] = [config.get("label_noise") or 0.0 for config in runs["config"]]
-    runs["ideal"] = [ideal_of(config, stages) for config, stages in zip(runs["config"], runs["stages"], strict=True)]
+    ideal = [ideal_of(config, stages) for config, stages in zip(runs["config"], runs["stages"], strict=True)]
+    runs["ideal"] = pd.Series(ideal, runs.index, dtype=object)
     exact = settings_of(runs, json.dumps).drop(columns="seed", errors="ignore")
     runs["group"] = exact.assign(stages=runs["stages"]).groupby(list(exact) + ["stages"], sort=False).ngroup()
+    configs = dict(zip(runs.index, runs["config"], strict=True))
     for _, family in exact.groupby([runs[key] for key in FAMILY], dropna=False):
         named = [key for key in exact if key not in FOLLOWS and family[key].nunique() > 1]
         for run in family.index:
-            text = (f"{key} {shown(runs.at[run, 'config'].get(key))}" for key in named)
+            text = (f"{key} {shown(configs[run].get(key))}" for key in named)
             runs.loc[run, "settings"] = ", ".join(text)
     runs["place"] = [METHODS.index(m) if m in METHODS else len(METHODS) for m in runs["method"]]
     runs["number"] = pd.to_numeric(runs["seed"], errors="coerce")
@@ -163,7 +165,7 @@ def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     with reading(file):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if not rows:
-            raise ValueError("no epoch")
+            raise ValueError("it holds no whole epoch")
         columns = {key: [row[key] for row in rows] for key in NUMBERS}
         columns |= {key: [row.get(key) for row in rows] for key in OPTIONAL}
         epochs = pd.DataFrame(columns, dtype=float)
@@ -177,7 +179,7 @@ def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     epochs["elapsed"] = epochs["elapsed"].fillna(epochs["seconds"].cumsum())
     epochs["pipeline"] = ["pipeline" in row for row in rows]
     stages["epoch"], stages["stage"] = (
-        np.repeat(epochs["epoch"], depth).to_numpy(),
+        np.repeat(epochs["epoch"].to_numpy(), depth),
         np.tile(range(1, depth + 1), len(rows)),
     )
     stages["last"] = stages["epoch"] == epochs["epoch"].max()
@@ -198,8 +200,10 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_pipeline(file: Path) -> dict[str, Any]:
-    """Return pipeline.json: shares of idle time in the last epoch and, for each of `ranks`, the numbers RANK, its
-    stages (from 1) and its first `batches`, [start, end] in seconds."""
+    """Return the content of pipeline.json, checked: idle time of the last epoch and the numbers of each rank.
+
+    Each of `ranks` has the numbers RANK, its stages (from 1) and its first `batches`, [start, end] in seconds.
+    """
     with reading(file):
         pipeline = json.loads(file.read_text(encoding="utf-8"))
         numbers = [pipeline[key] for key in ("bubble", "predicted_bubble", "imbalance")]

@@ -256,7 +256,7 @@ def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
     [
         ("metrics.jsonl", None, "No such file or directory"),
         ("config.json", None, "No such file or directory"),
-        ("metrics.jsonl", "", "not what a run writes (no epoch)"),
+        ("metrics.jsonl", "", "not what a run writes (it holds no whole epoch)"),
         ("metrics.jsonl", "{}\n", "not what a run writes ('epoch')"),
         ("metrics.jsonl", "[]\n", "not what a run writes"),
         ("metrics.jsonl", json.dumps(row(1, 0.5)) + '\n{"epoch": 2, "tr', "not what a run writes"),
