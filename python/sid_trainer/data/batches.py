@@ -3,7 +3,9 @@
 Images in memory and images streamed from files go through the same code and give the same bits.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +35,12 @@ class Batches:
     ):  # fmt: skip
         self.batch_size, self.device, self.workers = batch_size, device, workers
         self.channels_last, self.share = channels_last, share
+        self.images = split.images
         try:
-            self.images = split.images if isinstance(split.images, ImageFiles) else split.images.to(device)
+            if isinstance(self.images, Tensor):
+                self.images = self.images.to(device)
         except torch.OutOfMemoryError as error:
-            gigabytes = split.images.nbytes / 1e9
+            gigabytes = math.prod(self.images.shape) / 1e9
             raise DataError(f"{gigabytes:.1f} GB of images do not fit on {device}; stream image files") from error
         self.labels = split.labels.to(device)
         width = self.images.shape[2]  # scale and shift of a whole row of pixels: 4 times as fast as with (C,) on a CPU
@@ -56,12 +60,12 @@ class Batches:
         first, every = self.share
         return [index[first::every] for index in order.split(self.sizes())[start:]]
 
-    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield (images, labels) of every batch in the order of the split."""
         for images, labels in self.pixels(torch.arange(len(self.labels)), 0):
             yield self.normalised(images), labels
 
-    def shuffled(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def shuffled(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
         """Yield batches start, start + 1, ... of an epoch in which every image comes once.
 
         The order depends on (seed, epoch) alone, and the crops and flips of batch t on (seed, epoch, t) alone.

@@ -5,16 +5,18 @@ torchvision's own files, `tiny-imagenet` from its own layout, and `folder` (as `
 train/<class>/... and test/<class>/... or val/<class>/... Nothing that is read can run code.
 """
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..files import write_atomically
-from .image_folder import DataError, ImageFiles, Listing, annotated_images, class_folders, decoded, one_line
+from .image_folder import DataError, ImageFiles, Listing, annotated_images, class_folders, decode, one_line
 
 __all__ = ["DATASETS", "DataError", "ImageData", "ImageFiles", "Split", "load_data", "write_atomically"]
 
@@ -48,7 +50,8 @@ class ImageData(NamedTuple):
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W)."""
-        return tuple(self.train.images.shape[1:3])
+        _, height, width, _ = self.train.images.shape
+        return height, width
 
 
 def load_data(
@@ -76,8 +79,8 @@ def load_data(
         raise DataError(f"the data set {name!r} needs the path of its files")
     if name == "digits" and path is not None:
         raise DataError(f"the data set 'digits' is inside scikit-learn and has no path, not {os.fspath(path)!r}")
-    root = None if path is None else Path(path)
-    if root is not None and not root.is_dir() and not download:
+    root = Path(path or "")
+    if path is not None and not root.is_dir() and not download:
         raise DataError(f"{root}: no such folder")
 
     in_files = name in ("tiny-imagenet", "folder") or (name == "cifar10" and (root / "train").is_dir())
@@ -98,13 +101,16 @@ def load_data(
         sizes = " and ".join("x".join(map(str, images.size)) for images in files)
         raise DataError(f"{root}: training and test images differ in size ({sizes}); image_size makes all equal")
     if stream is None:
-        stream = sum(np.prod(images.shape) for images in files) > physical_memory() / 2
-    splits = []
-    for listing, images in zip((train, test), files, strict=True):
-        if not stream:
-            images = decoded(images, listing.folder, default_cache() if cache is None else Path(cache), workers)
-        splits.append(Split(images, torch.tensor(listing.labels)))
-    return ImageData(*splits, train.classes, crop=8 if name == "tiny-imagenet" else 4, flip=True)
+        stream = sum(math.prod(images.shape) for images in files) > physical_memory() / 2
+
+    def split(listing: Listing, images: ImageFiles) -> Split:
+        labels = torch.tensor(listing.labels)
+        if stream:
+            return Split(images, labels)
+        return Split(decode(images, listing.folder, default_cache() if cache is None else Path(cache), workers), labels)
+
+    crop = 8 if name == "tiny-imagenet" else 4
+    return ImageData(split(train, files[0]), split(test, files[1]), train.classes, crop, flip=True)
 
 
 def image_folder(root: Path) -> tuple[Listing, Listing]:
@@ -145,7 +151,7 @@ def load_mnist(root: Path, name: str, download: bool) -> ImageData:
         fetch(kind, root)
     raw = root / kind.__name__ / "raw"
 
-    def read(file: Path, reader) -> Tensor:
+    def read(file: Path, reader: Callable[[str], Tensor]) -> Tensor:
         if not file.is_file():
             raise DataError(f"{file}: no such file (the {kind.__name__} files belong there, unpacked)")
         try:
@@ -185,11 +191,11 @@ def load_cifar(root: Path, name: str, download: bool) -> ImageData:
                 what = "its checksum is not the original's" if (folder / file).is_file() else "no such file"
                 raise DataError(f"{folder / file}: {what}, so no {kind.__name__} file was opened") from error
         raise
-    splits = (Split(torch.from_numpy(np.ascontiguousarray(part.data)), torch.tensor(part.targets)) for part in parts)
-    return ImageData(*splits, list(parts[0].classes), crop=4, flip=True)
+    train, test = (Split(torch.from_numpy(part.data.copy()), torch.tensor(part.targets)) for part in parts)
+    return ImageData(train, test, list(parts[0].classes), crop=4, flip=True)
 
 
-def fetch(kind, root: Path) -> None:
+def fetch(kind: Any, root: Path) -> None:
     try:
         kind(str(root), download=True)
     except Exception as error:  # networks, disks and archives fail in many ways

@@ -148,7 +148,7 @@ def annotated_images(folder: Path, classes: list[str]) -> Listing:
     return Listing(folder, [str(images / name) for name, _ in rows], [numbers[name] for _, name in rows], classes)
 
 
-def decoded(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> Tensor:
+def decode(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> Tensor:
     """Return all images as one tensor (N, H, W, 3) uint8, from the cache if it still matches the files in `folder`."""
     place = hashlib.sha256(b"%s %d" % (os.fsencode(folder.resolve()), images.image_size or 0)).hexdigest()[:16]
     listing = hashlib.sha256()
@@ -166,7 +166,7 @@ def decoded(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> 
             return torch.from_numpy(array)
     except (OSError, ValueError, EOFError):  # not there, or damaged: decoded again
         pass
-    array = decode(images, folder.name, workers)
+    array = decode_all(images, folder.name, workers)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, lambda file: np.save(file, array, allow_pickle=False))
@@ -177,7 +177,7 @@ def decoded(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> 
     return torch.from_numpy(array)
 
 
-def decode(images: ImageFiles, what: str, workers: int) -> np.ndarray:
+def decode_all(images: ImageFiles, what: str, workers: int) -> np.ndarray:
     from tqdm import tqdm
 
     array = np.empty(images.shape, np.uint8)

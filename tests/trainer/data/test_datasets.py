@@ -58,13 +58,13 @@ def test_an_odd_name_is_only_a_name(tmp_path):
 
 def test_the_cache_is_used_while_it_fits_and_rebuilt_when_not(tmp_path, monkeypatch):
     root, cache = write_image_folder(tmp_path / "set"), tmp_path / "cache"
-    decodes, decode = [], image_folder.decode
+    decodes, decode_all = [], image_folder.decode_all
 
     def counted(images, what, workers):
         decodes.append(what)
-        return decode(images, what, workers)
+        return decode_all(images, what, workers)
 
-    monkeypatch.setattr(image_folder, "decode", counted)
+    monkeypatch.setattr(image_folder, "decode_all", counted)
 
     def load(**options):
         decodes.clear()
