@@ -55,6 +55,12 @@ struct LocalLossProblem {
   float* fidelity = nullptr;
   float* consistency = nullptr;
   MutableRows dlogits;  // gradient of the reduced loss; no data: not wanted; may be the logits' memory
+
+  // The incoming gradient, which multiplies dlogits before they are rounded: row r has incoming[r * incoming_stride];
+  // null: 1. An incoming_stride of 0 means one number for all rows.
+  const float* incoming = nullptr;
+  int64_t incoming_stride = 0;
+  bool precomputed = false;  // dlogits holds the gradient for an incoming number of 1: CUDA then writes nothing
 };
 
 }  // namespace sid

@@ -102,12 +102,17 @@ def belief_head_and_grad(
     layer, need = LinearLayer(hidden, weight, bias), Wanted(True, True, bias is not None)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if not needs_operator(*layer, *parts, target, alpha):
-        return dispatch.solve(layer, prior, target, alpha, make_options(*options), return_belief, need, backend)
+        result, found = dispatch.solve(
+            layer, prior, target, alpha, make_options(*options), return_belief, need, backend
+        )
+        return result, Gradients(*(None if x is None else x.to(hidden.dtype) for x in found))
     ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
     result, gradients = torch_op.call(layer, prior, target, alpha, options, return_belief, backend, need, ones)
     loss, belief, fidelity, consistency = (None if x is None else x.detach() for x in result)
     assert loss is not None and fidelity is not None and consistency is not None
-    found = Gradients(*(x.detach() if wanted else None for x, wanted in zip(gradients, need, strict=True)))
+    found = Gradients(
+        *(x.detach().to(hidden.dtype) if wanted else None for x, wanted in zip(gradients, need, strict=True))
+    )
     return LocalLoss(loss, belief, fidelity, consistency), found
 
 
@@ -182,7 +187,7 @@ class _Unreduced(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: a constant whose own derivative raises
             one = torch.ones((), device=hidden.device)
             gradients = [None if x is None else first_derivative(ctx, x, one, "fused_belief_head") for x in gradients]
-        return None, None, None, *gradients
+        return None, None, None, *(None if x is None else x.to(hidden.dtype) for x in gradients)
 
 
 def _autocast(layer: LinearLayer, prior: Tensor | PriorHead | None) -> tuple[LinearLayer, Tensor | PriorHead | None]:

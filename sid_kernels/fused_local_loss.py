@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .core.autograd import apply_of, first_derivative, needs_operator, scale_gradient, wants_grad
-from .core.options import DEFAULTS, make_options
+from .core.options import DEFAULTS, HALF, make_options
 from .local_loss import cpu, torch_op
+from .local_loss.backward import AttachHalf, computes_ahead
 from .local_loss.dispatch import run_shaped
 from .local_loss.problem import LocalLoss, check_out_like, make_problem
 
@@ -66,7 +67,13 @@ def fused_local_loss(
     if outputs is None:
         need_grad = wants_grad(logits)
         problem = make_problem(logits, prior, target, alpha, make_options(*options), need_grad=need_grad)
+        half = need_grad and logits.dtype in HALF
+        if half:
+            problem = problem._replace(need_grad=computes_ahead(problem, backend))
         outputs = run_shaped(problem, backend, logits.shape)
+        if half:
+            loss = _attach_half(logits, (outputs.loss, outputs.dlogits), problem, backend)
+            return LocalLoss(loss, outputs.belief, outputs.fidelity, outputs.consistency)
     loss, belief, fidelity, consistency, dlogits = outputs
     if logits.requires_grad and torch.is_grad_enabled():
         loss = _attach(logits, (loss, dlogits))
@@ -136,4 +143,4 @@ class _Attach(torch.autograd.Function):
         return scale_gradient(dlogits, grad_loss), None
 
 
-_attach = apply_of(_Attach)
+_attach, _attach_half = apply_of(_Attach), apply_of(AttachHalf)

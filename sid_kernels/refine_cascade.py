@@ -104,9 +104,11 @@ def refine_cascade_and_grad(
             features, weights, target, alpha, prior, cascade_options(*options), backend, (True, need_features), out
         )
         assert found is not None
-        return result, dfeatures, found
+        dfeatures = None if dfeatures is None else dfeatures.to(features.dtype)
+        return result, dfeatures, CascadeWeights(*(x.to(features.dtype) for x in found)) if out is None else found
     outputs = torch_op.call(features, weights, target, alpha, prior, options, backend, need_grad=True)
     outputs = [x.detach() for x in outputs]
+    outputs[6:] = [x.to(features.dtype) for x in outputs[6:]]
     gradients = CascadeWeights(*outputs[7:])
     if out is not None:
         gradients = CascadeWeights(*(x.copy_(gradient) for x, gradient in zip(out, gradients, strict=True)))

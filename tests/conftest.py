@@ -66,7 +66,7 @@ def as_at_the_start():
 @pytest.fixture
 def allocated():
     """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
-    from footprint import allocated_peak
+    from bench.lib.footprint import allocated_peak
 
     return allocated_peak
 

@@ -12,6 +12,10 @@ namespace sid {
 
 namespace py = pybind11;
 
+// The version of the functions' arguments, which sid_kernels/core/native.py compares with its INTERFACE on import.
+// Raise both if the arguments of a binding change.
+constexpr int kInterface = 2;
+
 // Return the address in an integer; 0 is null.
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
@@ -39,7 +43,8 @@ inline LossSpec loss_spec(const py::tuple& t) {
            static_cast<Reduction>(item<int>(options, 3))}};
 }
 
-// Return the problem with the outputs (loss, belief, fidelity, consistency, dlogits).
+// Return the problem with the outputs (loss, belief, fidelity, consistency, dlogits), and in a backward pass a sixth
+// item, the incoming gradient: (address, stride, precomputed).
 inline LocalLossProblem local_loss_problem(int64_t rows, int64_t classes, const py::tuple& logits,
                                            const py::tuple& prior, const py::tuple& spec, const py::tuple& outputs) {
   LocalLossProblem problem;
@@ -53,6 +58,12 @@ inline LocalLossProblem local_loss_problem(int64_t rows, int64_t classes, const 
   problem.fidelity = pointer<float>(outputs, 2);
   problem.consistency = pointer<float>(outputs, 3);
   problem.dlogits = rows_to_write(item<py::tuple>(outputs, 4));
+  if (outputs.size() > 5) {
+    const auto incoming = item<py::tuple>(outputs, 5);
+    problem.incoming = pointer<const float>(incoming, 0);
+    problem.incoming_stride = item<int64_t>(incoming, 1);
+    problem.precomputed = item<bool>(incoming, 2);
+  }
   const bool target = problem.spec.labels || problem.spec.soft.data;
   const bool losses = problem.loss && problem.fidelity && problem.consistency;
   const bool no_losses = rows == 0 && problem.spec.options.reduction == Reduction::none;

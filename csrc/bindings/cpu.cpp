@@ -72,6 +72,7 @@ py::object cascade(const py::tuple& sizes, const py::tuple& weights, const py::t
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("interface") = sid::kInterface;
   m.def("instruction_set", &sid::cpu_instruction_set);
   m.def("local_loss", &local_loss);
   m.def("cascade", &cascade);

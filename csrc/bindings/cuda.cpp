@@ -36,6 +36,7 @@ void scale(int64_t rows, int64_t classes, const py::tuple& in, const py::tuple& 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  m.attr("interface") = sid::kInterface;
   m.def("workspace_bytes", &sid::workspace_bytes);
   m.def("local_loss", &local_loss);
   m.def("scale", &scale);

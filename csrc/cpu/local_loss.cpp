@@ -181,8 +181,8 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
         else if (full) store(pb + i, belief);
         else store_first(pb + i, belief, m);
         if (!gradient) return;
-        // scale = 0 marks an ignored row: its gradient is 0 even if its logits are NaN.
-        const Vec g = scale == 0.0f ? Vec{} : scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi);
+        // The gradient of an ignored row is 0 even if its logits are NaN.
+        const Vec g = s.counts ? scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi) : Vec{};
         if (past_caches) stream(db + i, g);
         else if (full) store(db + i, g);
         else store_first(db + i, g, m);
@@ -243,7 +243,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
 
   void run(int64_t begin, int64_t end, float scale, const RowLosses& losses) const {
     const auto float32 = [](DType t, const void* data) { return !data || t == DType::f32; };
-    if (problem.classes <= kWidth && float32(problem.logits.dtype, this) &&
+    if (problem.classes <= kWidth && !problem.incoming && float32(problem.logits.dtype, this) &&
         float32(problem.prior.dtype, problem.prior.data) && float32(problem.spec.soft.dtype, problem.spec.soft.data) &&
         float32(problem.belief.dtype, problem.belief.data)) {
       RowTarget row{static_cast<float>(problem.classes),
@@ -261,7 +261,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     }
     for (int64_t r = begin; r < end; ++r) {
       const SummedRow s = sum_row(r);
-      write_row(s, r, s.counts ? scale : 0.0f);
+      write_row(s, r, problem.incoming ? scale * problem.incoming[r * problem.incoming_stride] : scale);
       set_losses(losses, r, s.result, s.counts);
     }
   }

@@ -68,6 +68,7 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
   const LocalLossProblem& problem = job.problem;
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(shared_memory());
   float* slots = reinterpret_cast<float*>(&shared + 1);
+  if (problem.precomputed && problem.incoming_stride == 0 && *problem.incoming == 1.0f) return;
   const bool warp = job.plan.warp;  // a row belongs to some lanes of a warp; otherwise, to all threads of a cluster
   const int size = threads(), cluster = job.plan.cluster;
   const int lane = warp ? thread() & ((1 << job.lanes_log2) - 1) : (cluster > 1 ? cluster_rank() * size : 0) + thread();
@@ -168,7 +169,9 @@ template <class T, template <class> class Divergence> SID_KERNEL(kBlockThreads, 
       const View<T> view(job, opaque(r), lane);
       const Row<T> p(problem.belief.data, problem.belief.stride, problem.belief.dtype, view.row);
       const Row<T> dz(problem.dlogits.data, problem.dlogits.stride, problem.dlogits.dtype, view.row);
-      const float base = reference(state.max), scale = invalid_label ? NAN : shared.weight;
+      const float base = reference(state.max);
+      float scale = invalid_label ? NAN : shared.weight;
+      if (problem.incoming) scale *= problem.incoming[view.row * problem.incoming_stride];
       const float log2_sum = result.log_sum * kLog2e;
       auto belief_of = [&](float t) { return fast_exp2(fmaf(t, kLog2e, -log2_sum)); };
       GradientCoefficients coefficients = Divergence<float>::gradient_coefficients(row, result, scale);

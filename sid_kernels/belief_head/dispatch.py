@@ -8,6 +8,7 @@ on chip replaces the chunks for few classes on a GPU.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..core import backends
 from ..core.autograd import without_autocast
 from ..core.checks import check_values, debug_enabled
-from ..core.options import LossOptions
+from ..core.options import HALF, LIFT, LossOptions
+from ..core.products import add_product, multiply
 from ..local_loss.dispatch import run as run_local_loss
 from ..local_loss.problem import LocalLoss, LocalLossProblem, scale_of_mean
 from . import triton_launch
@@ -24,10 +26,9 @@ from .problem import BeliefHeadProblem, Gradients, LinearLayer, PriorHead, Wante
 # Bytes of the logits of a chunk, and of a prior recomputed beside them. Each chunk reads and writes the weight's
 # gradient once, so chunks are as large as memory allows. CPU: what remains of 64 MiB beside it.
 CHUNK_BYTES = {"cpu": 56 << 20, "cuda": 256 << 20}
-# Up to this many chunks the weight's gradient is summed in bfloat16, with as many roundings; beyond, in float32. For
-# float16, whose range a sum may exceed, always in float32.
+# On a GPU, a weight's gradient of 2 to ROUNDINGS chunks is summed in bfloat16: adding products to a float32 sum in
+# memory would take longer than the products. Otherwise sums of half precision are in float32.
 ROUNDINGS = 8
-WIDE_BYTES = 16 << 20  # of a product before it is added to a float32 sum
 
 
 def solve(
@@ -43,7 +44,8 @@ def solve(
 ) -> tuple[LocalLoss, Gradients]:
     """Return the local loss of a head and the gradients in `need`, for the arguments of `fused_belief_head`.
 
-    row_scale: (...), float32, the incoming gradient of each row's loss, for reduction "none".
+    row_scale: (...), float32, the incoming gradient of each row's loss, for reduction "none". Gradients in half
+    precision are returned in float32, to be rounded when the incoming gradient is known.
     """
     problem = make_problem(layer, prior, target, alpha, options, need_belief, need)
     backends.check_name(backend)
@@ -51,7 +53,8 @@ def solve(
     if problem.hidden.device.type == "cpu" or debug_enabled():
         check_values(problem.spec, classes)
     if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
+        compute = torch.float64 if layer.hidden.dtype is torch.float64 else torch.float32
+        row_scale = row_scale.reshape(-1).to(compute).contiguous()
     with torch.no_grad(), without_autocast(problem.hidden):
         if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_launch.takes(problem):
             losses, belief, gradients = _run_on_chip(problem, row_scale)
@@ -61,6 +64,8 @@ def solve(
         losses = losses.view(3, *shape[:-1]) if options.reduction == "none" else losses.sum(1)
     if gradients.hidden is not None:
         gradients = gradients._replace(hidden=gradients.hidden.view(shape))
+    if layer.hidden.dtype in HALF:
+        gradients = Gradients(*(None if x is None else x.float() for x in gradients))
     loss, fidelity, consistency = losses.unbind()
     belief = None if belief is None else belief.view(*shape[:-1], classes)
     return LocalLoss(loss, belief, fidelity, consistency), gradients
@@ -80,41 +85,46 @@ def rows_at_once(problem: BeliefHeadProblem) -> int:
 
 def _run_on_chip(problem: BeliefHeadProblem, row_scale: Tensor | None) -> tuple[Tensor, Tensor | None, Gradients]:
     """Return losses (3, N), belief and gradients from one kernel and the products that sum over rows."""
+    scale, half = None, problem.hidden.dtype in HALF
+    if half and problem.spec.options.reduction == "mean":  # 1 / N would round what the kernel writes
+        scale = scale_of_mean(problem.spec, problem.hidden)
+        problem = problem._replace(spec=problem.spec._replace(options=_with(problem, reduction="sum")))
     losses, belief, dlogits, dhidden = triton_launch.run(problem)
+    if scale is not None:
+        losses *= scale
     if dlogits is None:
         return losses, belief, Gradients(None, None, None)
     if row_scale is not None:
-        factor = row_scale[:, None].to(dlogits.dtype)
+        factor = row_scale[:, None]
         dlogits, dhidden = dlogits * factor, None if dhidden is None else dhidden * factor
-    dweight = dlogits.t() @ problem.hidden if problem.need.weight else None
-    dbias = dlogits.sum(0) if problem.need.bias else None
-    return losses, belief, Gradients(dhidden, dweight, dbias)
+    dweight = multiply(dlogits.t(), problem.hidden.to(dlogits.dtype)) if problem.need.weight else None
+    dbias = dlogits.sum(0, dtype=torch.float32) if problem.need.bias else None
+    gradients = Gradients(dhidden, dweight, dbias)
+    if scale is not None:
+        gradients = Gradients(*(None if x is None else x.mul_(scale) for x in gradients))
+    return losses, belief, gradients
 
 
 def _run_in_chunks(
     problem: BeliefHeadProblem, backend: str, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Gradients]:
-    """Return losses (3, N), belief and gradients, chunk by chunk."""
+    """Return losses (3, N), belief and gradients, chunk by chunk; gradients in half precision are in float32."""
     rows, hidden_dim = problem.hidden.shape
     classes, dtype, need = problem.weight.shape[0], problem.hidden.dtype, problem.need
     mean, reverse = problem.spec.options.reduction == "mean", problem.spec.options.reverse
     new = problem.hidden.new_empty
-    factor, scale = 1.0, row_scale  # of the gradients: a number that products multiply by, and a tensor () or (N,)
-    if mean:
-        scale = scale_of_mean(problem.spec, problem.hidden)
-        if problem.hidden.device.type == "cpu":
-            factor, scale = float(scale), None
+    scaling = _scaling(problem, row_scale)
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     prior_dtype = belief_dtype(dtype, problem.prior, reverse)
     belief = new(rows, classes, dtype=prior_dtype) if problem.need_belief else None
     losses = new(3, rows, dtype=compute)
-    dhidden = new(rows, hidden_dim) if need.hidden else None
+    dhidden = new(rows, hidden_dim, dtype=compute) if need.hidden else None
     step = rows_at_once(problem)
-    weights = _WeightGradient(problem, factor, scale, -(-rows // step)) if need.weight else None
+    weights = _WeightGradient(problem, scaling, -(-rows // step)) if need.weight else None
     dbias = torch.zeros(classes, dtype=compute, device=problem.hidden.device) if need.bias else None
     logits_memory = new(step, classes)
     prior_memory = new(step if isinstance(problem.prior, PriorHead) else 0, classes, dtype=prior_dtype)
-    row_options = dataclasses.replace(problem.spec.options, reduction="none")
+    row_options = _with(problem, reduction="none")
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         chunk = problem.rows(part)
@@ -124,6 +134,7 @@ def _run_in_chunks(
             q = prior_memory[: part.stop - start]
             prior = torch.softmax(_linear(*prior, memory), -1, dtype=q.dtype, out=q)
         logits = _linear(chunk.hidden, chunk.weight, chunk.bias, memory)
+        incoming = scaling.incoming
         loss = LocalLossProblem(
             logits,
             prior,
@@ -132,69 +143,96 @@ def _run_in_chunks(
             problem.need_belief,
             out=logits,
             belief_out=None if belief is None else belief[part],
+            incoming=incoming if incoming is None or incoming.dim() == 0 else incoming[part],
         )
         outputs = run_local_loss(loss, backend)
         for i, values in enumerate((outputs.loss, outputs.fidelity, outputs.consistency)):
             losses[i, part] = values
         if (dlogits := outputs.dlogits) is None:
             continue
-        row_factor = scale if scale is None or scale.dim() == 0 else scale[part, None]
         if dhidden is not None:
             into = dhidden[part]
-            torch.addmm(into, dlogits, chunk.weight, beta=0, alpha=factor, out=into)
-            if row_factor is not None:
-                into *= row_factor
-        if weights is not None:
-            weights.add(dlogits, chunk.hidden, row_factor)
-        if dbias is not None:
-            if row_scale is None:
-                dbias += dlogits.sum(0, dtype=compute)
+            if dtype in HALF:
+                add_product(into, dlogits, chunk.weight, start=True)
             else:
-                dbias += (row_scale[None, part].to(dtype) @ dlogits)[0]
+                torch.addmm(into, dlogits, chunk.weight, beta=0, alpha=scaling.factor, out=into)
+        if weights is not None:
+            weights.add(dlogits, chunk.hidden)
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=compute)
     if mean:
-        for total in (losses, dbias):
-            if total is not None:
-                total *= factor if scale is None else scale
-    dbias = None if dbias is None else dbias.to(dtype)
+        losses *= scale_of_mean(problem.spec, problem.hidden) if scaling.mean is None else scaling.mean
+    after = scaling.after
+    if dhidden is not None and dtype in HALF:
+        dhidden *= scaling.factor
+    for total in (dhidden, dbias):
+        if total is not None and after is not None:
+            total *= after
+    if dbias is not None:
+        dbias *= scaling.factor
     return losses, belief, Gradients(dhidden, None if weights is None else weights.total(), dbias)
 
 
-class _WeightGradient:
-    """The weight's gradient (C, H): factor times the sum over chunks of dlogits^T (scale * hidden)."""
+class _Scaling(NamedTuple):
+    """How the gradients get the factor of the mean and the incoming gradient: the product of three parts."""
 
-    def __init__(self, problem: BeliefHeadProblem, factor: float, scale: Tensor | None, chunks: int):
+    incoming: Tensor | None  # () or (N,): in the logits' gradient, before it is rounded
+    factor: float  # of the products
+    after: Tensor | None  # (): of the gradients
+    mean: float | None  # 1 over the number of rows that count, if it is known on the host
+
+
+def _scaling(problem: BeliefHeadProblem, row_scale: Tensor | None) -> _Scaling:
+    """Return how to scale. In float16 the logits' gradient is lifted by LIFT, out of the range of subnormal numbers."""
+    incoming, factor, after, mean = row_scale, 1.0, None, None
+    if problem.spec.options.reduction == "mean":
+        after = scale_of_mean(problem.spec, problem.hidden)
+        if problem.hidden.is_cpu:
+            factor, after = float(after), None
+            mean = factor
+    if problem.hidden.dtype is torch.float16:
+        if row_scale is None:
+            incoming = torch.full((), LIFT, device=problem.hidden.device)
+        elif row_scale.numel():  # a loss scale may exceed the range
+            after = row_scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            incoming = row_scale * (LIFT / after)
+        factor /= LIFT
+    return _Scaling(incoming, factor, after, mean)
+
+
+def _with(problem: BeliefHeadProblem, reduction: str) -> LossOptions:
+    """Return the options of a problem with another reduction."""
+    return dataclasses.replace(problem.spec.options, reduction=reduction)
+
+
+class _WeightGradient:
+    """The weight's gradient (C, H): the sum over chunks of dlogits^T hidden, scaled."""
+
+    def __init__(self, problem: BeliefHeadProblem, scaling: _Scaling, chunks: int):
         dtype = problem.hidden.dtype
-        self.wide = chunks > 1 and (dtype is torch.float16 or (dtype is torch.bfloat16 and chunks > ROUNDINGS))
-        make = torch.zeros if self.wide else torch.empty
-        self.sum = make(problem.weight.shape, dtype=torch.float32 if self.wide else dtype, device=problem.hidden.device)
-        self.dtype, self.started, self.factor = dtype, False, factor
-        # One factor for all rows multiplies the complete float32 sum, which is rounded anyway.
-        self.after = scale if self.wide and scale is not None and scale.dim() == 0 else None
+        on_gpu = not problem.hidden.is_cpu
+        self.wide = dtype in HALF and not (dtype is torch.bfloat16 and on_gpu and 1 < chunks <= ROUNDINGS)
+        kind = torch.float32 if self.wide else dtype
+        self.sum = torch.empty(problem.weight.shape, dtype=kind, device=problem.hidden.device)
+        self.scaling, self.started = scaling, False
         if not problem.hidden.shape[0]:
             self.sum.zero_()
 
-    def add(self, dlogits: Tensor, hidden: Tensor, scale: Tensor | None) -> None:
-        """Add a chunk; scale: None, () or (rows, 1)."""
-        if scale is not None and self.after is None:
-            hidden = (hidden * scale).to(self.dtype)
+    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
+        """Add a chunk."""
         if self.wide:
-            block = max(1, WIDE_BYTES // (hidden.shape[1] * hidden.element_size()))
-            for start in range(0, dlogits.shape[1], block):
-                classes = slice(start, start + block)
-                # A mean over the chunk stays within float16's range; a sum might not.
-                product = torch.empty_like(self.sum[classes], dtype=self.dtype)
-                torch.addmm(product, dlogits[:, classes].t(), hidden, beta=0, alpha=1 / len(hidden), out=product)
-                self.sum[classes].add_(product, alpha=len(hidden))
+            add_product(self.sum, dlogits.t(), hidden, start=not self.started)
         else:
-            torch.addmm(self.sum, dlogits.t(), hidden, beta=int(self.started), alpha=self.factor, out=self.sum)
+            torch.addmm(self.sum, dlogits.t(), hidden, beta=int(self.started), alpha=self.scaling.factor, out=self.sum)
         self.started = True
 
     def total(self) -> Tensor:
-        """Return the gradient in the weight's dtype."""
-        if not self.wide:
-            return self.sum
-        self.sum *= self.factor if self.after is None else self.after
-        return self.sum.to(self.dtype)
+        """Return the gradient, in float32 if the hidden is in half precision."""
+        if self.wide:
+            self.sum *= self.scaling.factor
+        if self.scaling.after is not None:
+            self.sum *= self.scaling.after
+        return self.sum
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class BeliefHeadOutputs(NamedTuple):
     losses: Tensor  # (3, N) float32: loss, fidelity and consistency; each row's share of the reduced value
     belief: Tensor | None  # (N, C), in the prior's dtype (the hidden's without a prior)
     dlogits: Tensor | None  # (N, C), in the hidden's dtype
-    dhidden: Tensor | None  # (N, H)
+    dhidden: Tensor | None  # (N, H) float32
 
 
 def belief_dtype(dtype: torch.dtype, prior: Tensor | PriorHead | None, reverse: bool) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.autograd import first_derivative, scale_gradients, wants_grad
 from ..core.checks import check_tensor
-from ..core.options import LossOptions, make_options
+from ..core.options import HALF, LossOptions, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_operator, options_arguments, refuse_functorch, split_alpha
 from ..local_loss.problem import LocalLoss
 from . import dispatch
@@ -28,7 +28,7 @@ def call(
     need: Sequence[bool] | None = None,
     row_scale: Tensor | None = None,
 ) -> tuple[LocalLoss, list[Tensor]]:
-    """Return the result and the three gradients, empty if not wanted.
+    """Return the result and the three gradients, empty if not wanted; those of half precision are in float32.
 
     options: the arguments of `LossOptions`, which the operator checks. need: as `Wanted`; None: as autograd wants them.
     """
@@ -92,8 +92,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     if a.return_belief:
         dtype = belief_dtype(hidden.dtype, a.prior, a.options.reverse)
         belief = hidden.new_empty((*rows, weight.shape[0]), dtype=dtype)
+    kind = torch.float32 if hidden.dtype in HALF else hidden.dtype
     gradients = [
-        x.new_empty(x.shape) if wanted and x is not None else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=kind) if wanted and x is not None else hidden.new_empty(0)
         for x, wanted in zip(a.layer, a.need, strict=True)
     ]
     return loss, belief, fidelity, consistency, *gradients
@@ -103,7 +104,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.inputs, ctx.need = len(inputs), inputs[15:18]
-    ctx.unreduced = inputs[13] == "none"
+    ctx.unreduced, ctx.dtype = inputs[13] == "none", inputs[0].dtype
     if ctx.unreduced:
         ctx.save_for_backward(*inputs[:9])
         ctx.alpha_and_options, ctx.backend = inputs[9:14], inputs[18]
@@ -121,8 +122,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
         if torch.is_grad_enabled():
             one = torch.ones((), device=grad_loss.device)
             gradients = [x if x is None else first_derivative(ctx, x, one, "fused_belief_head") for x in gradients]
+        gradients = [x if x is None else x.to(ctx.dtype) for x in gradients]
     else:
-        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, "fused_belief_head")
+        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, "fused_belief_head", ctx.dtype)
     wanted = [x if need else None for x, need in zip(gradients, ctx.need, strict=True)]
     return *wanted, *[None] * (ctx.inputs - 3)
 

@@ -105,7 +105,7 @@ def run(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
     losses = torch.empty(3, rows, device=device, dtype=torch.float32)
     belief = empty(need_belief, classes, (hidden if prior is None else prior).dtype)
     dlogits = empty(problem.need_grad, classes, hidden.dtype)
-    dhidden = empty(need.hidden, hidden_dim, hidden.dtype)
+    dhidden = empty(need.hidden, hidden_dim, torch.float32)  # rounded when it is complete
     if rows:
         plan = plan_for(classes)
 

@@ -7,6 +7,7 @@ before, the gradients of weights and features after.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from ..core import backends
 from ..core.autograd import without_autocast
 from ..core.checks import check_alpha_values, check_values, debug_enabled
-from ..core.options import LossOptions
+from ..core.options import HALF, LossOptions
+from ..core.products import multiply
+from ..local_loss.problem import scale_of_mean
 from . import cpu, reference, triton_launch
 from .problem import CascadeOutputs, CascadeProblem, CascadeResult, CascadeWeights, check_weights, make_problem
 
@@ -39,23 +42,27 @@ def solve(
     """Return the result and the gradients of features and weights, for the arguments of `refine_cascade`.
 
     need: whether the gradients of the weights are wanted, and with them that of the features. out: memory for the
-    gradients of the weights.
+    gradients of the weights. Without `out`, gradients in half precision are returned in float32, to be rounded when
+    the incoming gradient is known.
     """
     need_grad, need_features = need
     problem = make_problem(features, weights, target, alpha, prior, options, need_grad)
-    gradients = None
-    if need_grad and out is None:
-        gradients = CascadeWeights(*(torch.empty_like(x) for x in problem.weights))
-    elif need_grad and out is not None:
+    gradients, half = None, problem.features.dtype in HALF
+    if need_grad and (out is None or half):
+        kind = torch.float32 if half else problem.features.dtype
+        gradients = CascadeWeights(*(torch.empty_like(x, dtype=kind) for x in problem.weights))
+    if need_grad and out is not None:
         check_weights("out", out, problem.features)
         taken = {x.untyped_storage().data_ptr() for x in (features, *weights)}
         for name, x in zip(CascadeWeights._fields, out, strict=True):
             if not x.is_contiguous() or (x.numel() and x.untyped_storage().data_ptr() in taken):
                 raise ValueError(f"out.{name} must be contiguous and share no memory with weights or features")
-        gradients = out
+        gradients = gradients if half else out
     losses, belief, logits, dfeatures = run(problem, backend, need_features, gradients)
     stage_loss, fidelity, consistency = losses.unbind()
     result = CascadeResult(stage_loss.sum(), belief, fidelity, consistency, stage_loss, logits)
+    if out is not None and half and gradients is not None:
+        gradients = CascadeWeights(*(x.copy_(y) for x, y in zip(out, gradients, strict=True)))
     return result, dfeatures, out if gradients is None else gradients
 
 
@@ -64,7 +71,8 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return losses (3, L), the last stage's belief and logits (B, C), and the gradient of the features (B, D).
 
-    gradients: where those of the weights go, if the problem wants them. The last item is None if it is not wanted.
+    gradients: where those of the weights go, if the problem wants them. They and the last item are in float32 for half
+    precision. The last item is None if it is not wanted.
     """
     run_stages = _choose(problem, backend)
     if problem.features.device.type == "cpu" or debug_enabled():
@@ -74,7 +82,14 @@ def run(
             check_values(problem.spec, problem.weights.sizes[2])
     stages = problem.weights.sizes[0]
     group = stages_at_once(problem)
-    losses, dfeatures = [], torch.empty_like(problem.features) if problem.need_grad and need_features else None
+    losses, dfeatures, scale = [], None, None
+    if problem.need_grad and need_features:
+        dfeatures = torch.empty_like(problem.features, dtype=problem.compute_dtype)
+    if problem.features.dtype in HALF and problem.spec.options.reduction == "mean":
+        # 1 / N would round the gradients of single rows: it multiplies their sums instead
+        scale = scale_of_mean(problem.spec, problem.features)
+        options = dataclasses.replace(problem.spec.options, reduction="sum")
+        problem = problem._replace(spec=problem.spec._replace(options=options))
     with torch.no_grad(), without_autocast(problem.features):
         for first in range(0, stages, group):
             whole, stage = group == stages, slice(first, first + group)
@@ -88,7 +103,12 @@ def run(
             logits = outputs.logits
             problem = problem._replace(prior=belief if outputs.last_belief is None else outputs.last_belief)
             del outputs, part  # before the next group takes as much memory
-    return losses[0] if len(losses) == 1 else torch.cat(losses, 1), belief, logits, dfeatures
+    total = losses[0] if len(losses) == 1 else torch.cat(losses, 1)
+    if scale is not None:
+        for x in (total, dfeatures, *(gradients or ())):
+            if x is not None:
+                x *= scale
+    return total, belief, logits, dfeatures
 
 
 def stages_at_once(problem: CascadeProblem) -> int:
@@ -134,6 +154,8 @@ def _write_gradients(
     problem: CascadeProblem, outputs: CascadeOutputs, into: CascadeWeights, dfeatures: Tensor | None, add: bool
 ) -> None:
     """Write the gradients of the weights, and write or `add` that of the features (B, D)."""
+    if problem.features.dtype in HALF:
+        return _write_wide(problem, outputs, into, dfeatures, add)
     assert outputs.activations is not None
     stages, hidden_dim, classes = problem.weights.sizes
     features, (dlogits, hidden, dhidden) = problem.features, outputs.activations
@@ -155,3 +177,32 @@ def _write_gradients(
         side_by_side = dhidden.transpose(0, 1).reshape(rows, stages * hidden_dim)
         feature_part = problem.weights.hidden_weight.view(stages * hidden_dim, -1)[:, classes:]  # (L * H, D)
         torch.addmm(dfeatures, side_by_side, feature_part, beta=int(add), out=dfeatures)  # beta 0: nothing is read
+
+
+def _write_wide(
+    problem: CascadeProblem, outputs: CascadeOutputs, into: CascadeWeights, dfeatures: Tensor | None, add: bool
+) -> None:
+    """Write or `add` the same gradients for a problem in half precision, in float32."""
+    assert outputs.activations is not None
+    stages, hidden_dim, classes = problem.weights.sizes
+    lift, features, (dlogits, hidden, dhidden) = outputs.lift, problem.features, outputs.activations
+    rows = features.shape[0]
+    into.logits_weight.copy_(multiply(dlogits.transpose(1, 2), hidden))
+    torch.sum(dlogits, 1, dtype=torch.float32, out=into.logits_bias)
+    torch.sum(dhidden, 1, dtype=torch.float32, out=into.hidden_bias)
+    side_by_side = dhidden.transpose(0, 1).reshape(rows, stages * hidden_dim)
+    into.hidden_weight[:, :, classes:].view(stages * hidden_dim, -1).copy_(multiply(side_by_side.t(), features))
+    by_belief = into.hidden_weight[:, :, :classes]
+    if problem.prior is None:  # 1 / C in every row
+        by_belief[0] = into.hidden_bias[0].unsqueeze(1) / classes
+    else:
+        by_belief[0] = multiply(dhidden[0].t(), problem.prior.to(features.dtype))
+    if stages > 1:
+        by_belief[1:] = multiply(dhidden[1:].transpose(1, 2), outputs.beliefs[:-1])
+    if lift != 1.0:
+        for x in into:
+            x /= lift
+    if dfeatures is not None:
+        feature_part = problem.weights.hidden_weight.view(stages * hidden_dim, -1)[:, classes:]  # (L * H, D)
+        product = multiply(side_by_side, feature_part).div_(lift)
+        dfeatures.add_(product) if add else dfeatures.copy_(product)

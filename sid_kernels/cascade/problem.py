@@ -47,6 +47,11 @@ class CascadeProblem(NamedTuple):
     spec: LossSpec  # alpha: a float, or (L,), float32 (float64 for float64 features); reduction "mean" or "sum"
     need_grad: bool
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of losses and, for half precision, of gradients: float32, or float64 for float64 features."""
+        return torch.float64 if self.features.dtype is torch.float64 else torch.float32
+
 
 class CascadeResult(NamedTuple):
     """Result of a cascade of L stages.
@@ -83,6 +88,7 @@ class CascadeOutputs(NamedTuple):
     activations: CascadeActivations | None  # None: no gradients are wanted
     last_belief: Tensor | None = None  # (B, C), the last belief in float32, if `beliefs` are rounded
     has_biases: bool = False  # whether the gradients of both biases have been written already
+    lift: float = 1.0  # dlogits and dhidden are this many times larger
 
 
 def cascade_options(*values: object) -> LossOptions:

@@ -11,6 +11,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from ..core.options import LIFT
 from ..local_loss.dispatch import run as run_local_loss
 from ..local_loss.problem import LocalLossProblem, scale_of_mean
 from .problem import CascadeActivations, CascadeOutputs, CascadeProblem
@@ -27,6 +28,9 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
     if prior is None:
         prior = features.new_full((features.shape[0], classes), 1.0 / classes)
     belief = prior.to(compute)  # not rounded between stages, as in a kernel that keeps it on chip
+    # float16: lifted out of the range of subnormal numbers. Its reduction is "sum": see `dispatch.run`.
+    lift = LIFT if features.dtype is torch.float16 else 1.0
+    incoming = None if lift == 1.0 else torch.full((), lift, device=features.device)
     row_options = dataclasses.replace(spec.options, reduction="none")
     losses, beliefs, activations = [], [], []
     for i in range(stages):
@@ -35,7 +39,8 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
         logits = F.linear(hidden, weights.logits_weight[i], weights.logits_bias[i])  # (B, C)
         alpha = spec.alpha if isinstance(spec.alpha, float) else spec.alpha[i]
         stage = spec._replace(alpha=alpha, options=row_options)
-        outputs = run_local_loss(LocalLossProblem(logits, belief, stage, problem.need_grad), backend)
+        loss = LocalLossProblem(logits, belief, stage, problem.need_grad, incoming=incoming)
+        outputs = run_local_loss(loss, backend)
         losses.append(torch.stack((outputs.loss, outputs.fidelity, outputs.consistency)))
         assert outputs.belief is not None
         belief = outputs.belief
@@ -48,4 +53,4 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
     total = total if scale is None else total * scale
     stacked = [torch.stack(x) for x in zip(*activations, strict=True)]
     kept = CascadeActivations(*stacked) if problem.need_grad else None
-    return CascadeOutputs(total, torch.stack(beliefs), logits, kept, last_belief=belief)
+    return CascadeOutputs(total, torch.stack(beliefs), logits, kept, last_belief=belief, lift=lift)

@@ -60,7 +60,7 @@ def _run(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     loss, belief, *losses, logits = result
     results = (loss, belief, *(x.clone() for x in losses), logits)  # outputs may not be views of one another
     if dfeatures is None or gradients is None:
-        return *results, *(features.new_empty(0) for _ in range(5))
+        return *results, *(loss.new_empty(0) for _ in range(5))
     return *results, dfeatures, *gradients
 
 
@@ -74,7 +74,7 @@ def _fake(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     loss = features.new_empty((), dtype=compute)
     fidelity, consistency, stage_loss = (features.new_empty(stages, dtype=compute) for _ in range(3))
     belief, logits = (features.new_empty(features.shape[0], classes) for _ in range(2))
-    gradients = (x.new_empty(x.shape if need_grad else 0) for x in (features, *weights))
+    gradients = (x.new_empty(x.shape if need_grad else 0, dtype=compute) for x in (features, *weights))
     return loss, belief, fidelity, consistency, stage_loss, logits, *gradients
 
 

@@ -67,18 +67,20 @@ class _Attach(torch.autograd.Function):
     """Makes a computed loss a function of its inputs, with computed gradients."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, loss: tuple[Tensor], gradients: Sequence[Tensor | None], *_: object) -> Tensor:
-        ctx.name = name
+    def forward(
+        ctx: Any, name: str, loss: tuple[Tensor], gradients: Sequence[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.name, ctx.inputs = name, len(gradients)
+        ctx.dtype = next(x.dtype for x in inputs if x is not None)
         ctx.save_for_backward(*gradients)
         ctx.set_materialize_grads(False)
         return loss[0]  # came in a tuple: an input returned as it is would become a view
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple:
-        gradients: Sequence[Tensor | None] = [None] * len(ctx.saved_tensors)
-        if grad_loss is not None:
-            gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, ctx.name)
-        return None, None, None, *gradients
+        if grad_loss is None:
+            return (None,) * (3 + ctx.inputs)
+        return None, None, None, *scale_gradients(ctx, ctx.saved_tensors, grad_loss, ctx.name, ctx.dtype)
 
 
 _attach = apply_of(_Attach)
@@ -87,30 +89,40 @@ _attach = apply_of(_Attach)
 def attach(name: str, loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
     """Return `loss`, as a differentiable function of `inputs` with `gradients`; a gradient of None is not wanted.
 
-    name: the public operation, for errors. gradients: those of the sum of the losses, shaped like the inputs.
+    name: the public operation, for errors. gradients: those of the sum of the losses, shaped like the inputs; in
+    float32 for inputs in half precision, so that they are rounded once.
     """
     return _attach(name, (loss,), gradients, *inputs)
 
 
 def scale_gradients(
-    node: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor, name: str
+    node: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor, name: str, dtype: torch.dtype
 ) -> Sequence[Tensor | None]:
-    """Return `gradients` times the incoming gradient in the backward pass of `node`; None stays None."""
+    """Return `gradients` times the incoming gradient, in `dtype`, in the backward pass of `node`; None stays None."""
     if torch.is_grad_enabled():  # create_graph=True
-        return [None if x is None else first_derivative(node, x, grad_loss, name) for x in gradients]
-    return [x if x is None or not x.numel() else scale_gradient(x, grad_loss) for x in gradients]
+        return [None if x is None else first_derivative(node, x, grad_loss, name).to(dtype) for x in gradients]
+    return [x if x is None or not x.numel() else scale_gradient(x, grad_loss, dtype) for x in gradients]
 
 
-def scale_gradient(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def scale_gradient(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return gradient (..., C) times the incoming gradient, () or (...), which is 1 for `loss.backward()`.
 
+    dtype: of the result; None: the gradient's.
+
     A factor of 1 needs no second pass. On a GPU the kernel finds out, since reading the value here would synchronize.
-    It works in place, unless the graph is kept for another backward pass.
+    It works in place, unless the graph is kept for another backward pass: a hook may change what is returned.
     """
-    if _modes():  # tensors without values, as in tracing
-        return scaled(gradient, grad_loss)
+    if _modes() or functorch_stack() is not None:  # no values, as in tracing, or a batch of them
+        return scaled(gradient, grad_loss).to(dtype or gradient.dtype)
+    if dtype is not None and gradient.dtype is not dtype:
+        if grad_loss.is_cpu and grad_loss.dim() == 0 and grad_loss.item() == 1.0:
+            return gradient.to(dtype)
+        weight = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
+        return torch.mul(gradient, weight, out=torch.empty_like(gradient, dtype=dtype))  # no copy in float32
     if grad_loss.is_cpu:
-        return gradient if grad_loss.dim() == 0 and grad_loss.item() == 1.0 else scaled(gradient, grad_loss)
+        if grad_loss.dim() or grad_loss.item() != 1.0:
+            return scaled(gradient, grad_loss)
+        return gradient.clone() if keeps_graph() else gradient
     scale_ = None if keeps_graph() or not gradient.is_contiguous() else in_place_scaling(gradient)
     if scale_ is None:
         return scaled(gradient, grad_loss)
@@ -137,6 +149,11 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *_: object) -> None:
         how = "by a backward pass through a gradient taken with create_graph=True"
         raise RuntimeError(f"{ctx.name} {_NO_SECOND} {how}")
+
+
+def once_differentiable(node: Any, gradient: Tensor, name: str) -> Tensor:
+    """Return a gradient computed for its incoming gradient as part of a graph; see `first_derivative`."""
+    return first_derivative(node, gradient, torch.ones((), device=gradient.device), name)
 
 
 def first_derivative(node: Any, gradient: Tensor, grad_loss: Tensor, name: str) -> Tensor:

@@ -6,8 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)  # dtypes whose gradients wait for the incoming gradient before they are rounded
+LIFT = 256.0  # float16 holds gradients of row losses multiplied by this: they are about 1, at most about 100
 DIVERGENCES = ("forward", "reverse")
 REDUCTIONS = ("none", "mean", "sum")
 _REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}  # Reduction in csrc/local_loss.h

@@ -32,13 +32,18 @@ def define_operator(
     run, fake: called with all arguments in order. fake returns outputs of the right shapes, without values.
     setup_context, backward: as `torch.library.register_autograd` takes them.
     """
+    operator = define_function(schema, run, fake)
+    torch.library.register_autograd(operator.name(), backward, setup_context=setup_context, lib=_library)
+    return operator
+
+
+def define_function(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator without autograd for CPU and CUDA and return it; see `define_operator`."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
-    qualified = f"sid_kernels::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    torch.library.register_fake(f"sid_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.sid_kernels, name).default
 
 
@@ -49,7 +54,7 @@ def gradients_in_outputs(name: str, first: int) -> tuple[Callable[..., None], Ca
     """
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.arguments = len(inputs)
+        ctx.arguments, ctx.dtype = len(inputs), inputs[0].dtype
         ctx.save_for_backward(*output[first:])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
@@ -57,7 +62,7 @@ def gradients_in_outputs(name: str, first: int) -> tuple[Callable[..., None], Ca
     def backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * ctx.arguments
-        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, name)
+        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, name, ctx.dtype)
         return *gradients, *[None] * (ctx.arguments - len(gradients))
 
     return setup_context, backward

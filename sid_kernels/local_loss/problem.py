@@ -26,6 +26,8 @@ class LocalLossProblem(NamedTuple):
     need_belief: bool = True
     out: Tensor | None = None  # (N, C), where dlogits goes; None: new memory
     belief_out: Tensor | None = None  # (N, C) contiguous, where the belief goes; None: new memory
+    incoming: Tensor | None = None  # () or (N,) float32; multiplies dlogits before they are rounded; None: 1
+    precomputed: bool = False  # `out` holds the gradient for an incoming number of 1; cuda then writes nothing
 
 
 class LocalLoss(NamedTuple):

@@ -42,6 +42,8 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
     loss = _times(alpha, fidelity) + _times(1 - alpha, consistency)
 
     loss, fidelity, consistency = (_only(x, counts, valid) for x in (loss, fidelity, consistency))  # (N,) each
+    if problem.incoming is not None:
+        gradient = gradient * _column(problem.incoming, p)
     gradient = _only(gradient, counts[:, None], valid[:, None])
     if spec.options.reduction != "none":
         loss, fidelity, consistency = loss.sum(), fidelity.sum(), consistency.sum()

@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import first_derivative, functorch_stack, is_compiling
-from ..core.checks import check_tensor
-from ..core.options import LossOptions, make_options
-from ..core.torch_library import (
-    OPTIONS_SCHEMA,
-    define_operator,
-    gradients_in_outputs,
-    options_arguments,
-    split_alpha,
+from ..core.autograd import (
+    first_derivative,
+    functorch_stack,
+    is_compiling,
+    once_differentiable,
+    scale_gradients,
+    wants_grad,
 )
+from ..core.checks import check_tensor
+from ..core.options import HALF, LossOptions, make_options
+from ..core.torch_library import OPTIONS_SCHEMA, define_function, define_operator, options_arguments, split_alpha
+from .backward import compute_dlogits
 from .dispatch import run_shaped
 from .problem import make_problem
 
@@ -34,6 +36,8 @@ def call(
     if not is_compiling() and functorch_stack() is not None:
         return _Functional.apply(logits, prior, target, alpha, options, backend)
     prior = None if prior is None else prior.detach()
+    # With autograd, the gradient in half precision waits for the incoming one.
+    need_grad = need_grad and not (logits.dtype in HALF and wants_grad(logits))
     rest = (*options_arguments(options), backend, need_grad)
     return local_loss(logits, prior, target.detach(), *split_alpha(alpha), *rest)
 
@@ -85,11 +89,55 @@ def _fake(
     return loss, belief, fidelity, consistency, logits.new_empty(logits.shape if need_grad else 0)
 
 
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.half, ctx.arguments = inputs[0].dtype in HALF, len(inputs)
+    if ctx.half:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.alpha_and_options, ctx.backend = inputs[4:9], inputs[9]
+    else:
+        ctx.save_for_backward(output[4])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.arguments
+    if ctx.half:
+        gradient = local_loss_backward(grad_loss.detach(), *ctx.saved_tensors, *ctx.alpha_and_options, ctx.backend)
+        if torch.is_grad_enabled():
+            gradient = once_differentiable(ctx, gradient, "fused_local_loss")
+    else:
+        (dlogits,) = ctx.saved_tensors
+        (gradient,) = scale_gradients(ctx, (dlogits,), grad_loss, "fused_local_loss", dlogits.dtype)
+    return gradient, *[None] * (ctx.arguments - 1)
+
+
+def _run_backward(
+    grad_loss: Tensor, logits: Tensor, prior: Tensor | None, target: Tensor, alpha: Tensor | None, alpha_value: float,
+    *rest: Any,
+) -> Tensor:  # fmt: skip
+    *options, backend = rest
+    problem = make_problem(logits, prior, target, alpha_value if alpha is None else alpha, make_options(*options))
+    return compute_dlogits(problem, backend, grad_loss, None, keep=True).view(logits.shape)
+
+
+def _fake_backward(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+local_loss_backward = define_function(
+    "local_loss_backward(Tensor grad_loss, Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, "
+    f"float alpha_value, {OPTIONS_SCHEMA}, str backend) -> Tensor dlogits",
+    _run_backward,
+    _fake_backward,
+)
 local_loss = define_operator(
     f"local_loss(Tensor logits, Tensor? prior, Tensor target, Tensor? alpha, float alpha_value, {OPTIONS_SCHEMA}, "
     "str backend, bool need_grad) "
     "-> (Tensor loss, Tensor belief, Tensor fidelity, Tensor consistency, Tensor dlogits)",
     _run,
     _fake,
-    *gradients_in_outputs("fused_local_loss", 4),
+    _setup_context,
+    _backward,
 )

@@ -81,6 +81,8 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
 
     Labels are counted separately if there are many. Losses are added if several programs have a share of them.
     """
+    if problem.incoming is not None:
+        return _run_incoming(problem, problem.incoming)
     rows, classes = problem.logits.shape
     device = problem.logits.device
     outputs = allocate(problem)
@@ -99,6 +101,15 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
             _launch(problem, plan, outputs, partial.unbind())
             _kernels().sum_parts[(3,)](partial, *losses, programs, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS)
     return outputs
+
+
+def _run_incoming(problem: LocalLossProblem, incoming: Tensor) -> LocalLossOutputs:
+    """Return the outputs of a problem with an incoming gradient: it scales the kernel's, in float32."""
+    wide = torch.empty(problem.logits.shape, dtype=torch.float32, device=problem.logits.device)
+    outputs = run(problem._replace(out=wide, incoming=None))
+    dlogits = torch.empty_like(problem.logits) if problem.out is None else problem.out
+    torch.mul(wide, incoming.unsqueeze(-1) if incoming.dim() else incoming, out=wide)
+    return outputs._replace(dlogits=dlogits.copy_(wide))
 
 
 def _launch(problem: LocalLossProblem, plan: LossPlan, outputs: LocalLossOutputs, losses: tuple[Tensor, ...]) -> None:

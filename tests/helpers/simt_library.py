@@ -75,6 +75,9 @@ class LocalLossProblem(Structure):
         ("fidelity", c_void_p),
         ("consistency", c_void_p),
         ("dlogits", Rows),
+        ("incoming", c_void_p),
+        ("incoming_stride", c_int64),
+        ("precomputed", ctypes.c_bool),
     ]
 
 
@@ -229,11 +232,13 @@ def run(
     shift=0,
     multiprocessors=2,
     clusters=True,
+    incoming: Tensor | None = None,
+    precomputed=False,
 ) -> Output:
     """Run the local loss twice, with threads and blocks in opposite orders, and check that the bits are equal.
 
     plan: how to launch; None: as the launcher chooses for `multiprocessors` and `clusters`. alias: dlogits overwrite
-    the logits. shift: see `like`.
+    the logits. shift: see `like`. incoming: (), or (rows,).
     """
     library = load()
     workspace = torch.zeros(library.simt_workspace_bytes(), dtype=torch.uint8)
@@ -243,6 +248,8 @@ def run(
         if alias:
             now.logits = copy_shifted(case.logits, shift)
         a, result = problem_of(now, now.logits if alias else None, need_grad, shift, need_belief)
+        if incoming is not None:
+            a.incoming, a.incoming_stride, a.precomputed = incoming.data_ptr(), incoming.dim(), precomputed
         library.simt_configure(multiprocessors, int(clusters), backwards)
         error = library.simt_local_loss(byref(a), None if plan is None else byref(plan), workspace.data_ptr())
         assert error is None, error.decode()

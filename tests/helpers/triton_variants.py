@@ -191,7 +191,7 @@ def head_set(nvidia: bool) -> list[Variant]:
             target, prior = "i64" if constants["HARD"] else other, other if constants["HAS_PRIOR"] else dtype
             pointers = {
                 "hidden": dtype, "weight": dtype, "bias": dtype, "prior": prior, "target": target, "alpha": "fp32",
-                "counted": target, "losses": "fp32", "belief": prior, "dlogits": dtype, "dhidden": dtype,
+                "counted": target, "losses": "fp32", "belief": prior, "dlogits": dtype, "dhidden": "fp32",
             }  # fmt: skip
             options = triton_head.launch_options(plan, nvidia)
             variants.append(_variant("head_tile", constants, pointers, options, aligned=units % 16 == 0))

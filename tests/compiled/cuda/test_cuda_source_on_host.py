@@ -117,6 +117,22 @@ def test_out_may_be_the_logits(kind):
                 assert simt.bits(value).equal(simt.bits(getattr(alias, name))), name
 
 
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("kind", simt.KINDS)
+def test_incoming_gradient(kind, reduction):
+    """It multiplies dlogits before they are rounded; if they are those of 1 already, 1 writes nothing."""
+    dtype = simt.KIND_DTYPES[kind]
+    for p in (simt.plan(kind, 16), simt.plan(kind, 0, threads=32, cluster=2)):
+        case = make_case(5, 77, dtype=dtype, ignored=0.3, label_smoothing=0.1, reduction=reduction)
+        exact = oracle(case).dlogits
+        for incoming in (torch.tensor(0.37), torch.tensor([0.5, -3.0, 1.0, 1e-4, 7.0])):
+            got = simt.run(case, p, incoming=incoming, precomputed=True).dlogits
+            want = exact * (incoming.double() if incoming.dim() == 0 else incoming[:, None].double())
+            assert torch.allclose(got.double(), want, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
+        untouched = simt.run(case, p, incoming=torch.tensor(1.0), precomputed=True)
+        assert untouched.dlogits.isnan().all() and untouched.belief.isnan().all()
+
+
 def test_no_gradient_wanted():
     case = make_case(5, 100, soft=True)
     with_gradient, without = simt.run(case), simt.run(case, need_grad=False)

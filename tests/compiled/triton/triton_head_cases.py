@@ -68,7 +68,7 @@ def check(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
             assert x is None, name
             continue
         assert x.shape == truth.shape, name
-        assert x.dtype == dict(losses=torch.float32, belief=belief_dtype).get(name, dtype), name
+        assert x.dtype == dict(losses=torch.float32, belief=belief_dtype, dhidden=torch.float32).get(name, dtype), name
         info = torch.finfo(x.dtype if name == "belief" else dtype)
         x, other = x.double(), other.double()
         assert torch.equal(x.isfinite(), truth.isfinite()), name

@@ -154,14 +154,18 @@ def test_gradient_penalty_is_never_ignored(backend):
             differentiate(total)
 
 
-def test_only_the_gradient_is_saved(backend):
+def test_what_is_saved(backend):
+    """float32: the gradient alone. Half precision: what it is computed from; bfloat16 also that of `loss.backward()`."""
     for dtype in DTYPES:
         z, rest, options = given(backend, soft=True, dtype=dtype)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x) or x, lambda x: x):
             loss = fused_local_loss(z, *rest, **options).loss
-        assert [(x.shape, x.dtype) for x in saved] == [(z.shape, dtype)]
-        assert sum(x.untyped_storage().nbytes() for x in saved) == z.numel() * z.element_size()
+        assert all(x.shape == z.shape for x in saved)
+        new = [x for x in saved if x.data_ptr() not in (z.data_ptr(), rest[0].data_ptr(), rest[1].data_ptr())]
+        assert len(saved) - len(new) == (0 if dtype is torch.float32 else 3)
+        ahead = dtype is torch.float32 or (dtype is torch.bfloat16 and backend.name in ("reference", "cpu", "cuda"))
+        assert sum(x.untyped_storage().nbytes() for x in new) == (z.numel() * z.element_size() if ahead else 0)
         loss.backward()
 
 

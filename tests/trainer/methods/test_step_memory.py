@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from footprint import allocated_peak
 from torch import nn
 
+from bench.lib.footprint import allocated_peak
 from sid_trainer import bp_step, build_network, deep_supervision_step, sid_step
 from sid_trainer.methods.common import STEP_SCHEDULES
 from sid_trainer.training.memory import SavedBytes

@@ -1,0 +1,89 @@
+"""The gradient of the local loss in half precision: the incoming gradient multiplies it before it is rounded.
+
+The gradient of a mean is small, and in float16 much of it would vanish before a loss scale arrives. So what the loss
+was computed from is saved, and `backward` computes the gradient again if the incoming gradient is not 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import backends
+from ..core.autograd import functorch_stack, keeps_graph, once_differentiable, scaled
+from ..core.options import HALF, LossSpec
+from .dispatch import run
+from .problem import LocalLossProblem
+
+
+def computes_ahead(problem: LocalLossProblem, backend: str) -> bool:
+    """Return whether the forward pass computes the gradient for an incoming gradient of 1, as `loss.backward()` has it.
+
+    float16 usually goes with a loss scale. On a GPU only the CUDA kernel can find out the incoming gradient without
+    waiting for it.
+    """
+    if problem.logits.dtype not in HALF:
+        return True
+    if problem.logits.dtype is torch.float16:
+        return False
+    return problem.logits.is_cpu or backends.choose(backend, problem.logits) == "cuda"
+
+
+def compute_dlogits(
+    problem: LocalLossProblem, backend: str, grad_loss: Tensor, ahead: Tensor | None, keep: bool
+) -> Tensor:
+    """Return dlogits (N, C) of a half-precision problem for the incoming gradient grad_loss, () or (...).
+
+    ahead: the gradient for an incoming gradient of 1, if it is known. keep: if True, its memory is not given away.
+    """
+    if functorch_stack() is not None:  # a batch of incoming gradients
+        wide = torch.empty(problem.logits.shape, dtype=torch.float32, device=problem.logits.device)
+        run(problem._replace(out=wide, need_grad=True, need_belief=False), backend)
+        return scaled(wide, grad_loss.flatten() if grad_loss.dim() else grad_loss).to(problem.logits.dtype)
+    incoming = grad_loss.detach()
+    if incoming.dim():  # one number expanded to all rows, as that of `loss.sum()`, or one for each row
+        expanded = incoming.numel() and not any(incoming.stride())
+        incoming = incoming.as_strided((), ()) if expanded else incoming.reshape(-1).contiguous()
+    if ahead is not None and incoming.is_cpu and incoming.dim() == 0 and incoming.item() == 1.0:
+        return ahead.clone() if keep else ahead
+    out = None if keep or ahead is None else ahead
+    problem = problem._replace(
+        need_grad=True, need_belief=False, out=out, incoming=incoming.float(), precomputed=out is not None
+    )
+    dlogits = run(problem, backend).dlogits
+    assert dlogits is not None
+    return dlogits
+
+
+class AttachHalf(torch.autograd.Function):
+    """Makes a computed loss of half-precision logits a function of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, values: tuple[Tensor, Tensor | None], problem: LocalLossProblem, backend: str
+    ) -> Tensor:
+        loss, ahead = values
+        spec = problem.spec
+        ctx.options, ctx.backend, ctx.shape = spec.options, backend, logits.shape
+        ctx.alpha = None if isinstance(spec.alpha, Tensor) else spec.alpha
+        alpha = spec.alpha if isinstance(spec.alpha, Tensor) else None
+        ctx.save_for_backward(ahead, problem.logits, problem.prior, spec.labels, spec.soft, alpha)
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple:
+        if grad_loss is None:
+            return None, None, None, None
+        ahead, logits, prior, labels, soft, alpha = ctx.saved_tensors
+        spec = LossSpec(labels, soft, ctx.alpha if alpha is None else alpha, ctx.options)
+        problem = LocalLossProblem(logits, prior, spec, need_grad=True)
+        if ahead is not None:
+            ahead = ahead.view(logits.shape)
+        with torch.no_grad():
+            dlogits = compute_dlogits(problem, ctx.backend, grad_loss, ahead, keeps_graph()).view(ctx.shape)
+        if torch.is_grad_enabled():  # create_graph=True
+            dlogits = once_differentiable(ctx, dlogits, "fused_local_loss")
+        return dlogits, None, None, None
