@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .datasets import Split
-from .image_folder import DataError, ImageFiles
+from .image_files import DataError, ImageFiles
 from .seeds import CROPS, ORDER, seeded
 
 SAMPLE = 2048  # images the pixel statistics are taken from; of CIFAR-10 that is 2 million pixels a channel

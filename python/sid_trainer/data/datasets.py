@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
-from .image_folder import DataError, ImageFiles, Listing, annotated_images, class_folders, decode, one_line
+from .image_files import DataError, ImageFiles, decode, one_line
+from .image_folder import Listing, list_splits
 
 __all__ = ["DATASETS", "DataError", "ImageData", "ImageFiles", "Split", "load_data", "write_atomically"]
 
@@ -93,7 +94,7 @@ def load_data(
     for argument, value, least in (("image_size", image_size, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise DataError(f"{argument} must be at least {least}, not {value}")
-    train, test = tiny_imagenet(root) if name == "tiny-imagenet" else image_folder(root)
+    train, test = list_splits(root, tiny_imagenet=name == "tiny-imagenet")
     if len(train.classes) < 2:
         raise DataError(f"{train.folder}: needs at least 2 class folders, has {len(train.classes)}")
     files = [ImageFiles.of(listing.files, image_size) for listing in (train, test)]
@@ -111,24 +112,6 @@ def load_data(
 
     crop = 8 if name == "tiny-imagenet" else 4
     return ImageData(split(train, files[0]), split(test, files[1]), train.classes, crop, flip=True)
-
-
-def image_folder(root: Path) -> tuple[Listing, Listing]:
-    train_folder = root / "train"
-    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
-    for folder in (train_folder, test_folder):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder (the layout is train/<class>/... and test/<class>/... or val/)")
-    train, test = class_folders(train_folder), class_folders(test_folder)
-    if odd := sorted(set(train.classes) ^ set(test.classes)):
-        raise DataError(f"{root}: the class folder {odd[0]!r} is in only one of train and {test_folder.name}")
-    return train, test
-
-
-def tiny_imagenet(root: Path) -> tuple[Listing, Listing]:
-    """List Tiny-ImageNet's training and validation images; its test images have no labels."""
-    train = class_folders(root / "train")
-    return train, annotated_images(root / "val", train.classes)
 
 
 def load_digits() -> ImageData:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .datasets import ImageData
-from .image_folder import DataError
+from .image_files import DataError
 from .seeds import NOISE, SUBSET, VALIDATION, seeded
 
 

@@ -147,7 +147,7 @@ def test_signals_to_the_group_leave_the_workers_alone(folder):
 
 KILLED_WORKER = """
 import multiprocessing, os, signal, sys
-from sid_trainer.data import image_folder
+from sid_trainer.data import image_files
 from sid_trainer.data.datasets import DataError, load_data
 
 def die(file, image_size):  # in the worker, at its first image: the parent is waiting for its first batch
@@ -155,9 +155,9 @@ def die(file, image_size):  # in the worker, at its first image: the parent is w
 
 multiprocessing.set_start_method("fork")  # the worker inherits the patched function
 images = load_data("folder", sys.argv[1], stream=True).train.images
-image_folder.read_image = die
+image_files.read_image = die
 try:
-    next(images.batches([image_folder.torch.arange(2)], workers=1))
+    next(images.batches([image_files.torch.arange(2)], workers=1))
 except DataError as error:
     print(error)
 """
@@ -166,7 +166,7 @@ except DataError as error:
 def test_a_killed_worker_is_one_line(folder):
     """In a process of its own: PyTorch's SIGCHLD handler raises wherever the main thread is at that moment."""
     ran = subprocess.run([sys.executable, "-c", KILLED_WORKER, str(folder)], capture_output=True, text=True)
-    assert ran.stdout.startswith("the processes that read the images failed (DataLoader worker"), ran.stderr
+    assert ran.stdout.startswith("a process that decodes images died (DataLoader worker"), ran.stderr
     assert ran.returncode == 0 and ran.stdout.count("\n") == 1 and ran.stderr == ""
 
 

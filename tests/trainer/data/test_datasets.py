@@ -12,7 +12,6 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from helpers.image_sets import write_cifar, write_image_folder, write_mnist, write_tiny_imagenet
 from sid_trainer.data import datasets as trainer_data
-from sid_trainer.data import image_folder
 from sid_trainer.data.datasets import DATASETS, DataError, ImageFiles, load_data
 from sid_trainer.files import write_atomically
 
@@ -53,18 +52,18 @@ def test_an_odd_name_is_only_a_name(tmp_path):
     (root / "train" / "two\nlines" / "0.png").write_bytes(b"")
     refused(r"two\\nlines/0.png: not a readable image", "folder", root, cache=tmp_path / "cache")
     (root / "train" / "\x1b[31mred" / "0.png").unlink()
-    refused(r"not an image folder .*\\x1b\[31mred", "folder", root, cache=tmp_path / "cache")
+    refused(r"train/\\x1b\[31mred: holds no images", "folder", root, cache=tmp_path / "cache")
 
 
 def test_the_cache_is_used_while_it_fits_and_rebuilt_when_not(tmp_path, monkeypatch):
     root, cache = write_image_folder(tmp_path / "set"), tmp_path / "cache"
-    decodes, decode_all = [], image_folder.decode_all
+    decodes, batches = [], ImageFiles.batches
 
-    def counted(images, what, workers):
-        decodes.append(what)
-        return decode_all(images, what, workers)
+    def count(images, *arguments):
+        decodes.append(Path(images.files[0]).parts[-3])
+        return batches(images, *arguments)
 
-    monkeypatch.setattr(image_folder, "decode_all", counted)
+    monkeypatch.setattr(ImageFiles, "batches", count)
 
     def load(**options):
         decodes.clear()
@@ -164,8 +163,8 @@ def one_class(root):
     ("damage", "message"),
     [
         (broken_png, "test/a/3.png: not a readable image"),
-        (other_size, "train/b c/1.png: is 8x9 pixels while the first image is 8x8; image_size"),
-        (empty_class, "train: not an image folder .*empty"),
+        (other_size, "train/b c/1.png: is 8x9 pixels but the first image is 8x8; image_size"),
+        (empty_class, "train/empty: holds no images"),
         (extra_class, "class folder 'only here' is in only one of train and test"),
         (no_test, "val: no such folder .the layout is train/<class>"),
         (other_test_size, "differ in size .8x8 and 9x9.; image_size"),
