@@ -1,4 +1,4 @@
-"""Writing files that are either whole or not there, whatever interrupts the writing."""
+"""Files of a run: their names, and how to write one completely or not at all."""
 
 import os
 import tempfile
@@ -6,19 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-# Files in a run's folder, besides its checkpoints.
+# Files in the folder of a run besides its checkpoints.
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-PIPELINE = "pipeline.json"  # how the processes spent the last epoch
+PIPELINE = "pipeline.json"  # how the ranks of a pipeline spent the last epoch
 PICTURE = "stages.png"
+
+
+def nonempty_path(path: str | os.PathLike, name: str) -> Path:
+    """Return `path`, the argument `name`. Raises ValueError if it is "", which pathlib takes for the current folder."""
+    if not os.fspath(path):
+        raise ValueError(f"{name} must not be empty")
+    return Path(path)
 
 
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None
 ) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, call `before`, then rename it onto `path`.
+    """Write a file so that an interruption leaves either the old content or the new.
 
-    Raises OSError, which names `path`; it is then as it was, and the temporary file is gone.
+    `write` fills a temporary file beside `path`, which is flushed to the disk. Then `before` is called, and the
+    temporary file is renamed to `path`.
+
+    Raises OSError with the name `path` if that fails. `path` is unchanged then, and the temporary file is removed.
     """
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -27,7 +37,7 @@ def write_atomically(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp's file is private; an ordinary one is not
+            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes the file private
             before()
             os.replace(temporary, path)
         except BaseException:
@@ -36,10 +46,11 @@ def write_atomically(
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the file meant, not the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the name of the temporary file
 
 
 def current_umask() -> int:
+    """Return the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

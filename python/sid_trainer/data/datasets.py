@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import nonempty_path, write_atomically
 from .image_files import DataError, ImageFiles, decode, one_line
 from .image_folder import Listing, list_splits
 
@@ -76,6 +76,9 @@ def load_data(
         raise DataError(f"no data set is called {name!r}; available: {', '.join(DATASETS)}")
     if download and name not in DOWNLOADS:
         raise DataError(f"download is for {', '.join(DOWNLOADS)}, not for {name!r}")
+    for argument, folder in (("path", path), ("cache", cache)):
+        if folder is not None:
+            nonempty_path(folder, argument)
     if name != "digits" and path is None:
         raise DataError(f"the data set {name!r} needs the path of its files")
     if name == "digits" and path is not None:

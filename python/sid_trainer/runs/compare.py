@@ -9,18 +9,18 @@ from pathlib import Path
 from ..files import METRICS, write_atomically
 from ..report.page import as_markdown, comparison_text, write_report
 from ..report.results import comparison_table, load_runs
-from ..training.checkpoint import LAST, PREVIOUS
+from ..training.checkpoint import has_checkpoint
 from ..training.config import MOVABLE, RunConfig, stage_alphas
 from .build import make_trainer, resume_run, saved_run
 
 TABLE = "table"
 
 
-def compare(
+def compare_methods(
     base: RunConfig, out: Path, *, methods: Sequence[str], layouts: Sequence[str], seeds: Sequence[int],
-    noises: Sequence[float] = (0.0,), command: str = "",
+    label_noises: Sequence[float] = (0.0,), command: str = "",
 ) -> str:  # fmt: skip
-    """Train every combination of methods, layouts, seeds and noises on the settings `base`; return the table as text.
+    """Train every combination of methods, layouts, seeds and label noises on the settings `base`; return the table.
 
     Each run has a folder of its own in `out`; table.json, table.md and the report are written there too. Finished runs
     are taken as they are and others are resumed, so a comparison that was stopped continues, and parts of it may run at
@@ -31,7 +31,7 @@ def compare(
     if base.parallel != "none":
         raise ValueError(f"parallel {base.parallel!r} is for one run; a comparison makes many, each in one process")
     cells = []
-    for noise, layout, method, seed in product(noises, layouts, methods, seeds):
+    for noise, layout, method, seed in product(label_noises, layouts, methods, seeds):
         name = f"{layout}-{method}" + (f"-noise{noise:g}" if noise else "") + f"-seed{seed}"
         run = dataclasses.replace(base, method=method, layout=layout, seed=seed, label_noise=noise)
         cells.append((out / name, run))
@@ -56,10 +56,6 @@ def check_settings(folder: Path, run: RunConfig) -> None:
             raise ValueError(
                 f"{folder}: was run with {name} {getattr(saved, name)!r}, not {value!r}; choose another --out"
             )
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
 def epochs_done(folder: Path) -> int:

@@ -1,127 +1,131 @@
-"""The settings of a run: `TrainConfig`, how to train, and `RunConfig`, also which network on which data.
+"""The settings of a run: `TrainConfig` says how to train, `RunConfig` also which network and which data.
 
-Every setting is checked here, before anything is read or made.
+Each setting is declared once, with its default, help text and limits; `options.py` turns it into a flag of `sid`.
+Values are checked before anything is read or built.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..data.datasets import DATASETS
 from ..methods.common import DIVERGENCES, STEP_SCHEDULES
 from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
-from ..network.architectures import stage_count
+from ..network.architectures import LAYOUTS, TRUNKS, stage_count
 
 PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Limit = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
+SHARE: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
+SHARE_BELOW_1: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
+POSITIVE: Limit = ("a positive number", lambda value: 0 < value < math.inf)
+
+
+def at_least(lowest: float) -> Limit:
+    """Return the limit of a finite number with a lowest value."""
+    return f"at least {lowest}", lambda value: lowest <= value < math.inf
+
+
+def setting(group: str, default: Any, help: str, limit: Limit | None = None, **flag: Any) -> Any:
+    """Declare a setting as a field of a dataclass.
+
+    Args:
+        group: The heading of its flag in the help of `sid`.
+        help: The help text of its flag, which adds the default unless the text names it.
+        limit: The values that are allowed besides None.
+        flag: More arguments of its flag for `add_argument`. `choices` limit the values, too.
+    """
+    return field(default=default, metadata={"group": group, "help": help, "limit": limit, "flag": flag})
+
+
+GROUPS = ("training", "data", "network", "local loss", "machine", "processes, started by torchrun")
+training, images, network, loss, machine, processes = (partial(setting, group) for group in GROUPS)
+BY_RECIPE = "(default: the network's recipe)"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; what is trained, and on what, are the network and the data."""
+    """How to train, whatever the network and the data. Raises ValueError for a value that is not allowed.
 
-    method: str = "sid"
-    schedule: str = "one-pass"
-    fused: bool = True  # equal plain stages in one kernel; off, one stage's activations at a time
-    epochs: int = 5
-    batch_size: int = 128
-    optimizer: str = "adam"
-    lr: float = 1e-3  # the highest, where it changes
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    alpha: float | Sequence[float] = 0.5  # one number, or one a stage
-    divergence: str = "forward"
-    label_smoothing: float = 0.0
-    seed: int = 0  # of the order, crops and flips; the network is drawn before it comes here
-    dtype: str = "float32"
-    device: str = "auto"
-    channels_last: bool = True
-    streams: bool = True  # on a GPU, a stream a stage
-    graph: bool = False  # on a GPU, the step as one CUDA graph
-    workers: int = 2  # processes that decode, for data that is not held in memory
-    save_every: int = 0  # steps between checkpoints; 0: after every epoch only
+    alpha is a number in [0, 1]; one number per stage, as a sequence or as text "0.9,0.5,..."; or text "FIRST:LAST",
+    which is linear over depth. Methods other than "sid" train with cross-entropy and ignore alpha and divergence.
+    """
 
-    def __post_init__(self):
-        tables = (
-            ("method", METHODS), ("schedule", STEP_SCHEDULES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
-            ("divergence", DIVERGENCES), ("dtype", DTYPES),
-        )  # fmt: skip
-        for name, table in tables:
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name} must be one of {', '.join(table)}, not {getattr(self, name)!r}")
-        least = {"epochs": 1, "batch_size": 1, "workers": 0, "save_every": 0, "seed": 0}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
-        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
-            if not isinstance(alpha, str) and not 0 <= alpha <= 1:  # a text is RunConfig's
-                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+    method: str = training("sid", "how gradients are computed", choices=METHODS)
+    schedule: str = loss("one-pass", "order of forward passes and updates in a SID step", choices=STEP_SCHEDULES)
+    fused: bool = loss(True, "train equal stages in one kernel; otherwise hold activations of one stage at a time")
+    epochs: int = training(5, "passes over the training images (default: 30 for digits, otherwise 5)", at_least(1))
+    batch_size: int = training(128, "images per step", at_least(1))
+    optimizer: str = training("adam", f"optimizer {BY_RECIPE}", choices=tuple(OPTIMIZERS))
+    lr: float = training(1e-3, f"highest learning rate {BY_RECIPE}", POSITIVE)
+    weight_decay: float = training(0.0, f"weight decay {BY_RECIPE}", at_least(0))
+    lr_schedule: str = training("constant", f"learning rate over the steps {BY_RECIPE}", choices=LR_SCHEDULES)
+    alpha: float | str | Sequence[float] = loss(0.5, "weight of fidelity: A, FIRST:LAST, or A,B,... with one per stage")
+    divergence: str = loss("forward", "direction of the KL divergence to the teacher", choices=DIVERGENCES)
+    label_smoothing: float = loss(0.0, "share of a label that is spread over all classes", SHARE_BELOW_1)
+    seed: int = training(0, "seed of initial parameters, order, crops, flips and label noise", at_least(0))
+    dtype: str = machine("float32", "bfloat16 is by autocast", choices=tuple(DTYPES))
+    device: str = machine("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
+    channels_last: bool = machine(True, "memory format of images and features")
+    streams: bool = machine(True, "on a GPU, run each stage on a CUDA stream of its own")
+    graph: bool = machine(False, "on a GPU, run the step as one CUDA graph")
+    workers: int = images(2, "processes that decode streamed images", at_least(0))
+    save_every: int = machine(0, "also save after this many steps (default: after each epoch only)", at_least(0))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", parse_alpha(self.alpha))
+        for declared in fields(self):
+            name, value, limit = declared.name, getattr(self, declared.name), declared.metadata["limit"]
+            choices = declared.metadata["flag"].get("choices", (value,))
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            if limit and value is not None and not limit[1](value):
+                raise ValueError(f"{name} must be {limit[0]}, not {value}")
+            if value == "":
+                raise ValueError(f"{name} must not be empty")
         if self.divergence == "reverse" and not self.label_smoothing:
             raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
         for name, value in CROSS_ENTROPY.items() if self.method != "sid" else ():
             object.__setattr__(self, name, value)
 
 
-# A strong recipe for backpropagation on the network, and the same for every method it is compared with.
-RECIPES: dict[str, dict[str, Any]] = {
-    "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-    "vit_tiny": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "lr_schedule": "one-cycle"},
-    "mlp": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "lr_schedule": "one-cycle"},
-}
-
-
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """Everything a run is made of: `TrainConfig`, the data and the network. All of it is in the run's config.json."""
+    """All settings of a run: those of `TrainConfig`, the data, the network and the processes that share the work."""
 
-    dataset: str = "digits"
-    data: str | None = None
-    cache: str | None = None
-    download: bool = False
-    image_size: int | None = None
-    stream: bool | None = None
-    train_images: int | None = None
-    val: float = 0.0
-    label_noise: float = 0.0
-    crop: int | None = None  # None, here and for flip: what suits the data set
-    flip: bool | None = None
-    arch: str = "simple_cnn"
-    layout: str = "shared"
-    depth: int | None = None
-    head_depth: int = 1
-    hidden_dim: int = 256
-    grid: int = 4
-    alpha: float | str | Sequence[float] = 0.5  # type: ignore[assignment]  # also a text that `alpha_by_depth` takes
-    parallel: str = "none"  # how the processes that torchrun started share the work
-    replicas: int = 1  # of the pipeline, each with a share of every batch
-    stages_per_rank: Sequence[int] | None = None  # None: balanced by what the stages cost
-    in_flight: int = 2  # batches on their way between two ranks
-    timeout: float = 600.0  # seconds after which a silent rank counts as lost
+    dataset: str = images("digits", "data set (default: what --data holds; without --data, digits)", choices=DATASETS)
+    data: str | None = images(None, "folder of the data set, or one with train/CLASS/... and test/CLASS/...")
+    cache: str | None = images(None, "folder for decoded images (default: in the user's cache folder)")
+    download: bool = images(False, "download the data set into --data")
+    image_size: int | None = images(None, "resize and crop image files to this many pixels (default: as they are)")
+    stream: bool | None = images(None, "decode images batch by batch (default: if they would fill half the memory)")
+    train_images: int | None = images(None, "size of a fixed class-balanced subset (default: all)", at_least(1))
+    val: float = images(0.0, "share of the training images to hold out for validation", SHARE_BELOW_1)
+    label_noise: float = images(0.0, "share of the training labels to replace by wrong ones", SHARE)
+    crop: int | None = images(None, "pixels to pad by before random crops (default: by data set)", at_least(0))
+    flip: bool | None = images(None, "mirror images at random (default: by data set)")
+    arch: str = network("simple_cnn", "backbone", choices=tuple(TRUNKS))
+    layout: str = network("shared", "one trunk for all stages, or the trunk cut into stages", choices=LAYOUTS)
+    depth: int | None = network(None, "number of stages (default: 10 if shared, otherwise the backbone's own)")
+    head_depth: int = network(1, "hidden layers of each stage head")
+    hidden_dim: int = network(256, "size of these hidden layers")
+    grid: int = network(4, "stagewise heads read features pooled to GRID x GRID")
+    parallel: str = processes("none", "share batches, also parameters, or stages as a pipeline", choices=PARALLEL)
+    replicas: int = processes(1, "pipelines side by side, which share each batch", at_least(1))
+    stages_per_rank: Sequence[int] | None = processes(None, "stages of each rank (default: by their cost)", nargs="+")
+    in_flight: int = processes(2, "batches on their way between two ranks", at_least(1))
+    timeout: float = processes(600.0, "seconds of silence after which a rank counts as lost", at_least(1))
 
-    def __post_init__(self):
-        object.__setattr__(self, "alpha", parse_alpha(self.alpha))
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.stages_per_rank is not None:
             object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
         check_parallel(self)
-        if not 0 <= self.label_noise <= 1:
-            raise ValueError(f"label_noise must be in [0, 1], not {self.label_noise}")
-        if not 0 <= self.val < 1:
-            raise ValueError(f"val must be in [0, 1), not {self.val}")
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
-        if self.crop is not None and self.crop < 0:
-            raise ValueError(f"crop must be 0 or more, not {self.crop}")
         if self.flip and self.dataset in ("digits", "mnist"):
             raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
         if self.data is not None and self.dataset == "digits":
@@ -129,68 +133,68 @@ class RunConfig(TrainConfig):
 
 
 def check_parallel(run: RunConfig) -> None:
-    if run.parallel not in PARALLEL:
-        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, not {run.parallel!r}")
-    for name, lowest in {"replicas": 1, "in_flight": 1, "timeout": 1}.items():
-        if getattr(run, name) < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, not {getattr(run, name)}")
-    if run.parallel != "none":
-        for name in ("download", "graph"):
-            if getattr(run, name):
-                raise ValueError(f"{name} is for one process, not for parallel {run.parallel!r}")
+    """Raise ValueError if processes cannot share the run."""
+    parallel = f"parallel {run.parallel!r}"
+    for name in ("download", "graph"):
+        if run.parallel != "none" and getattr(run, name):
+            raise ValueError(f"{name} is for one process, not for {parallel}")
+    if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
+        raise ValueError(f"method 'bp-checkpoint' cannot recompute with {parallel}")
     if run.parallel != "stage":
         if run.replicas > 1 or run.stages_per_rank is not None:
-            raise ValueError(f"replicas and stages_per_rank mean something for parallel 'stage', not {run.parallel!r}")
+            raise ValueError(f"replicas and stages_per_rank are for parallel 'stage', not for {run.parallel!r}")
     elif run.method not in LOCAL or run.schedule != "one-pass":
-        raise ValueError(
-            f"parallel 'stage' needs method {' or '.join(LOCAL)} and schedule one-pass, not {run.method!r},"
-            f" {run.schedule!r}"
-        )
+        allowed = f"method {' or '.join(LOCAL)} and schedule one-pass"
+        raise ValueError(f"{parallel} needs {allowed}, not {run.method!r}, {run.schedule!r}")
     elif run.layout == "shared":
-        raise ValueError(
-            "parallel 'stage' needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'"
-        )
-    if run.parallel in ("data", "shard") and run.method == "bp-checkpoint":
-        raise ValueError(f"method 'bp-checkpoint' cannot recompute with parallel {run.parallel!r}")
+        raise ValueError(f"{parallel} needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'")
 
 
-# Settings that say where and with what help a run is made; all others make it another run.
-PROCESSES = ("parallel", "replicas", "stages_per_rank", "in_flight", "timeout")
+# Settings that may change when a run is resumed: the places of its files, and the processes that train it.
+PROCESSES = tuple(declared.name for declared in fields(RunConfig) if declared.metadata["group"] == GROUPS[-1])
 MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROCESSES)
+
+# A strong recipe for backpropagation on each network, and the same for every method that is compared with it.
+RECIPES: dict[str, dict[str, Any]] = {
+    "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4},
+    "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "vit_tiny": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+    "mlp": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 5e-4},
+}
 
 
 def run_config(**given: Any) -> RunConfig:
-    """Return the settings of a run; what is not given (or None) comes from the network's recipe, then the default."""
+    """Return the settings of a run. Those not given, or None, come from the network's recipe, then the defaults."""
     given = {name: value for name, value in given.items() if value is not None}
-    recipe: dict[str, Any] = RECIPES.get(given.get("arch", RunConfig.arch), {})
-    epochs = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5}
-    return RunConfig(**epochs | recipe | given)
+    common = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5, "lr_schedule": "one-cycle"}
+    return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 
 
-def parse_alpha(given: float | str | Sequence[float]) -> float | tuple[float, ...] | str:
-    """Parse alpha: a number; "0.9,0.5,0.3", one a stage; or "0.9:0.3", linear over depth, which stays a string."""
-    if not isinstance(given, str):
-        return given if isinstance(given, float | int) else tuple(given)
+def parse_alpha(given: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
+    """Return alpha as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError."""
+    text, linear = isinstance(given, str), ":" in str(given)
     try:
-        numbers = tuple(float(part) for part in given.replace(":", ",").split(","))
+        parts = str(given).replace(":", ",").split(",") if text else given
+        numbers = tuple(map(float, parts)) if isinstance(parts, Sequence) else (float(parts),)
     except ValueError:
         numbers = ()
-    if not numbers or (":" in given and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
-        raise ValueError(
-            f"alpha must be a number in [0, 1], FIRST:LAST, or one number a stage (0.9,0.5,...), not {given!r}"
-        )
-    return given if ":" in given else numbers[0] if len(numbers) == 1 else numbers
+    if not numbers or (linear and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
+        allowed = "a number in [0, 1], FIRST:LAST, or one number per stage (0.9,0.5,...)"
+        raise ValueError(f"alpha must be {allowed}, not {given!r}")
+    return str(given) if linear else numbers[0] if len(numbers) == 1 else numbers
 
 
 def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
     """Return one alpha for each of `depth` stages. Raises ValueError for another number of values."""
     alpha = parse_alpha(alpha)
-    if isinstance(alpha, tuple) and len(alpha) != depth:
-        raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alpha)}")
     if isinstance(alpha, str):
         first, last = map(float, alpha.split(":"))
         return torch.linspace(first, last, depth, dtype=torch.float64).tolist()
-    return [alpha] * depth if isinstance(alpha, float | int) else list(alpha)
+    alphas = [alpha] * depth if isinstance(alpha, float) else list(alpha)
+    if len(alphas) != depth:
+        raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
+    return alphas
 
 
 def is_plain(run: RunConfig) -> bool:

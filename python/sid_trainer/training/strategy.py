@@ -15,7 +15,7 @@ from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
 from ..methods.streams import StageHooks, stage_streams
 from ..network.modules import SIDNetwork
-from .config import DTYPES, TrainConfig
+from .config import DTYPES, TrainConfig, alpha_by_depth
 from .evaluation import stage_logits, sum_metrics
 from .memory import SavedBytes
 
@@ -36,8 +36,9 @@ class Strategy:
         self.device = pick_device(config.device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.options = StepOptions(
-            config.alpha, config.divergence, config.label_smoothing, DTYPES[config.dtype], config.schedule, config.fused
-        )
+            alpha_by_depth(config.alpha, len(network.stages)), config.divergence, config.label_smoothing,
+            DTYPES[config.dtype], config.schedule, config.fused,
+        )  # fmt: skip
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(len(network.stages))
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import ImageData
+from ..files import nonempty_path
 from ..methods.common import StepResult
 from ..network.modules import SIDNetwork
 from .checkpoint import LAST, PREVIOUS, check_same, load_checkpoint, save_checkpoint, set_aside_damaged
@@ -63,7 +64,7 @@ class Trainer:
         quiet: bool = False,
     ):
         self.network, self.data, self.config = network, data, config
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else nonempty_path(folder, "folder")
         # A mask may be infinite from the start; everything else must stay finite.
         self.finite_names = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -11,7 +11,7 @@ import torch
 
 from helpers.image_sets import write_image_folder, write_mnist
 from sid_trainer import TrainConfig, Trainer, build_network
-from sid_trainer.cli import dataset_of, main
+from sid_trainer.cli import find_dataset, main
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.runs.build import trained_network
 from sid_trainer.training.checkpoint import load_checkpoint
@@ -119,12 +119,12 @@ def run_and_read(arguments, capsys):
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
         (["train", "--batch-size", "-1"], "batch_size must be at least 1, not -1"),
-        (["train", "--alpha", "1.5"], "alpha must be a number in [0, 1], FIRST:LAST, or one number a stage"),
+        (["train", "--alpha", "1.5"], "alpha must be a number in [0, 1], FIRST:LAST, or one number per stage"),
         (["train", "--alpha", "0.5,0.4,0.3"], "alpha must be one number or one for each of the 10 stages, not 3"),
         (["train", "--lr", "nan"], "lr must be a positive number, not nan"),
         (["train", "--seed", "-3"], "seed must be at least 0, not -3"),
         (["train", "--depth", "0"], "depth must be at least 1, not 0"),
-        (["train", "--crop", "-2"], "crop must be 0 or more, not -2"),
+        (["train", "--crop", "-2"], "crop must be at least 0, not -2"),
         (["train", "--flip"], "a mirrored digit is not that digit"),
         (["train", "--arch", "lenet"], "invalid choice: 'lenet'"),
         (["train", "--arch", "vgg11", "--layout", "stagewise", "--depth", "4"], "depth must be 5 for a stagewise"),
@@ -176,14 +176,14 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkey
 def test_a_data_set_is_known_by_what_lies_in_its_folder(tmp_path, entries, name):
     for entry in entries:
         (tmp_path / entry).mkdir()
-    assert dataset_of(str(tmp_path)) == name
+    assert find_dataset(str(tmp_path)) == name
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    data = write_image_folder(tmp_path / "set")
-    status, printed = run_and_read(["train", "--dataset", "folder", "--data", str(data)], capsys)
-    assert status == 2 and "needs the package 'torchvision.datasets', which is not installed" in printed
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    status, printed = run_and_read(["train", "--out", str(tmp_path / "run")], capsys)
+    line = "sid train: error: 'sklearn.datasets' cannot be imported; install it: pip install -e \".[trainer]\""
+    assert (status, printed) == (2, line) and not list(tmp_path.iterdir())
 
 
 def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):

@@ -183,4 +183,6 @@ def test_a_missing_onnx_package_is_named(tmp_path, run):
     words = ["export", str(run), "--format", "onnx", "--out", str(tmp_path / "x.onnx")]
     without = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert without.returncode == 2 and os.listdir(tmp_path) == []
-    assert without.stderr.endswith("sid export: error: this needs the package 'onnxscript', which is not installed\n")
+    assert without.stderr.endswith(
+        "sid export: error: 'onnxscript' cannot be imported; install it: pip install -e \".[onnx]\"\n"
+    )

@@ -266,9 +266,9 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
         ({"parallel": "data", "timeout": 0.5}, "timeout must be at least 1, not 0.5"),
         (
             {"parallel": "data", "replicas": 2},
-            "replicas and stages_per_rank mean something for parallel 'stage', not 'data'",
+            "replicas and stages_per_rank are for parallel 'stage', not for 'data'",
         ),
-        ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank mean something for parallel 'stage', not 'none'"),
+        ({"stages_per_rank": [1, 2]}, "replicas and stages_per_rank are for parallel 'stage', not for 'none'"),
         ({"parallel": "stage", "layout": "stagewise", "method": "deep-supervision"}, "parallel 'stage' needs"),
         ({"parallel": "stage", "layout": "stagewise", "schedule": "two-phase"}, "parallel 'stage' needs"),
         (
