@@ -1,27 +1,20 @@
-"""Build what a command or a checkpoint asks for: the data, the network, the trainer and the processes of a run."""
+"""Build the data, the network and the trainer of a run from its settings, and find a run again in its folder."""
 
 import copy
-import dataclasses
 import json
+from dataclasses import asdict, fields, replace
 from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.batches import Batches, pixel_statistics
+from ..data.batches import Batches
 from ..data.datasets import ImageData, load_data
 from ..data.splits import with_label_noise, with_subset, with_validation
+from ..distributed import rendezvous
 from ..distributed.balance import balance_stages, measure_stage_seconds
-from ..distributed.rendezvous import (
-    Communicator,
-    init_distributed,
-    launch_id,
-    local_device,
-    max_restarts,
-    restart_count,
-    world_size,
-)
+from ..distributed.rendezvous import Communicator
 from ..distributed.strategy import DataStrategy, ShardStrategy, StageStrategy
 from ..distributed.topology import Topology
 from ..files import CONFIG, PICTURE, PIPELINE
@@ -61,62 +54,58 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- a trainer
+def make_config(run: RunConfig) -> TrainConfig:
+    """Return the settings of the trainer of a run in this process."""
+    settings = {setting.name: getattr(run, setting.name) for setting in fields(TrainConfig)}
+    device = run.device if run.parallel == "none" else rendezvous.local_device(run.device)
+    return TrainConfig(**settings | {"device": device})
+
+
+# ---------------------------------------------------------------- the trainer
 
 
 def make_trainer(
     run: RunConfig, folder: Path | None = None, *, quiet: bool = False, communicator: Communicator | None = None
 ) -> Trainer:
-    """Build the trainer of a run that has not started; the seed draws its network.
+    """Build the trainer of a run that has not started; the seed determines its network.
 
-    Under torchrun every process calls this at the same time.
+    Under torchrun every process must call this at the same time.
     """
     communicator = communicator or connect(run)
     if run.parallel != "none" and run.layout == "shared" and run.head_depth == 1:
-        run = dataclasses.replace(run, fused=False)  # replicas reduce the gradients of one stage at a time
+        run = replace(run, fused=False)  # replicas reduce the gradients of one stage at a time
     with communicator.raise_on_one_rank():
-        alphas = stage_alphas(run)
+        depth = len(stage_alphas(run))
         data = make_data(run)
         torch.manual_seed(run.seed)
         network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    settings = {field.name: getattr(run, field.name) for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**settings | {"alpha": alphas, "device": process_device(run)})
-    metadata = dataclasses.asdict(run) | {
-        "crop": data.crop, "flip": data.flip, "depth": len(alphas), "run": dataclasses.asdict(run),
-        "launch": launch_id(),
-    }  # fmt: skip
+    metadata = asdict(run) | {"crop": data.crop, "flip": data.flip, "depth": depth}
+    metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
     with communicator.watch():
         strategy = make_strategy(run, network, data, communicator)
-        return Trainer(network, data, config, folder, strategy=strategy, metadata=metadata, quiet=quiet)
-
-
-def process_device(run: RunConfig) -> str:
-    """Return the name of this process's device."""
-    return run.device if run.parallel == "none" else local_device(run.device)
+        return Trainer(network, data, make_config(run), folder, strategy=strategy, metadata=metadata, quiet=quiet)
 
 
 def connect(run: RunConfig, problem: str = "") -> Communicator:
     """Connect to the processes that share a run. `problem` says what is wrong on this rank and ends all of them."""
     if run.parallel == "none":
-        if world_size() > 1:
-            raise ValueError(
-                f"parallel must say how {world_size()} processes share the work: data, shard or stage, not none"
-            )
+        if (size := rendezvous.world_size()) > 1:
+            raise ValueError(f"parallel must say how {size} processes share the work: data, shard or stage, not none")
         return Communicator(Topology())
     device = run.device
     try:
-        pick_device(local_device(device))
-    except ValueError as error:  # maybe on this rank only
+        pick_device(rendezvous.local_device(device))
+    except ValueError as error:  # perhaps on this rank only
         problem, device = problem or str(error), "cpu"
-    settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in MOVABLE}
+    settings = {name: value for name, value in asdict(run).items() if name not in MOVABLE}
     settings |= {name: getattr(run, name) for name in PROCESSES}
-    return init_distributed(
+    return rendezvous.init_distributed(
         run.parallel, settings, problem=problem, replicas=run.replicas, timeout=run.timeout, device=device
     )
 
 
 def make_strategy(run: RunConfig, network: SIDNetwork, data: ImageData, communicator: Communicator) -> Strategy:
-    """Return how this process takes part in a run."""
+    """Return the strategy by which this process takes part in a run."""
     if run.parallel == "none":
         return Strategy()
     if run.parallel == "stage":
@@ -126,58 +115,48 @@ def make_strategy(run: RunConfig, network: SIDNetwork, data: ImageData, communic
 
 
 def assign_stages(run: RunConfig, network: SIDNetwork, data: ImageData, communicator: Communicator) -> list[range]:
-    """Return the stages of each rank of a pipeline, as asked for or balanced by what they cost on rank 0's machine."""
+    """Return the stages of each rank of a pipeline: those in the settings, or balanced by their cost on rank 0."""
     topology, depth, counts = communicator.topology, len(network.stages), run.stages_per_rank
-    if depth < topology.stage_ranks:
-        communicator.abort_all(
-            f"{topology.stage_ranks} ranks cannot share {depth} stages: start at most {depth} for each replica"
-        )
+    if depth < (ranks := topology.stage_ranks):
+        communicator.abort_all(f"{ranks} ranks cannot share {depth} stages: start at most {depth} for each replica")
     if counts is None:
         with communicator.raise_on_one_rank():
-            measures = topology.rank == 0 and topology.stage_ranks > 1
+            measures = topology.rank == 0 and ranks > 1
             seconds = stage_seconds(run, network, data, topology.replicas) if measures else [1.0] * depth
-        return balance_stages(communicator.gather(seconds)[0], topology.stage_ranks)
-    if len(counts) != topology.stage_ranks or sum(counts) != depth or min(counts) < 1:
-        communicator.abort_all(
-            f"stages_per_rank must be {topology.stage_ranks} positive numbers whose sum is {depth}, not {counts}"
-        )
+        return balance_stages(communicator.gather(seconds)[0], ranks)
+    if len(counts) != ranks or sum(counts) != depth or min(counts) < 1:
+        communicator.abort_all(f"stages_per_rank must be {ranks} positive numbers whose sum is {depth}, not {counts}")
     return [range(start, end) for start, end in pairwise([0, *accumulate(counts)])]
 
 
 def stage_seconds(run: RunConfig, network: SIDNetwork, data: ImageData, replicas: int) -> list[float]:
     """Measure the seconds per batch of each stage on this process's device."""
-    device = pick_device(process_device(run))
-    batches = Batches(
-        data.train, run.batch_size, device, *pixel_statistics(data.train.images), workers=run.workers,
-        channels_last=run.channels_last, share=(0, replicas),
-    )  # fmt: skip
-    feed = chain.from_iterable(batches.shuffled(run.seed, epoch, data.crop, data.flip) for epoch in count())
-    memory_format = torch.channels_last if run.channels_last else torch.contiguous_format
-    copied = copy.deepcopy(network)
-    copied.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # missing from the stubs
-    return measure_stage_seconds(copied, feed, StepOptions(dtype=DTYPES[run.dtype]), run.optimizer)
+    strategy = Strategy()
+    config = replace(make_config(run), batch_size=-(-run.batch_size // replicas))
+    strategy.setup(copy.deepcopy(network), data, config)
+    batches = chain.from_iterable(strategy.train_batches(epoch, 0) for epoch in count())
+    return measure_stage_seconds(strategy.network, batches, strategy.options, run.optimizer)
 
 
 # ---------------------------------------------------------------- runs in folders
 
 
 def start_run(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Trainer:
-    """Build the trainer of a new run, or resume this run if torchrun restarted its processes.
+    """Build the trainer of a new run, or resume the run if torchrun restarted its processes.
 
-    Raises ValueError if the folder holds another run, unless that may be overwritten.
+    Raises ValueError if the folder holds another run and `overwrite` is False.
     """
-    communicator, launch = connect(run), launch_id()
+    communicator, launch = connect(run), rendezvous.launch_id()
     with communicator.raise_on_one_rank():
-        if launch is None and max_restarts() > 0:  # restarted processes could not tell their run from an older one
+        if launch is None and rendezvous.max_restarts() > 0:  # a restart could not tell its run from an older one
             raise ValueError("torchrun --max-restarts needs --standalone or an --rdzv-id to find the run again")
-    restarted = any(communicator.gather(restart_count() > 0))  # a machine that joined later counts from 0
+    restarted = any(communicator.gather(rendezvous.restart_count() > 0))  # a machine that joined later counts from 0
     resumes = restarted and launch is not None and recorded_launch(folder) == launch
     saved = communicator.gather(resumes and has_checkpoint(folder))
     with communicator.raise_on_one_rank():
         if any(saved) and not saved[communicator.topology.rank]:
             raise ValueError(
-                f"{folder}: no run to go on with, but rank {saved.index(True)} has it: all processes need the same"
-                " folder"
+                f"{folder}: holds no checkpoint here, but on rank {saved.index(True)}: all ranks need the same folder"
             )
         if (folder / CONFIG).exists() and not (overwrite or resumes):
             raise ValueError(f"{folder}: holds a run already; choose another --out, --resume it, or give --overwrite")
@@ -191,7 +170,7 @@ def start_run(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Train
 
 
 def recorded_launch(folder: Path) -> str | None:
-    """Return the id of the torchrun launch that last trained the run in a folder."""
+    """Return the id of the torchrun launch that last trained the run in a folder, or None."""
     try:
         return json.loads((folder / CONFIG).read_text())["launch"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -199,7 +178,7 @@ def recorded_launch(folder: Path) -> str | None:
 
 
 def saved_run(path: Path) -> tuple[RunConfig, dict]:
-    """Return the settings and the state of a saved run. Raises ValueError."""
+    """Return the settings and the checkpoint of a saved run. Raises ValueError if there is none that is whole."""
     state = load_checkpoint(path)
     try:
         return RunConfig(**state["config"]["run"]), state
@@ -208,14 +187,14 @@ def saved_run(path: Path) -> tuple[RunConfig, dict]:
 
 
 def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
-    """Build the trainer of a saved run. `moved` are settings that may change: where things are, and the processes."""
+    """Build the trainer of a saved run. `moved` replaces settings in MOVABLE; without it one process trains."""
     alone = {name: getattr(RunConfig, name) for name in PROCESSES}
     moved = alone | {name: value for name, value in moved.items() if value is not None}
     if moved["parallel"] != "none":
-        moved = {"download": False} | moved  # the data were downloaded when the run started
+        moved = {"download": False} | moved  # it was downloaded when the run started
     try:
-        run = dataclasses.replace(saved_run(path)[0], **moved)
-    except ValueError as error:  # the other ranks may have found it: they must not wait
+        run = replace(saved_run(path)[0], **moved)
+    except ValueError as error:  # tell the other ranks, which may have found the run
         processes = {name: moved[name] for name in PROCESSES}
         connect(RunConfig(**processes, layout="stagewise", device="cpu"), problem=str(error))
         raise
@@ -225,7 +204,7 @@ def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
 
 
 def trained_network(path: Path) -> tuple[SIDNetwork, RunConfig, dict]:
-    """Return a saved network on the CPU in evaluation mode, its settings, and the metadata of config.json."""
+    """Return a saved network on the CPU in evaluation mode, its settings, and the content of config.json."""
     run, state = saved_run(path)
     metadata = state["config"]
     network = make_network(run, len(metadata["classes"]), metadata["in_channels"], tuple(metadata["image_size"]))
@@ -234,12 +213,15 @@ def trained_network(path: Path) -> tuple[SIDNetwork, RunConfig, dict]:
 
 
 def evaluate_run(path: Path, **moved: Any) -> dict:
-    """Return the metrics of `evaluate` for a saved network on its test split, and the number of `images`."""
+    """Return the metrics of a saved network on its test images as `evaluate` does, and the number of `images`.
+
+    `moved` replaces settings, such as `data`. Raises ValueError if other classes or sizes of images are found there.
+    """
     network, run, metadata = trained_network(path)
-    run = dataclasses.replace(run, **{name: value for name, value in moved.items() if value is not None})
+    run = replace(run, **{name: value for name, value in moved.items() if value is not None})
     data = make_data(run)
-    own = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
-    check_same(path, metadata, own, own)
+    found = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
+    check_same(path, metadata, found, found)
     mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
     options = StepOptions(metadata["alpha"], metadata["divergence"], run.label_smoothing, DTYPES[run.dtype])

@@ -1,19 +1,17 @@
-"""A comparison: every method with every seed under one budget, then a table of means and deviations."""
+"""Compare methods: train each with every seed under one budget, and write a table of means and deviations."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 from ..files import METRICS, write_atomically
 from ..report.page import as_markdown, comparison_text, write_report
 from ..report.results import comparison_table, load_runs
-from ..training.checkpoint import has_checkpoint
+from ..training.checkpoint import check_same, has_checkpoint
 from ..training.config import MOVABLE, RunConfig, stage_alphas
 from .build import make_trainer, resume_run, saved_run
-
-TABLE = "table"
 
 
 def compare_methods(
@@ -33,32 +31,24 @@ def compare_methods(
     cells = []
     for noise, layout, method, seed in product(label_noises, layouts, methods, seeds):
         name = f"{layout}-{method}" + (f"-noise{noise:g}" if noise else "") + f"-seed{seed}"
-        run = dataclasses.replace(base, method=method, layout=layout, seed=seed, label_noise=noise)
+        run = replace(base, method=method, layout=layout, seed=seed, label_noise=noise)
         cells.append((out / name, run))
     for folder, run in cells:
         stage_alphas(run)  # raises ValueError for alphas that do not fit the layout
-        check_settings(folder, run)
+        if has_checkpoint(folder):
+            own = asdict(run)
+            check_same(folder, asdict(saved_run(folder)[0]), own, [name for name in own if name not in MOVABLE])
     for i, (folder, run) in enumerate(cells, 1):
         if epochs_done(folder) < run.epochs:
             print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)
             moved = {name: getattr(run, name) for name in MOVABLE}
-            (resume_run(folder, **moved) if has_checkpoint(folder) else make_trainer(run, folder)).fit()
+            trainer = resume_run(folder, **moved) if has_checkpoint(folder) else make_trainer(run, folder)
+            trainer.fit()
     return write_table([folder for folder, _ in cells], out, command)
 
 
-def check_settings(folder: Path, run: RunConfig) -> None:
-    """Raise ValueError if a checkpoint in the folder is of a run with other settings."""
-    if not has_checkpoint(folder):
-        return
-    saved, _ = saved_run(folder)  # settings that did not exist yet have their defaults
-    for name, value in dataclasses.asdict(run).items():
-        if getattr(saved, name) != value and name not in MOVABLE:
-            raise ValueError(
-                f"{folder}: was run with {name} {getattr(saved, name)!r}, not {value!r}; choose another --out"
-            )
-
-
 def epochs_done(folder: Path) -> int:
+    """Return how many epochs the run in a folder has finished."""
     metrics = folder / METRICS
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
@@ -68,15 +58,11 @@ def write_table(folders: Sequence[Path], out: Path, command: str = "") -> str:
     runs = load_runs(folders).runs
     text = as_markdown(comparison_text(runs))
     table = json.loads(comparison_table(runs).to_json(orient="records", double_precision=15))
-    record = {"command": command, "settings": common_settings(list(runs["config"])), "table": table}
-    write_atomically(out / f"{TABLE}.json", lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
-    write_atomically(out / f"{TABLE}.md", lambda file: file.write(text.encode()))
+    first, *others = runs["config"]
+    shared = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    settings = {name: value for name, value in shared.items() if name not in ("run", "data", "cache", "classes")}
+    record = json.dumps({"command": command, "settings": settings, "table": table}, indent=1) + "\n"
+    write_atomically(out / "table.json", lambda file: file.write(record.encode()))
+    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     write_report(folders, out)
     return text
-
-
-def common_settings(configs: Sequence[dict]) -> dict:
-    """Return the settings that all runs share, except the places of files."""
-    leave_out = {"run", "data", "cache", "classes"}
-    first = configs[0]
-    return {k: v for k, v in first.items() if k not in leave_out and all(c.get(k) == v for c in configs)}

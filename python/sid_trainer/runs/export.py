@@ -1,4 +1,4 @@
-"""Export of a trained network for use without this package: from pixels to logits, as a PyTorch program or as ONNX."""
+"""Export a trained network for use without this package: from pixels to logits, as a PyTorch program or as ONNX."""
 
 import io
 import json
@@ -12,13 +12,13 @@ from ..files import write_atomically
 from ..network.modules import SIDNetwork
 from .build import trained_network
 
-FORMATS = ("torch", "onnx")
+FORMATS = {"torch": "network.pt2", "onnx": "network.onnx"}  # and the default names of the files
 
 
 class PixelClassifier(nn.Module):
-    """A network that normalises its inputs: images (B, C, H, W), float32 in [0, 1], to logits (B, classes)."""
+    """A network that normalizes its inputs: images (B, C, H, W), float32 in [0, 1], to logits (B, classes)."""
 
-    mean: Tensor
+    mean: Tensor  # (C, 1, 1)
     std: Tensor
 
     def __init__(self, network: SIDNetwork, mean: Tensor, std: Tensor):
@@ -34,9 +34,9 @@ class PixelClassifier(nn.Module):
 def export_network(
     network: SIDNetwork, mean: Tensor, std: Tensor, image_size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
-    """Return the network as an exported program on the CPU, for batches of any size.
+    """Return a network as an exported program on the CPU, for batches of any size.
 
-    Its `.module()` is a plain `nn.Module` of PyTorch operators and parameters. mean and std (C,) are those of the
+    Its `.module()` is an `nn.Module` of PyTorch operators and parameters only. mean and std (C,) are those of the
     training pixels in 0..255, as `pixel_statistics` returns them.
     """
     classifier = PixelClassifier(network, mean, std).cpu().eval()
@@ -45,32 +45,31 @@ def export_network(
         return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def write_program(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, form: str) -> None:
-    """Write the program and the names of the classes to `file`, whole or not at all.
+def write_program(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, format: str) -> None:
+    """Write a program and the names of its classes to a file, completely or not at all.
 
-    form: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript.
+    format: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript.
     """
-    if form not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {form!r}")
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     buffer, names = io.BytesIO(), json.dumps(list(classes))
-    if form == "torch":
+    if format == "torch":
         torch.export.save(program, buffer, extra_files={"classes.json": names})
     else:
         exported = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert exported is not None  # only None with dynamo=False
-        model = exported.model
-        model.metadata_props["classes"] = names
+        assert exported is not None  # it is None only with dynamo=False
         import onnx_ir
 
-        buffer.write(onnx_ir.serde.serialize_model(model).SerializeToString())
+        exported.model.metadata_props["classes"] = names
+        buffer.write(onnx_ir.serde.serialize_model(exported.model).SerializeToString())
     write_atomically(file, lambda out: out.write(buffer.getvalue()))
 
 
-def export_run(place: Path, file: Path | None, form: str) -> Path:
-    """Export the network of a checkpoint to `file`, by default beside the checkpoint, and return the file."""
-    network, _, metadata = trained_network(place)
-    file = file or (place if place.is_dir() else place.parent) / ("network.onnx" if form == "onnx" else "network.pt2")
-    mean, std = map(torch.tensor, (metadata["pixel_mean"], metadata["pixel_std"]))
+def export_run(path: Path, file: Path | None, format: str) -> Path:
+    """Export the network of a saved run to `file`, by default into the run's folder, and return that file."""
+    network, _, metadata = trained_network(path)
+    file = file or (path if path.is_dir() else path.parent) / FORMATS.get(format, "")
+    mean, std = (torch.tensor(metadata[name]) for name in ("pixel_mean", "pixel_std"))
     program = export_network(network, mean, std, tuple(metadata["image_size"]))
-    write_program(program, metadata["classes"], file, form)
+    write_program(program, metadata["classes"], file, format)
     return file

@@ -190,7 +190,7 @@ def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     asked_for = ["compare", "--methods", "greedy", "sid", *COMPARE[4:], *words.split()]  # greedy is not there yet
     assert main([*asked_for, "--out", str(out)]) == 2
-    line = f"{out / NAMES[0]}: was run with {name} {saved}, not {asked}; choose another --out"
+    line = f"{out / NAMES[0]}: is of a run with {name} {saved}, not {asked}"
     assert capsys.readouterr().err == f"sid compare: error: {line}\n"
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
 

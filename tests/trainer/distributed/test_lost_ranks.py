@@ -207,8 +207,8 @@ def test_a_restart_needs_the_run_s_folder_everywhere(tmp_path):
     status = finish(start_ranks(each, tmp_path / "0", of_start=restart("here")))
     said = [printed(tmp_path / "0", rank).read_text() for rank in range(2)]
     assert status == [2, 2] and "".join(said) == (
-        f"sid train: error: rank 1: {tmp_path / '1'}: no run to go on with, but rank 0 has it: all processes need"
-        " the same folder\n"
+        f"sid train: error: rank 1: {tmp_path / '1'}: holds no checkpoint here, but on rank 0: all ranks need the"
+        " same folder\n"
     ), said
     assert_same(left(tmp_path / "0"), before)
 
