@@ -32,38 +32,45 @@ _context.set_forkserver_preload(
 
 
 def sid(
-    *words: str, out: Path, kill: tuple[str, int] | None = None, number: int = signal.SIGKILL, draw: bool = False
+    *words: str,
+    out: Path,
+    kill: tuple[str, int] | None = None,
+    number: int = signal.SIGKILL,
+    worker: bool = False,
+    draw: bool = False,
 ) -> tuple[int, str]:
     """Run `sid WORDS`; its exit status (-N: ended by signal N) and what it printed, which lies in a file beside `out`.
 
     kill: the dotted name of a function and n: before its nth call the process sends itself the signal `number`. The
     name "rename" means the rename that puts a new last.pt in its place.
+    worker: send the signal to a process that decodes images instead, and wait until it is dead.
     draw: also what follows training, the table and the picture, which take longer than these runs.
     """
     printed = out.with_name(out.name + ".printed")
-    process = _context.Process(target=_run, args=(list(map(str, words)), printed, kill, number, draw))
+    process = _context.Process(target=_run, args=(list(map(str, words)), printed, kill, number, worker, draw))
     process.start()
     process.join(PATIENCE)
     assert process.exitcode is not None, f"sid {words} does not end: {printed.read_text()}"
     return process.exitcode, printed.read_text()
 
 
-def _run(words, printed, kill, number, draw):
+def _run(words, printed, kill, number, worker, draw):
     descriptor = os.open(printed, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # worker processes are children of this one, as of a command
     from sid_trainer import cli
 
     if not draw:
         cli.show = lambda folder: None
     if kill:
         name, nth = kill
-        _call_before(*(("os.replace", LAST) if name == "rename" else (name, None)), nth, number)
+        _call_before(*(("os.replace", LAST) if name == "rename" else (name, None)), nth, number, worker)
     raise SystemExit(cli.main(words))
 
 
-def _call_before(name, destination, nth, number):
+def _call_before(name, destination, nth, number, worker):
     *module, attribute = name.split(".")
     try:
         place = importlib.import_module(".".join(module))
@@ -76,7 +83,10 @@ def _call_before(name, destination, nth, number):
         calls += destination is None or Path(args[1]).name == destination
         if calls == nth:
             calls += 1  # once only
-            os.kill(os.getpid(), number)
+            victim = multiprocessing.active_children()[0].pid if worker else os.getpid()
+            os.kill(victim, number)
+            if worker:
+                os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
         return whole(*args, **options)
 
     setattr(place, attribute, counted)

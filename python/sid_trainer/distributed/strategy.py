@@ -32,6 +32,8 @@ TIMED_BATCHES = 40  # batches of an epoch whose times are kept for the report
 class DataStrategy(Strategy):
     """Share every batch among replicas of the network, whose gradients are averaged."""
 
+    is_alone = False
+
     def __init__(self, communicator: Communicator):
         self.communicator, self.topology = communicator, communicator.topology
         self.writes_run_folder, self.handles_signals = communicator.is_logging, self.topology.is_first

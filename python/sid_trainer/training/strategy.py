@@ -29,6 +29,7 @@ class Strategy:
 
     writes_run_folder = True
     handles_signals = True
+    is_alone = True  # no other process takes part
 
     def setup(self, network: SIDNetwork, data: ImageData, config: TrainConfig) -> None:
         """Place the network, load the data and build the step. Raises ValueError for settings that do not fit."""

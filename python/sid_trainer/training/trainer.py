@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.datasets import ImageData
+from ..data.datasets import DataError, ImageData
 from ..files import nonempty_path
 from ..methods.common import StepResult
 from ..network.modules import SIDNetwork
-from .checkpoint import LAST, PREVIOUS, check_same, load_checkpoint, save_checkpoint, set_aside_damaged
+from .checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
 from .config import TrainConfig
 from .cpu import denormals_as_zero
 from .evaluation import means
@@ -97,7 +97,7 @@ class Trainer:
     def fit(self) -> list[dict]:
         """Train the epochs that are left and return `metrics`.
 
-        Raises NonFiniteLoss, and Interrupted if SIGINT or SIGTERM asked for an end.
+        Raises NonFiniteLoss, Interrupted if SIGINT or SIGTERM asked for an end, and DataError if images cannot be read.
         """
         strategy = self.strategy
         reset_peak_memory(strategy.device)
@@ -105,9 +105,13 @@ class Trainer:
         log = Log(self.folder if strategy.writes_run_folder else None, self.metadata, self.metrics, self.quiet)
         with stop_requests(strategy.handles_signals) as strategy.stop_signals, log, strategy.running():
             while self.epoch <= self.config.epochs:
-                self.train_epoch()
+                try:
+                    self.train_epoch()
+                    metrics = strategy.evaluate()
+                except DataError as error:
+                    raise self.save_after(error) from error
                 results = strategy.gather_epoch(
-                    {"sums": self.sums, "metrics": strategy.evaluate(), "memory": peak_memory(strategy.device)}
+                    {"sums": self.sums, "metrics": metrics, "memory": peak_memory(strategy.device)}
                     | {"activation_bytes": strategy.activation_bytes}
                 )
                 row = self.summarize_epoch(results) if results else None
@@ -127,34 +131,48 @@ class Trainer:
         self.network.train()
         config, strategy, images = self.config, self.strategy, len(self.data.train.labels)
         interval = 1 if strategy.device.type == "cpu" else 20  # steps; reading a loss waits for the device
-        losses, correct = [], torch.zeros((), dtype=torch.int64, device=strategy.device)
+        losses: list[Tensor] = []
+        correct = torch.zeros((), dtype=torch.int64, device=strategy.device)
         bar = tqdm(
             total=images, initial=self.images_done(), desc=f"epoch {self.epoch}/{config.epochs}", unit=" images",
             leave=False, disable=True if self.quiet else None,
         )  # fmt: skip
         batches = strategy.train_batches(self.epoch, self.step)
         start = time.perf_counter()
+
+        def read_losses() -> None:
+            nonlocal losses, start
+            now = time.perf_counter()
+            self.add_losses(torch.stack(losses), int(correct), now - start)
+            losses, start = [], now
+            correct.zero_()
+
         with bar, contextlib.closing(batches), denormals_as_zero():
-            for inputs, targets in batches:
-                result = self.train_step(inputs, targets)
-                self.step += 1
-                losses.append(result.stage_loss.detach() * len(targets))
-                correct += (result.logits.argmax(dim=1) == targets).sum()
-                saves, stops = bool(config.save_every) and self.step % config.save_every == 0, strategy.should_stop()
-                if self.step % interval == 0 or self.step == self.steps_per_epoch or saves or stops:
-                    now = time.perf_counter()
-                    self.add_losses(torch.stack(losses), int(correct), now - start)
-                    losses, start = [], now
-                    correct.zero_()
-                    memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if targets.is_cuda else ""
-                    loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / self.images_done()
-                    bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
-                    bar.update(self.images_done() - bar.n)
-                if stops or (saves and self.step < self.steps_per_epoch):
-                    self.save()
-                if stops:
-                    resume = f"; sid train --resume {self.folder} goes on" if self.folder else ""
-                    raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}{resume}")
+            try:
+                for inputs, targets in batches:
+                    result = self.train_step(inputs, targets)
+                    self.step += 1
+                    losses.append(result.stage_loss.detach() * len(targets))
+                    correct += (result.logits.argmax(dim=1) == targets).sum()
+                    saves, stops = (
+                        bool(config.save_every) and self.step % config.save_every == 0,
+                        strategy.should_stop(),
+                    )
+                    if self.step % interval == 0 or self.step == self.steps_per_epoch or saves or stops:
+                        read_losses()
+                        memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if targets.is_cuda else ""
+                        loss = sum(self.sums["loss"]) / len(self.sums["loss"]) / self.images_done()
+                        bar.set_postfix_str(f"loss {loss:.4f}{memory}", refresh=False)
+                        bar.update(self.images_done() - bar.n)
+                    if stops or (saves and self.step < self.steps_per_epoch):
+                        self.save()
+                    if stops:
+                        resume = f"; sid train --resume {self.folder} goes on" if self.folder else ""
+                        raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}{resume}")
+            except DataError:
+                if losses:
+                    read_losses()
+                raise
 
     def images_done(self) -> int:
         """Return how many images of the current epoch have been trained on."""
@@ -231,6 +249,15 @@ class Trainer:
         state = self.strategy.gather_state(self.state_dict())
         if state is not None:
             save_checkpoint(self.folder, state)
+
+    def save_after(self, error: DataError) -> DataError:
+        """Save the finished steps, if this is the only process, and return the error with how to resume."""
+        if self.folder is None or not self.strategy.is_alone:
+            return error
+        if self.step:  # else the last checkpoint has them all
+            self.save()
+        saved = has_checkpoint(self.folder)
+        return DataError(f"{error}; sid train --resume {self.folder} goes on") if saved else error
 
     def state_dict(self) -> dict:
         """Return what this process adds to a checkpoint. Raises NonFiniteLoss if a tensor is infinite or NaN."""
