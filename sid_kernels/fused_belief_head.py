@@ -6,17 +6,29 @@ Function of unreduced losses. It computes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from .belief_head import dispatch, torch_op
 from .belief_head.problem import Gradients, LinearLayer, PriorHead, Wanted
-from .core.autograd import attach, autocast_dtype, first_derivative, needs_operator, wants_grad
-from .core.options import make_options
+from .belief_head.unfused import batch_of_gradients, unfused_head
+from .core.autograd import (
+    attach,
+    autocast_dtype,
+    batched,
+    first_derivative,
+    needs_operator,
+    overrides,
+    transforming,
+    wants_grad,
+)
+from .core.options import OPTION_NAMES, make_options
 from .local_loss.problem import LocalLoss
 
 
@@ -60,10 +72,15 @@ def fused_belief_head(
         IndexError: a label out of range, on a CPU. On CUDA that row's loss and gradient are NaN.
         RuntimeError: the backend cannot be used here, or a second derivative is asked for.
     """
-    layer, prior = _autocast(LinearLayer(hidden, weight, bias), prior)
     options = (divergence, label_smoothing, ignore_index, reduction)
+    if not isinstance(hidden, Tensor) and (handlers := overrides(hidden)):
+        named = dict(zip(OPTION_NAMES, options, strict=True), return_belief=return_belief, backend=backend)
+        return handle_torch_function(fused_belief_head, handlers, hidden, weight, bias, prior, target, alpha, **named)
+    layer, prior = _autocast(LinearLayer(hidden, weight, bias), prior)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(*layer, *parts, target, alpha):
+        if transforming():
+            return unfused_head(layer, prior, target, alpha, options, return_belief, backend)
         return torch_op.call(layer, prior, target, alpha, options, return_belief, backend)[0]
     checked = make_options(*options)
     need = Wanted(*(wants_grad(x) for x in layer))
@@ -181,9 +198,13 @@ class _Unreduced(torch.autograd.Function):
         options, backend = ctx.options_and_backend
         alpha = ctx.alpha if alpha is None else alpha
         gradients: Sequence[Tensor | None]
-        _, gradients = dispatch.solve(
-            layer, prior, target, alpha, options, False, ctx.need, backend, grad_loss.detach()
-        )
+        if batched(grad_loss):
+            arguments = (prior, target, alpha, dataclasses.astuple(options), False, backend)
+            gradients = batch_of_gradients(layer, arguments, ctx.need, grad_loss)
+        else:
+            _, gradients = dispatch.solve(
+                layer, prior, target, alpha, options, False, ctx.need, backend, grad_loss.detach()
+            )
         if torch.is_grad_enabled():  # create_graph=True: a constant whose own derivative raises
             one = torch.ones((), device=hidden.device)
             gradients = [None if x is None else first_derivative(ctx, x, one, "fused_belief_head") for x in gradients]

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from .core.autograd import apply_of, first_derivative, needs_operator, scale_gradient, wants_grad
-from .core.options import DEFAULTS, HALF, make_options
+from .core.autograd import apply_of, first_derivative, needs_operator, overrides, scale_gradient, wants_grad
+from .core.options import DEFAULTS, HALF, OPTION_NAMES, make_options
 from .local_loss import cpu, torch_op
 from .local_loss.backward import AttachHalf, computes_ahead
 from .local_loss.dispatch import run_shaped
@@ -62,7 +63,10 @@ def fused_local_loss(
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     if needs_operator(logits, prior, target, alpha):
-        return LocalLoss(*torch_op.call(logits, prior, target, alpha, options, backend, wants_grad(logits))[:4])
+        if handlers := overrides(logits, prior, target, alpha):
+            named = dict(zip(OPTION_NAMES, options, strict=True), backend=backend)
+            return handle_torch_function(fused_local_loss, handlers, logits, prior, target, alpha, **named)
+        return LocalLoss(*torch_op.call(logits, prior, target, alpha, options, backend)[:4])
     outputs = cpu.run_ordinary(logits, prior, target, alpha) if backend == "auto" and options == _DEFAULTS else None
     if outputs is None:
         need_grad = wants_grad(logits)
@@ -101,6 +105,9 @@ def local_loss_and_grad(
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     if needs_operator(logits, prior, target, alpha, out):
+        if handlers := overrides(logits, prior, target, alpha, out):
+            named = dict(zip(OPTION_NAMES, options, strict=True), backend=backend, out=out)
+            return handle_torch_function(local_loss_and_grad, handlers, logits, prior, target, alpha, **named)
         logits = logits.detach() if isinstance(logits, Tensor) else logits
         if out is not None:
             check_out_like(out, logits)

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .cascade import torch_op
 from .cascade.dispatch import solve
 from .cascade.problem import CascadeResult, CascadeWeights, cascade_options, check_kinds
-from .core.autograd import attach, autocast_dtype, needs_operator, wants_grad
+from .cascade.unfused import stage_by_stage
+from .core.autograd import attach, autocast_dtype, needs_operator, overrides, transforming, wants_grad
+from .core.options import OPTION_NAMES
 
 
 def refine_cascade(
@@ -59,12 +62,19 @@ def refine_cascade(
         RuntimeError: the backend cannot be used here, or a second derivative is asked for.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
+    if not isinstance(features, Tensor) and (handlers := overrides(features)):
+        return handle_torch_function(
+            refine_cascade, handlers, features, weights, target, alpha, prior=prior, backend=backend,
+            **dict(zip(OPTION_NAMES, options, strict=True)),
+        )  # fmt: skip
     check_kinds(features, weights)
     if (dtype := autocast_dtype(features)) is not None:
         dtype = dtype if features.is_cuda else torch.float32
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
         prior = prior.to(dtype) if isinstance(prior, Tensor) and prior.is_floating_point() else prior
     if needs_operator(features, *weights, target, prior, alpha):
+        if transforming():
+            return stage_by_stage(features, CascadeWeights(*weights), target, alpha, prior, options, backend)
         return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, options, backend)[:6])
     wanted = wants_grad(features, *weights)
     need = (wanted, wanted and features.requires_grad)

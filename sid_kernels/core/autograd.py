@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import in_place_scaling
 
-is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_dynamo_compiling  # what traces after it runs in a mode
 _modes, functorch_stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_function_modes = torch._C._len_torch_function_stack
+tracing = torch._C._is_tracing  # by torch.jit.trace; what it records may not depend on the gradient mode
 _PLAIN = (Tensor, torch.nn.Parameter, float, type(None))
 _NO_SECOND = "has no second derivative: it was asked for"
 
@@ -20,14 +24,50 @@ _NO_SECOND = "has no second derivative: it was asked for"
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def _pre_dispatch() -> bool:
+    """Return whether `make_fx(pre_dispatch=True)` records operators."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+
+
 def needs_operator(*values: object) -> bool:
-    """Return whether a tensor has no address: while compiling, or if one is fake, functional or wrapped by a mode."""
+    """Return whether a kernel called with addresses would miss something.
+
+    That is so while compiling, while `torch.jit.trace` records, in forward-mode differentiation, in a torch.func
+    transform or a mode, and for tensors that are fake or wrapped.
+    """
     if is_compiling() or _modes() or functorch_stack() is not None:
         return True
+    if forward_ad._current_level >= 0 or tracing() or (_function_modes() and _pre_dispatch()):
+        return True
     for x in values:
-        if type(x) not in _PLAIN and isinstance(x, Tensor):
+        if type(x) not in _PLAIN and hasattr(type(x), "__torch_function__"):
             return True
     return False
+
+
+def overrides(*values: object) -> tuple[object, ...]:
+    """Return the values that are no tensors but handle calls themselves, as `torch.fx.symbolic_trace` passes them."""
+    return tuple(x for x in values if not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__"))
+
+
+def forward_mode() -> bool:
+    """Return whether forward-mode differentiation (dual numbers) is going on."""
+    return forward_ad._current_level >= 0
+
+
+def transforms() -> list[Any]:
+    """Return the torch.func transforms going on, the outermost first."""
+    return torch._C._functorch.get_interpreter_stack() or []
+
+
+def transforming() -> bool:
+    """Return whether a torch.func transform or forward-mode differentiation is going on, outside of torch.compile."""
+    return not is_compiling() and (functorch_stack() is not None or forward_ad._current_level >= 0)
+
+
+def batched(grad_loss: Tensor) -> bool:
+    """Return whether an incoming gradient is a batch of them, as with `is_grads_batched=True`."""
+    return functorch_stack() is not None or _legacy_batched(grad_loss)
 
 
 def wants_grad(*inputs: object) -> bool:
@@ -112,23 +152,36 @@ def scale_gradient(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype | Non
     A factor of 1 needs no second pass. On a GPU the kernel finds out, since reading the value here would synchronize.
     It works in place, unless the graph is kept for another backward pass: a hook may change what is returned.
     """
-    if _modes() or functorch_stack() is not None:  # no values, as in tracing, or a batch of them
+    if _modes():  # tensors without values, as in tracing
         return scaled(gradient, grad_loss).to(dtype or gradient.dtype)
-    if dtype is not None and gradient.dtype is not dtype:
-        if grad_loss.is_cpu and grad_loss.dim() == 0 and grad_loss.item() == 1.0:
+    on_cpu = grad_loss.is_cpu
+    if on_cpu and _is_one(grad_loss):
+        if dtype is not None and gradient.dtype is not dtype:
             return gradient.to(dtype)
+        return gradient.clone() if keeps_graph() else gradient
+    if dtype is not None and gradient.dtype is not dtype:
+        if batched(grad_loss):
+            return scaled(gradient, grad_loss).to(dtype)
         weight = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
         return torch.mul(gradient, weight, out=torch.empty_like(gradient, dtype=dtype))  # no copy in float32
-    if grad_loss.is_cpu:
-        if grad_loss.dim() or grad_loss.item() != 1.0:
-            return scaled(gradient, grad_loss)
-        return gradient.clone() if keeps_graph() else gradient
+    if on_cpu or batched(grad_loss):
+        return scaled(gradient, grad_loss)
     scale_ = None if keeps_graph() or not gradient.is_contiguous() else in_place_scaling(gradient)
     if scale_ is None:
         return scaled(gradient, grad_loss)
     rows = gradient if gradient.dim() == 2 else gradient.view(-1, gradient.shape[-1])
     scale_(rows, grad_loss.reshape(-1) if grad_loss.dim() else grad_loss)
     return gradient
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Return whether an incoming gradient on a CPU is the number 1."""
+    if grad_loss.dim():
+        return False
+    try:
+        return grad_loss.item() == 1.0
+    except RuntimeError:  # a batch of numbers; to ask for that first takes longer
+        return False
 
 
 def scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,6 +70,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 DEFAULTS = LossOptions()
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(LossOptions))
 _cached = functools.lru_cache(maxsize=64, typed=True)(LossOptions)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import backends
-from ..core.autograd import functorch_stack, keeps_graph, once_differentiable, scaled
+from ..core.autograd import batched, keeps_graph, once_differentiable, scaled
 from ..core.options import HALF, LossSpec
 from .dispatch import run
 from .problem import LocalLossProblem
@@ -34,14 +34,16 @@ def computes_ahead(problem: LocalLossProblem, backend: str) -> bool:
 def compute_dlogits(
     problem: LocalLossProblem, backend: str, grad_loss: Tensor, ahead: Tensor | None, keep: bool
 ) -> Tensor:
-    """Return dlogits (N, C) of a half-precision problem for the incoming gradient grad_loss, () or (...).
+    """Return dlogits of a half-precision problem for the incoming gradient grad_loss, () or (...).
 
-    ahead: the gradient for an incoming gradient of 1, if it is known. keep: if True, its memory is not given away.
+    It is (N, C), or (..., C) for a batch of incoming gradients of rows. ahead: the gradient for an incoming gradient of
+    1, if it is known. keep: if True, its memory is not given away.
     """
-    if functorch_stack() is not None:  # a batch of incoming gradients
+    if batched(grad_loss):
         wide = torch.empty(problem.logits.shape, dtype=torch.float32, device=problem.logits.device)
         run(problem._replace(out=wide, need_grad=True, need_belief=False), backend)
-        return scaled(wide, grad_loss.flatten() if grad_loss.dim() else grad_loss).to(problem.logits.dtype)
+        wide = wide.view(*grad_loss.shape, -1) if grad_loss.dim() else wide
+        return scaled(wide, grad_loss).to(problem.logits.dtype)
     incoming = grad_loss.detach()
     if incoming.dim():  # one number expanded to all rows, as that of `loss.sum()`, or one for each row
         expanded = incoming.numel() and not any(incoming.stride())

@@ -6,58 +6,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
-from ..core.autograd import (
-    first_derivative,
-    functorch_stack,
-    is_compiling,
-    once_differentiable,
-    scale_gradients,
-    wants_grad,
-)
+from ..core.autograd import once_differentiable, scale_gradients, tracing, transforming, transforms, wants_grad
 from ..core.checks import check_tensor
 from ..core.options import HALF, LossOptions, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_function, define_operator, options_arguments, split_alpha
 from .backward import compute_dlogits
 from .dispatch import run_shaped
+from .functional import call_transformed
 from .problem import make_problem
 
 
 def call(
     logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, options: tuple, backend: str,
-    need_grad: bool,
+    need_grad: bool | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return (loss, belief, fidelity, consistency, dlogits); dlogits is empty if `need_grad` is False.
+    """Return (loss, belief, fidelity, consistency, dlogits); dlogits is empty if it is not wanted.
 
-    options: the arguments of `LossOptions`, which the operator checks.
+    options: the arguments of `LossOptions`, which the operator checks. need_grad: None: as autograd wants it.
     """
     for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
         check_tensor(name, x)
-    if not is_compiling() and functorch_stack() is not None:
-        return _Functional.apply(logits, prior, target, alpha, options, backend)
+    kinds = {x.key() for x in transforms()} if transforming() else set()
+    if transforming() and kinds != {TransformType.Functionalize}:
+        if TransformType.Functionalize in kinds:
+            return _functionalized(logits, prior, target, alpha, options, backend)
+        return call_transformed(logits, prior, target, alpha, options, backend)
     prior = None if prior is None else prior.detach()
-    # With autograd, the gradient in half precision waits for the incoming one.
-    need_grad = need_grad and not (logits.dtype in HALF and wants_grad(logits))
+    if need_grad is None:  # in half precision `backward` computes it, with the incoming gradient
+        need_grad = (tracing() or wants_grad(logits)) and logits.dtype not in HALF
     rest = (*options_arguments(options), backend, need_grad)
     return local_loss(logits, prior, target.detach(), *split_alpha(alpha), *rest)
 
 
-class _Functional(torch.autograd.Function):
-    """The local loss for torch.func's transforms, which call `forward` with the plain tensors inside their own."""
+def _functionalized(logits: Tensor, prior: Tensor | None, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Return what `call` does for `functionalize` combined with other transforms, which takes no autograd Function.
 
-    @staticmethod
-    def forward(logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, *rest: Any) -> tuple:
-        options, backend = rest
-        return _solve(logits, prior, target, alpha, make_options(*options), backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(output[4])
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: object) -> tuple:
-        return first_derivative(ctx, ctx.saved_tensors[0], grad_loss, "fused_local_loss"), *[None] * 5
+    The operator computes values and gradient, and a product that is 0 connects them.
+    """
+    if sum(x.key() in (TransformType.Grad, TransformType.Jvp) for x in transforms()) > 1:
+        raise RuntimeError(
+            "fused_local_loss has no second derivative: it was asked for by nested torch.func transforms"
+        )
+    alpha, options, backend = rest
+    constant = logits.detach()
+    prior = None if prior is None else prior.detach()
+    rest = (*split_alpha(alpha), *options_arguments(options), backend, True)
+    loss, *values, dlogits = local_loss(constant, prior, target.detach(), *rest)
+    change = torch.where(dlogits == 0, 0.0, dlogits * (logits - constant)).float()
+    return loss + (change.sum(-1) if options[3] == "none" else change.sum()), *values, dlogits
 
 
 def _solve(
@@ -104,7 +102,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     if grad_loss is None:
         return (None,) * ctx.arguments
     if ctx.half:
-        gradient = local_loss_backward(grad_loss.detach(), *ctx.saved_tensors, *ctx.alpha_and_options, ctx.backend)
+        with torch.no_grad():
+            gradient = local_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.alpha_and_options, ctx.backend)
         if torch.is_grad_enabled():
             gradient = once_differentiable(ctx, gradient, "fused_local_loss")
     else:

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from helpers.operations import make_operation
 from helpers.oracle import make_case
 from sid_kernels import fused_local_loss, local_loss_and_grad
 
@@ -221,3 +222,64 @@ def test_autocast_computes_the_loss_in_float32(backend, half):
     torch.testing.assert_close(with_prior.loss, expected.loss)
     with_prior.loss.backward()
     assert layer.weight.grad.dtype is torch.float32 and layer.weight.grad.isfinite().all()
+
+
+CASES = [("loss", "mean"), ("loss", "none"), ("head", "mean"), ("head", "none"), ("cascade", "mean")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "reduction"), CASES)
+def test_saved_tensors_are_unpacked_once(name, reduction, dtype):
+    """Offload hooks pay for every unpacking, and non-reentrant checkpointing refuses a second one."""
+    fused, _, inputs = make_operation(name)
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    counts = {}
+
+    def pack(x):
+        counts[len(counts)] = 0
+        return len(counts) - 1, x
+
+    def unpack(packed):
+        counts[packed[0]] += 1
+        return packed[1]
+
+    options = {} if name == "cascade" else {"reduction": reduction}
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = fused(*inputs, **options)
+    loss.sum().backward()
+    assert counts and set(counts.values()) == {1}, counts
+
+
+@pytest.mark.parametrize(("name", "reduction"), CASES)
+def test_checkpointing_that_is_not_reentrant(name, reduction):
+    fused, _, inputs = make_operation(name)
+    options = {} if name == "cascade" else {"reduction": reduction}
+    leaves = [x.clone().requires_grad_() for x in inputs]
+
+    def form(*x):
+        return fused(*(v * 2 for v in x), **options).sum()
+
+    want = torch.autograd.grad(form(*leaves), leaves)
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(form, *leaves, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize(("name", "reduction"), CASES)
+def test_hooks_may_change_the_gradient_of_a_kept_graph(name, reduction, factor, dtype):
+    fused, _, inputs = make_operation(name)
+    options = {} if name == "cascade" else {"reduction": reduction}
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    between = [x * 1 for x in leaves]
+    loss = fused(*between, **options).sum() * factor
+    want = torch.autograd.grad(loss, between, retain_graph=True)
+    want = [x.clone() for x in want]
+    for x in between:
+        x.register_hook(lambda gradient: gradient.mul_(0.0))
+    assert not any(x.any() for x in torch.autograd.grad(loss, leaves, retain_graph=True))
+    again = torch.autograd.grad(loss, between, retain_graph=True)
+    assert not any(x.any() for x in again)  # hooks run here, too
+    for x in between:
+        x._backward_hooks.clear()
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, between), want, strict=True))

@@ -1,0 +1,42 @@
+"""A belief head with all logits at once, for what the fused passes do not take.
+
+That is torch.func transforms, forward-mode differentiation, and a batch of incoming gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.autograd import transforming, wants_grad
+from ..local_loss import torch_op
+from ..local_loss.functional import call_transformed
+from ..local_loss.problem import LocalLoss
+from .problem import LinearLayer, PriorHead, Wanted, belief_dtype
+
+
+def unfused_head(
+    layer: LinearLayer, prior: Tensor | PriorHead | None, target: Tensor, alpha: float | Tensor, options: tuple,
+    return_belief: bool, backend: str,
+) -> LocalLoss:  # fmt: skip
+    """Return the result of a linear layer and the local loss; options: the arguments of `LossOptions`."""
+    if isinstance(prior, tuple):
+        head = PriorHead(*prior)
+        dtype = belief_dtype(layer.hidden.dtype, head, options[0] == "reverse")
+        prior = F.linear(*head).softmax(-1, dtype=dtype).detach()
+    run = torch_op.call if transforming() else call_transformed
+    loss, belief, fidelity, consistency, _ = run(F.linear(*layer), prior, target, alpha, options, backend)
+    return LocalLoss(loss, belief if return_belief else None, fidelity, consistency)
+
+
+def batch_of_gradients(layer: LinearLayer, arguments: tuple, need: Wanted, grad_loss: Tensor) -> list[Tensor | None]:
+    """Return the gradients of `layer` for a batch of incoming gradients; arguments: the others of `unfused_head`."""
+    with torch.enable_grad():
+        leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(layer, need, strict=True)]
+        hidden, weight, bias = leaves
+        assert hidden is not None and weight is not None
+        loss = unfused_head(LinearLayer(hidden, weight, bias), *arguments).loss
+        wanted = [x for x in leaves if x is not None and wants_grad(x)]
+        found = iter(torch.autograd.grad(loss, wanted, grad_loss))
+    return [next(found) if wanted else None for wanted in need]
