@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import first_derivative, scale_gradients, tracing, wants_grad
+from ..core.autograd import first_derivative, records_grad, scale_gradients
 from ..core.checks import check_tensor
 from ..core.options import HALF, LossOptions, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_operator, options_arguments, refuse_functorch, split_alpha
@@ -36,7 +36,7 @@ def call(
     for name, x in (("hidden", layer.hidden), ("weight", layer.weight), ("target", target)):
         check_tensor(name, x)
     if need is None:
-        need = [x is not None and (tracing() or wants_grad(x)) for x in layer]
+        need = [x is not None and records_grad(x) for x in layer]
     priors = (None, *PriorHead(*prior)) if isinstance(prior, tuple) else (prior, None, None, None)
     loss, belief, fidelity, consistency, *gradients = belief_head(
         *layer,

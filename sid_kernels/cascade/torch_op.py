@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import tracing, wants_grad
+from ..core.autograd import records_grad
 from ..core.torch_library import (
     OPTIONS_SCHEMA,
     define_operator,
@@ -38,7 +38,7 @@ def call(
     """
     refuse_functorch("refine_cascade")
     if need_grad is None:
-        need_grad = tracing() or wants_grad(features, *weights)
+        need_grad = records_grad(features, *weights)
     tensor, values = None, []
     if isinstance(alpha, Sequence):
         values = [float(x) for x in alpha]

@@ -16,7 +16,7 @@ is_compiling = torch.compiler.is_dynamo_compiling  # what traces after it runs i
 _modes, functorch_stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _function_modes = torch._C._len_torch_function_stack
-tracing = torch._C._is_tracing  # by torch.jit.trace; what it records may not depend on the gradient mode
+tracing = torch._C._is_tracing  # by torch.jit.trace
 _PLAIN = (Tensor, torch.nn.Parameter, float, type(None))
 _NO_SECOND = "has no second derivative: it was asked for"
 
@@ -77,6 +77,14 @@ def wants_grad(*inputs: object) -> bool:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def records_grad(*inputs: object) -> bool:
+    """Return `wants_grad` for a call of an operator, or True while `torch.jit.trace` records it.
+
+    A traced program may run with or without gradients.
+    """
+    return (not is_compiling() and tracing()) or wants_grad(*inputs)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

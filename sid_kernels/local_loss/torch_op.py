@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
-from ..core.autograd import once_differentiable, scale_gradients, tracing, transforming, transforms, wants_grad
+from ..core.autograd import once_differentiable, records_grad, scale_gradients, transforming, transforms
 from ..core.checks import check_tensor
 from ..core.options import HALF, LossOptions, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_function, define_operator, options_arguments, split_alpha
@@ -35,7 +35,7 @@ def call(
         return call_transformed(logits, prior, target, alpha, options, backend)
     prior = None if prior is None else prior.detach()
     if need_grad is None:  # in half precision `backward` computes it, with the incoming gradient
-        need_grad = (tracing() or wants_grad(logits)) and logits.dtype not in HALF
+        need_grad = records_grad(logits) and logits.dtype not in HALF
     rest = (*options_arguments(options), backend, need_grad)
     return local_loss(logits, prior, target.detach(), *split_alpha(alpha), *rest)
 
