@@ -37,6 +37,7 @@ def settings(args: argparse.Namespace) -> RunConfig:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train a network and draw what its stages learn."""
     from .runs.build import resume_run, start_run
 
     for package in ("pandas", "seaborn"):  # they draw the run when it has ended
@@ -96,6 +97,7 @@ def print_stages(accuracy: Iterable[float], kl: Iterable[float], certificate: It
 
 
 def compare(args: argparse.Namespace) -> None:
+    """Train methods and seeds under one budget, and write a table and a report."""
     from .runs.compare import compare_methods
 
     set_flush_denormal(True)  # before PyTorch starts its threads, which inherit it
@@ -107,6 +109,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    """Draw runs side by side in report.png and on one HTML page."""
     from .report.page import write_report
 
     folders = []
@@ -117,6 +120,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Measure every stage of a trained network on its test images."""
     from .runs.build import evaluate_run
 
     found = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
@@ -124,6 +128,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    """Write a trained network as a program that does not need this package."""
     from .runs.export import export_run
 
     print(f"written: {export_run(args.run_folder, args.out, args.format)}")

@@ -12,13 +12,6 @@ from typing import Any, NoReturn, get_args
 
 from .training.config import GROUPS, METHODS, RunConfig
 
-SUMMARIES = {
-    "train": "train a network and draw what its stages learn",
-    "compare": "train methods and seeds under one budget, and write table and report",
-    "report": "draw runs side by side: report.png and one HTML page",
-    "eval": "measure every stage of a trained network on its test images",
-    "export": "write a trained network as a program that does not need this package",
-}
 # Settings of which `compare` takes several values, and the default values.
 COMPARED: dict[str, list] = {"method": list(METHODS), "layout": ["stagewise"], "seed": [0, 1], "label_noise": [0.0]}
 
@@ -38,16 +31,18 @@ def path(text: str) -> Path:
 
 
 def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
-    """Return the parser of all commands; `run` maps each command to the function that runs it.
+    """Return the parser of all commands.
 
-    Settings that are not given have no attribute in the parsed arguments.
+    `run` maps each command to the function that runs it, whose docstring is the summary in the help. Settings that are
+    not given have no attribute in the parsed arguments.
     """
     top = Parser(prog="sid", description="Train networks by synergistic information distillation (SID).")
-    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(SUMMARIES))
+    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(run))
     parsers = {}
-    for name, summary in SUMMARIES.items():
+    for name, function in run.items():
+        summary = function.__doc__
         parser = commands.add_parser(name, help=summary, description=summary, argument_default=argparse.SUPPRESS)
-        parser.set_defaults(run=run[name])
+        parser.set_defaults(run=function)
         parsers[name] = parser
     run_folder: dict[str, Any] = {"metavar": "RUN", "type": path, "help": "folder of a run, or one of its checkpoints"}
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..files import CONFIG, METRICS, PIPELINE
+from ..files import CONFIG, METRICS, PIPELINE, nonempty_path
 
 METHODS = ("sid", "greedy", "deep-supervision", "bp", "bp-checkpoint", "bp-accumulate")  # their order in the report
 FAMILY = ["arch", "layout", "label_noise", "method"]  # settings with a column of their own
@@ -44,7 +44,7 @@ class Results(NamedTuple):
 
 def load_runs(folders: Sequence[Path | str]) -> Results:
     """Read run folders, each once. Raises ValueError, in one line that names the file, if one holds no run."""
-    paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    paths = list({Path(folder).resolve(): nonempty_path(folder, "folders") for folder in folders}.values())
     if not paths:
         raise ValueError("folders: no run's folder was given")
     names = [path.resolve().name for path in paths]

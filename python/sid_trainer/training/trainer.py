@@ -283,7 +283,7 @@ class Trainer:
 
         Raises ValueError if there is none, it is damaged, or it belongs to another network or other settings.
         """
-        path = self.folder if path is None else Path(path)
+        path = self.folder if path is None else nonempty_path(path, "path")
         if path is None:
             raise ValueError("path must be given for a trainer without a folder")
         with self.strategy.raise_on_one_rank():

@@ -1,4 +1,4 @@
-"""The `sid` command and the Trainer end to end: what a run leaves behind, and what a user's mistake prints."""
+"""The `sid` command and the Trainer end to end: the files of a run, and the message for each mistake."""
 
 import json
 import os
@@ -20,7 +20,12 @@ KEYS = {
     "epoch", "step", "lr", "train_loss", "train_accuracy", "stage_loss", "test_accuracy", "stage_accuracy", "stage_kl",
     "certificate", "images_per_second", "seconds", "elapsed", "activation_bytes", "peak_memory_bytes",
 }  # fmt: skip
-TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what two runs of equal bits differ in
+TIMES = {
+    "images_per_second",
+    "seconds",
+    "elapsed",
+    "peak_memory_bytes",
+}  # these differ between two runs with equal bits
 
 
 def read(folder):
@@ -53,9 +58,9 @@ def test_digits_end_to_end(tmp_path, capsys):
     status = main(["train", "--epochs", "8", "--batch-size", "32", "--depth", "4", "--out", str(out)])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    rows = check_run(out, 8, 4, optimizers=2)  # the extractor's, and one for all stages, which are equal
+    rows = check_run(out, 8, 4, optimizers=2)  # one for the extractor, one for the stacked heads
     assert rows[-1]["test_accuracy"] > 0.92
-    assert rows[-1]["stage_kl"][-1] < rows[-1]["stage_kl"][0]  # depth distils: later beliefs are nearer the truth
+    assert rows[-1]["stage_kl"][-1] < rows[-1]["stage_kl"][0]  # later beliefs are closer to the labels
     assert "stage   accuracy   KL(y|p)   certificate   after epoch 8" in printed and str(out / "stages.png") in printed
     assert main(["eval", str(out)]) == 0
     table = capsys.readouterr().out
@@ -86,7 +91,7 @@ def test_image_folder_end_to_end_in_bfloat16(tmp_path):
     ],
 )
 def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, optimizers):
-    """None for an extractor without parameters counts among the optimizers."""
+    """`optimizers` counts the None of an extractor without parameters."""
     data = write_mnist(tmp_path / "data")
     out = tmp_path / "run"
     options = ["--epochs", "1", "--batch-size", "24", *words.split(), "--out", str(out)]
@@ -95,7 +100,7 @@ def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, opt
     assert ("val_accuracy" in rows[0]) == ("--val" in words)
 
 
-def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+def test_the_seed_determines_every_bit(tmp_path):
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name
@@ -156,7 +161,7 @@ def run_and_read(arguments, capsys):
         (["report", "empty"], "holds no whole epoch"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_give_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for name, text in (("damaged", "{"), ("empty", "")):
@@ -173,7 +178,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkey
     (["cifar-100-python"], "cifar100"), (["train", "val", "wnids.txt"], "tiny-imagenet"), (["train", "val"], "folder"),
     (["train", "MNIST"], "folder"), ([], "folder"),
 ])  # fmt: skip
-def test_a_data_set_is_known_by_what_lies_in_its_folder(tmp_path, entries, name):
+def test_find_dataset_by_the_content_of_its_folder(tmp_path, entries, name):
     for entry in entries:
         (tmp_path / entry).mkdir()
     assert find_dataset(str(tmp_path)) == name
@@ -186,7 +191,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert (status, printed) == (2, line) and not list(tmp_path.iterdir())
 
 
-def test_a_run_is_replaced_only_when_asked(tmp_path, capsys):
+def test_only_overwrite_replaces_a_run(tmp_path, capsys):
     arguments = ["train", "--epochs", "1", "--depth", "1", "--batch-size", "512", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     before = read(tmp_path / "run")
@@ -214,14 +219,14 @@ def test_help_and_module_entry():
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
 
-def test_an_infinite_loss_stops_the_run_and_names_its_place(tmp_path, capsys):
+def test_an_infinite_loss_stops_the_run_and_names_stage_and_step(tmp_path, capsys):
     arguments = ["train", "--lr", "1e30", "--epochs", "3", "--depth", "2", "--out", str(tmp_path / "run")]
     status, printed = run_and_read(arguments, capsys)
     assert status == 1
     assert "the loss of stage 1 is " in printed and "in epoch 1, step 2 " in printed and "\n" not in printed
 
 
-def test_a_device_without_room_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_gives_one_line_and_status_1(tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
 
@@ -231,7 +236,7 @@ def test_a_device_without_room_is_one_line_and_status_1(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("layout", ["shared", "stagewise"])
-def test_images_too_small_for_the_network_are_one_line(tmp_path, capsys, layout):
+def test_too_small_images_give_one_line(tmp_path, capsys, layout):
     data = write_image_folder(tmp_path / "set")
     words = ["train", "--data", str(data), "--cache", str(tmp_path / "cache"), "--image-size", "2", "--layout", layout]
     status, printed = run_and_read(words, capsys)
@@ -276,7 +281,7 @@ def small_trainer(**settings):
 
 
 @pytest.mark.parametrize("lr_schedule", ["cosine", "one-cycle"])
-def test_a_row_tells_the_learning_rate_of_the_epochs_last_step(lr_schedule):
+def test_rows_hold_the_learning_rate_of_the_last_step(lr_schedule):
     trainer, used = small_trainer(lr_schedule=lr_schedule), []
     trainer.strategy.optimizers[-1].register_step_pre_hook(
         lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
@@ -292,7 +297,7 @@ def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_importing_needs_only_torch_and_numpy():
-    """The libraries that draw, decode and show progress are imported where they are used."""
+    """Libraries for pictures, images and progress bars are imported when they are used."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'sklearn', 'torchvision', 'tqdm', 'PIL']));"
         "from sid_trainer import build_network, sid_step, Trainer; import sid_trainer.cli"

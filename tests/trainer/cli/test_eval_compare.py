@@ -1,4 +1,4 @@
-"""`sid eval` says what the last epoch's row says; `sid compare` trains, goes on where it stopped, and writes the table."""
+"""`sid eval` repeats the metrics of the last epoch; `sid compare` trains, continues after a stop and writes the table."""
 
 import json
 import statistics
@@ -23,13 +23,15 @@ def last_row(folder):
     "--arch mlp --layout shared --depth 2 --dtype bfloat16 --method greedy",
     "--arch vgg11 --layout stagewise --train-images 60 --val 0.2 --label-noise 0.4",
 ])  # fmt: skip
-def test_eval_says_what_the_last_row_says(words, tmp_path, capsys):
+def test_eval_equals_the_last_epoch(words, tmp_path, capsys):
     common = ["--train-images", "200", "--batch-size", "64", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(["train", *common, *words.split()]) == 0
     row, found = last_row(tmp_path / "run"), evaluate_run(tmp_path / "run")
     assert found["accuracy"] == row["stage_accuracy"] and found["images"] == 360
     assert found["kl"] == pytest.approx(row["stage_kl"], rel=1e-5)
-    assert found["certificate"] == pytest.approx(row["certificate"], abs=1.5 / 360)  # an image on the very edge
+    assert found["certificate"] == pytest.approx(
+        row["certificate"], abs=1.5 / 360
+    )  # rounding may decide about one image
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -41,7 +43,7 @@ def test_eval_says_what_the_last_row_says(words, tmp_path, capsys):
         assert float(kl) == pytest.approx(row["stage_kl"][stage], abs=1.1e-4) and certificate.endswith("%")
 
 
-def test_eval_finds_a_set_that_was_moved(tmp_path, capsys):
+def test_eval_on_a_moved_data_set(tmp_path, capsys):
     data = write_image_folder(tmp_path / "set", count=8)
     cache = ["--cache", str(tmp_path / "cache")]
     words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
@@ -62,7 +64,7 @@ def test_eval_finds_a_set_that_was_moved(tmp_path, capsys):
     ({"count": 7}, "train_images 16, not 14"),
     ({"splits": ("test", "train")}, "pixel_mean ["),
 ])  # fmt: skip
-def test_eval_and_resume_on_another_set_say_what_differs(tmp_path, capsys, other, difference):
+def test_eval_and_resume_refuse_another_data_set(tmp_path, capsys, other, difference):
     words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
     data = write_image_folder(tmp_path / "set", count=8)
     cache = ["--cache", str(tmp_path / "cache")]
@@ -74,7 +76,7 @@ def test_eval_and_resume_on_another_set_say_what_differs(tmp_path, capsys, other
         status = main([*command, str(tmp_path / "run"), "--data", str(tmp_path / "other"), *cache])
         printed = capsys.readouterr().err
         if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
-            assert status == 0  # other images of the same kind may well be looked at
+            assert status == 0  # eval accepts other images of the same classes and size
         else:
             line = f"sid {command[0]}: error: {tmp_path / 'run'}: is of a run with {difference}"
             assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
@@ -89,27 +91,27 @@ NAMES = [f"stagewise-{method}-seed{seed}" for method in ("sid", "bp") for seed i
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A comparison that was left alone, and what it printed."""
-    out = tmp_path_factory.mktemp("compare") / "whole"
+def uninterrupted(tmp_path_factory):
+    """Return the folder of an uninterrupted comparison, and what it printed."""
+    out = tmp_path_factory.mktemp("compare") / "uninterrupted"
     status, printed = sid(*COMPARE, "--out", out, out=out)
     assert status == 0, printed
     return out, printed
 
 
-def check_same(out, whole):
+def check_same(out, uninterrupted):
     for name in NAMES:
-        assert_same(state_of(out / name), state_of(whole / name))
-        assert rows_of(out / name) == rows_of(whole / name) and len(rows_of(out / name)) == 2
-    tables = [json.loads((folder / "table.json").read_text())["table"] for folder in (out, whole)]
+        assert_same(state_of(out / name), state_of(uninterrupted / name))
+        assert rows_of(out / name) == rows_of(uninterrupted / name) and len(rows_of(out / name)) == 2
+    tables = [json.loads((folder / "table.json").read_text())["table"] for folder in (out, uninterrupted)]
     for rows in tables:
         for row in rows:
             del row["images_per_second"], row["peak_memory_bytes"]
     assert tables[0] == tables[1]
 
 
-def test_compare_trains_every_cell_and_writes_table_and_report(whole):
-    out, printed = whole
+def test_compare_trains_every_cell_and_writes_table_and_report(uninterrupted):
+    out, printed = uninterrupted
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(NAMES)
     for i, name in enumerate(NAMES, 1):
         assert f"\n[{i}/4] {name}\n" in printed
@@ -135,29 +137,29 @@ def test_compare_trains_every_cell_and_writes_table_and_report(whole):
     ("sid_trainer.training.trainer.Trainer.train_step", 3),  # in the first run's first epoch, before anything was saved
     ("sid_trainer.training.trainer.Trainer.train_step", 6),  # in its second epoch
     ("sid_trainer.training.trainer.Trainer.train_step", 18),  # in the third run
-    ("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, and its end not saved
-    ("sid_trainer.training.logs.Log.add", 4),  # ... saved, and not told
+    ("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, but not saved
+    ("sid_trainer.training.logs.Log.add", 4),  # ... saved, but not in metrics.jsonl
     ("sid_trainer.runs.compare.write_table", 1),
 ])  # fmt: skip
-def test_a_comparison_that_was_killed_goes_on(whole, tmp_path, place):
+def test_a_killed_comparison_continues(uninterrupted, tmp_path, place):
     out = tmp_path / "killed"
     status, _ = sid(*COMPARE, "--out", out, out=out, kill=place)
     assert status == -9 and not (out / "table.json").exists()
-    done = {name: (out / name / "last.pt").read_bytes() for name in NAMES if len(told(out / name)) == 2}
+    done = {name: (out / name / "last.pt").read_bytes() for name in NAMES if len(rows_in(out / name)) == 2}
     status, printed = sid(*COMPARE, "--out", out, out=out)
     assert status == 0, printed
-    check_same(out, whole[0])
+    check_same(out, uninterrupted[0])
     for i, name in enumerate(NAMES, 1):
         assert (f"[{i}/4] {name}" in printed) == (name not in done)
         assert name not in done or (out / name / "last.pt").read_bytes() == done[name]
 
 
-def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
+def test_a_comparison_continues_with_a_moved_data_set(tmp_path):
     data, out = write_image_folder(tmp_path / "set", count=8), tmp_path / "out"
     words = "compare --methods sid --seeds 0 --arch mlp --depth 2 --hidden-dim 8 --epochs 2 --batch-size 8".split()
     words += ["--workers", "0", "--cache", tmp_path / "cache", "--out", out, "--data"]
     status, _ = sid(*words, data, out=out, kill=("sid_trainer.training.trainer.Trainer.train_step", 4))
-    assert status == -9 and len(told(out / "stagewise-sid-seed0")) == 1
+    assert status == -9 and len(rows_in(out / "stagewise-sid-seed0")) == 1
     data.rename(tmp_path / "moved")
     status, printed = sid(*words, tmp_path / "moved", "--save-every", "1", out=out)
     assert status == 0, printed
@@ -165,12 +167,12 @@ def test_a_comparison_goes_on_where_its_files_were_moved(tmp_path):
     assert config["data"] == str(tmp_path / "moved") and config["save_every"] == 1
 
 
-def told(folder):
+def rows_in(folder):
     return (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
 
 
-def test_a_comparison_that_is_done_trains_nothing_again(whole, monkeypatch):
-    out, _ = whole
+def test_a_finished_comparison_trains_nothing(uninterrupted, monkeypatch):
+    out, _ = uninterrupted
     before = {name: (out / name / "last.pt").stat().st_mtime_ns for name in NAMES}
     monkeypatch.setattr("sid_trainer.training.trainer.Trainer.fit", lambda self: pytest.fail("trained again"))
     assert main([*COMPARE, "--out", str(out)]) == 0
@@ -184,11 +186,13 @@ def test_a_comparison_that_is_done_trains_nothing_again(whole, monkeypatch):
     ("--crop 1", "crop", "None", "1"),
     ("--alpha 0.9:0.1", "alpha", "0.5", "'0.9:0.1'"),
 ])  # fmt: skip
-def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch, capsys, words, name, saved, asked):
-    out, _ = whole
+def test_runs_with_other_settings_are_refused_before_training(
+    uninterrupted, monkeypatch, capsys, words, name, saved, asked
+):
+    out, _ = uninterrupted
     monkeypatch.setattr("sid_trainer.training.trainer.Trainer.fit", lambda self: pytest.fail("trained"))
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    asked_for = ["compare", "--methods", "greedy", "sid", *COMPARE[4:], *words.split()]  # greedy is not there yet
+    asked_for = ["compare", "--methods", "greedy", "sid", *COMPARE[4:], *words.split()]  # there is no run of greedy yet
     assert main([*asked_for, "--out", str(out)]) == 2
     line = f"{out / NAMES[0]}: is of a run with {name} {saved}, not {asked}"
     assert capsys.readouterr().err == f"sid compare: error: {line}\n"
@@ -204,13 +208,13 @@ def test_runs_with_other_settings_are_refused_before_training(whole, monkeypatch
     ("--methods bp sid --arch mlp --depth 3 --alpha 0.1,0.2",
      "alpha must be one number or one for each of the 3 stages, not 2"),
 ])  # fmt: skip
-def test_what_no_cell_may_have_is_refused_before_the_first_is_begun(tmp_path, monkeypatch, capsys, words, line):
-    monkeypatch.setattr("sid_trainer.runs.compare.make_trainer", lambda *_: pytest.fail("begun"))
+def test_wrong_settings_are_refused_before_training(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.setattr("sid_trainer.runs.compare.make_trainer", lambda *_: pytest.fail("trained"))
     assert main(["compare", "--seeds", "0", *words.split(), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"sid compare: error: {line}\n" and not (tmp_path / "out").exists()
 
 
-def test_label_noise_and_layouts_are_cells_of_their_own(tmp_path, capsys):
+def test_label_noises_and_layouts_are_compared(tmp_path, capsys):
     words = "compare --methods sid --layouts shared stagewise --seeds 4 --label-noise 0 0.4".split()
     small = "--arch mlp --depth 2 --hidden-dim 8 --train-images 60 --batch-size 60 --epochs 1".split()
     assert main([*words, *small, "--out", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""The exported network: what it answers where nothing of this package can be imported, as a program and as ONNX."""
+"""Exported programs and ONNX files give the same logits without this package."""
 
 import importlib.util
 import json
@@ -29,14 +29,14 @@ names = {"classes.json": ""}
 network = torch.export.load(sys.argv[1], extra_files=names).module()
 pixels = torch.from_numpy(numpy.load(sys.argv[2]))
 found = {str(size): network(pixels[:size]).detach().numpy() for size in (1, 2, 7, len(pixels))}
-assert all(parameter.requires_grad for parameter in network.parameters())  # it can be trained on
+assert all(parameter.requires_grad for parameter in network.parameters())  # training can continue
 numpy.savez(sys.argv[3], **found)
 print(json.dumps([json.loads(names["classes.json"]), sorted(name for name in sys.modules if name.startswith("sid_"))]))
 """
 
 
 def pixels():
-    """Test digits as an application has them, (B, 1, 8, 8) in [0, 1]."""
+    """Return test digits as an application would read them, (B, 1, 8, 8) in [0, 1]."""
     return load_digits().test.images[:40].permute(0, 3, 1, 2).float() / 255
 
 
@@ -60,7 +60,7 @@ def run(request, tmp_path_factory):
     return folder
 
 
-def test_a_program_that_needs_nothing_of_ours(run, tmp_path, capsys):
+def test_a_program_runs_without_this_package(run, tmp_path, capsys):
     assert main(["export", str(run)]) == 0
     assert capsys.readouterr().out == f"written: {run / 'network.pt2'}\n"
     images = pixels()
@@ -72,7 +72,7 @@ def test_a_program_that_needs_nothing_of_ours(run, tmp_path, capsys):
     assert elsewhere.returncode == 0, elsewhere.stderr
     classes, ours = json.loads(elsewhere.stdout.splitlines()[-1])
     assert classes == [str(i) for i in range(10)]
-    assert ours == ["sid_kernels", "sid_trainer"]  # the two that were forbidden, and no part of them
+    assert ours == ["sid_kernels", "sid_trainer"]  # only the blocked entries, and no submodule
     logits = expected(run, images)
     found = np.load(tmp_path / "logits.npz")
     assert found.files == ["1", "2", "7", "40"]
@@ -86,7 +86,7 @@ def test_onnx(run, tmp_path, capsys):
 
     file = tmp_path / "digits.onnx"
     assert main(["export", str(run), "--format", "onnx", "--out", str(file)]) == 0
-    assert os.listdir(tmp_path) == ["digits.onnx"]  # one file, weights within
+    assert os.listdir(tmp_path) == ["digits.onnx"]  # one file that contains the weights
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
     (takes,), images = session.get_inputs(), pixels()
@@ -96,8 +96,8 @@ def test_onnx(run, tmp_path, capsys):
         torch.testing.assert_close(torch.from_numpy(found), logits[:size], rtol=1e-3, atol=1e-4)
 
 
-def test_it_answers_what_the_run_was_measured_with(run):
-    """The program on the test split's pixels has the accuracy of the last epoch's row."""
+def test_a_program_has_the_accuracy_of_the_run(run):
+    """The test accuracy equals that of the last epoch."""
     test = load_digits().test
     main(["export", str(run)])
     program = torch.export.load(run / "network.pt2").module()
@@ -112,7 +112,7 @@ def program():
     return network, export_network(network, torch.tensor([0.0, 100.0, 255.0]), torch.tensor([1.0, 50.0, 255.0]), (4, 5))
 
 
-def test_pixels_are_normalised_a_channel(program):
+def test_pixels_are_normalized_per_channel(program):
     network, exported_ = program
     images = torch.rand(3, 3, 4, 5)
     normal = torch.stack([images[:, 0] * 255, (images[:, 1] * 255 - 100) / 50, images[:, 2] - 1], dim=1)
@@ -121,8 +121,8 @@ def test_pixels_are_normalised_a_channel(program):
 
 
 @pytest.mark.parametrize("arch", ["vgg11", "resnet18", "vit_tiny"])
-def test_other_networks_for_any_batch(arch):
-    """With batch-norm that has seen a batch, and with positions that are learned."""
+def test_other_networks_with_any_batch_size(arch):
+    """Covers batch-norm after one batch, and learned positions."""
     network = build_network(arch, "stagewise", num_classes=3, in_channels=1, image_size=(4, 4))
     with torch.no_grad():
         network(torch.randn(8, 1, 4, 4))
@@ -133,7 +133,7 @@ def test_other_networks_for_any_batch(arch):
         torch.testing.assert_close(program(images[:size]), expected[:size], rtol=1e-4, atol=1e-4)
 
 
-def test_odd_class_names_are_only_names(program, tmp_path):
+def test_odd_class_names(program, tmp_path):
     _, exported_ = program
     write_program(exported_, ODD_NAMES, tmp_path / "odd.pt2", "torch")
     names = {"classes.json": ""}
@@ -145,7 +145,7 @@ def test_odd_class_names_are_only_names(program, tmp_path):
 
 
 @needs_onnx
-def test_odd_class_names_are_only_names_in_onnx(program, tmp_path):
+def test_odd_class_names_in_onnx(program, tmp_path):
     import onnx
 
     write_program(program[1], ODD_NAMES, tmp_path / "odd.onnx", "onnx")
@@ -154,7 +154,7 @@ def test_odd_class_names_are_only_names_in_onnx(program, tmp_path):
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == ODD_NAMES
 
 
-def test_class_folders_names_come_along(tmp_path):
+def test_names_of_class_folders_are_exported(tmp_path):
     data = write_image_folder(tmp_path / "set", classes=("$(touch gone)", "ü 'x'"))
     where = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
     assert main(["train", *where, "--arch", "mlp", "--layout", "stagewise", "--depth", "1", "--epochs", "1"]) == 0
@@ -165,7 +165,7 @@ def test_class_folders_names_come_along(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["mlp-stagewise"], indirect=True)
-def test_what_cannot_be_exported_is_one_line(tmp_path, run, capsys):
+def test_failed_exports_give_one_line(tmp_path, run, capsys):
     def refused(*words):
         assert main(["export", *map(str, words)]) == 2
         line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The flags of `sid`: a frozen list, made from the settings; empty paths and missing packages are one line."""
+"""The flags of `sid` are a frozen list. Empty paths and missing packages give one line."""
 
 import argparse
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from sid_trainer import TrainConfig, Trainer, build_network, load_data
 from sid_trainer.cli import main
 from sid_trainer.options import make_parser
+from sid_trainer.report.results import load_runs
 from sid_trainer.training.config import RunConfig
 
 SETTINGS = (
@@ -47,7 +48,7 @@ def parsers():
 
 
 @pytest.mark.parametrize("command", FLAGS)
-def test_no_flag_comes_or_goes_unnoticed(command):
+def test_flags_are_frozen(command):
     found = {flag for action in parsers()[command]._actions for flag in action.option_strings} - {"-h", "--help"}
     negations = SWITCHES.split() if command in ("train", "compare") else []
     assert sorted(found) == sorted(
@@ -55,14 +56,14 @@ def test_no_flag_comes_or_goes_unnoticed(command):
     )
 
 
-def test_every_setting_is_a_flag_whose_help_names_the_default():
+def test_every_setting_has_a_flag_and_shows_its_default():
     flags = {action.dest: action.help for action in parsers()["train"]._actions}
     for setting in fields(RunConfig):
         assert "(default: " in flags[setting.name] or setting.name == "data", setting.name
     assert "(default: 256)" in flags["hidden_dim"] and "(default: yes)" in flags["streams"]
 
 
-def test_a_setting_that_is_not_given_is_absent():
+def test_settings_that_are_not_given_are_absent():
     """So the network's recipe fills it in, and `--resume` knows which were given."""
     args = make_parser(dict.fromkeys(FLAGS, print)).parse_args(["train", "--lr", "0.5", "--stages-per-rank", "1", "2"])
     assert vars(args) == {"command": "train", "run": print, "lr": 0.5, "stages_per_rank": [1, 2]}
@@ -85,25 +86,26 @@ def test_a_setting_that_is_not_given_is_absent():
         ("export x --out", "sid export: error: argument --out: must not be empty"),
     ],
 )
-def test_an_empty_path_is_not_the_current_folder(words, line, tmp_path, monkeypatch, capsys):
+def test_empty_paths_are_refused(words, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*words.split(), ""]) == 2
     assert capsys.readouterr().err == line + "\n" and not list(tmp_path.iterdir())
 
 
-def test_an_empty_path_in_python():
+def test_empty_paths_are_refused_in_python():
     for call, name in (
         (lambda: RunConfig(dataset="folder", data=""), "data"),
         (lambda: load_data("folder", ""), "path"),
         (lambda: load_data("digits", cache=""), "cache"),
         (lambda: Trainer(build_network(depth=1), None, TrainConfig(), ""), "folder"),
+        (lambda: load_runs([""]), "folders"),
     ):
         with pytest.raises(ValueError, match=f"^{name} must not be empty$"):
             call()
 
 
 @pytest.mark.parametrize("words", ["train --out x", "compare --out x", "report x"])
-def test_without_the_dependencies_of_the_trainer_one_line_says_what_to_install(words, tmp_path):
+def test_missing_dependencies_give_one_line(words, tmp_path):
     block = f"import sys; sys.modules.update(dict.fromkeys({TRAINER_PACKAGES}));"
     code = block + "from sid_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
     run = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path)
