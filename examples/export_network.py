@@ -19,7 +19,7 @@ print("logits without sid_kernels:", tuple(logits.shape))
 
 def main(folder: Path) -> str:
     sid = [sys.executable, "-m", "sid_trainer"]
-    subprocess.run([*sid, "train", "--epochs", "1", "--out", str(folder / "run")], check=True)
+    subprocess.run([*sid, "train", "--train-images", "400", "--epochs", "1", "--out", str(folder / "run")], check=True)
     subprocess.run([*sid, "export", str(folder / "run"), "--out", str(folder / "network.pt2")], check=True)
     command = [sys.executable, "-c", INFERENCE, str(folder / "network.pt2")]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -5,7 +5,7 @@ import torch
 from sid_trainer import TrainConfig, Trainer, build_network, load_data
 
 
-def main(epochs: int = 5) -> dict[str, float]:
+def main(epochs: int = 3) -> dict[str, float]:
     data, accuracies = load_data("digits"), {}
     for method in ("sid", "greedy", "bp"):
         torch.manual_seed(0)

@@ -1,8 +1,11 @@
 """The grid of loss options that the local loss, the belief head and the cascade are all tested on."""
 
+import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# For interpreted kernels, which take a second or more a case: the half types are `slow`.
+INTERPRETED_DTYPES = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:]))
 TARGETS = {  # options of `make_case`
     "hard": dict(ignored=0.3),
     "hard smoothed": dict(ignored=0.3, label_smoothing=0.1),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.grids import DTYPES
+from helpers.grids import INTERPRETED_DTYPES
 from helpers.oracle import make_case
 from helpers.without_belief import DIVERGENCES, PRIORS, SIZES, TARGETS, assert_equal_except_belief, problem
 from sid_kernels.core.triton import INTERPRETING
@@ -20,7 +20,7 @@ LOOPS = (LossPlan(37, 1, 16, 1, (64, 64, 64), looped=True), LossPlan(2**62, 1, 2
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", ("tile", "loop"))
 def test_every_kind(monkeypatch, kernel, dtype, divergence, target, prior):
     if kernel == "loop":

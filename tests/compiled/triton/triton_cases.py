@@ -1,7 +1,7 @@
 """The Triton backend under Triton's interpreter, on the CPU, held to the error budgets of oracle.py.
 
 pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process, because
-TRITON_INTERPRET must be set before triton is first imported. By hand: TRITON_INTERPRET=1 pytest tests/triton_cases.py
+TRITON_INTERPRET must be set before triton is first imported. By hand: TRITON_INTERPRET=1 pytest tests/compiled/triton/triton_cases.py
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.grids import DTYPES, KINDS, TARGETS
+from helpers.grids import DTYPES, INTERPRETED_DTYPES, KINDS, TARGETS
 from helpers.oracle import Case, assert_within_budget, make_case, oracle
 from sid_kernels import fused_local_loss, local_loss_and_grad
 from sid_kernels.core import triton as core_triton
@@ -58,7 +58,7 @@ PRIORS = ("same", "none", "other")
 
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("divergence,target", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
 def test_every_kind(plans, dtype, divergence, target, prior):
     prior_dtype = DTYPES[(DTYPES.index(dtype) + (prior == "other")) % 3]
     for alpha, reduction in ((0.3, "mean"), ("scalar", "sum"), ("rows", "none")):

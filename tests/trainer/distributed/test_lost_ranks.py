@@ -33,7 +33,7 @@ from helpers.ranks import (
 from sid_trainer.training.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("SID_KILLS", 2))
-SMALL = f"--arch mlp --train-images 130 --batch-size 16 --crop 1 --epochs {20 * KILLS} --save-every 3 --seed 5".split()
+SMALL = f"--arch mlp --train-images 130 --batch-size 16 --crop 1 --epochs {12 * KILLS} --save-every 3 --seed 5".split()
 RUNS = {
     "stage": ("--layout", "stagewise", "--parallel", "stage"),
     "data": ("--layout", "shared", "--depth", "3", "--parallel", "data"),
@@ -50,7 +50,7 @@ def restarted(run, gone):
     return found if len(found) == 2 and not gone & set(found.values()) else None
 
 
-@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("how", ["stage", pytest.param("data", marks=pytest.mark.slow)])
 def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     """SIGKILL to rank 0, 1, 0, ...: soon after its start, or some time after it has saved something."""
     words = [*SMALL, *RUNS[how]]
@@ -94,7 +94,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
 
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
     """Then 1 process goes on until a signal, and 3 to the end."""
-    words = [*SMALL, *RUNS["stage"]]
+    words = [*SMALL, "--epochs", "8", *RUNS["stage"]]
     alone = trained(*words[: words.index("--parallel")], count=1, out=tmp_path / "alone")
     folder = tmp_path / "stopped"
     with torchrun("train", *words, "--out", folder, count=2, out=folder, stop_at=30) as run:
@@ -160,7 +160,9 @@ def test_an_infinite_loss_names_the_stage_by_its_number_in_the_whole_network(tmp
     ), said
 
 
-@pytest.mark.parametrize(("count", "meeting"), [(2, ["--standalone"]), (1, ["--rdzv-id=another"])])
+@pytest.mark.parametrize(
+    ("count", "meeting"), [(2, ["--standalone"]), pytest.param(1, ["--rdzv-id=another"], marks=pytest.mark.slow)]
+)
 def test_a_restart_resumes_the_run_of_its_launch_only(tmp_path, count, meeting):
     """torchrun starts again what was refused because the folder holds a run: that must not become resuming it."""
     words = ["train", *SMALL, "--epochs", "1", *(RUNS["stage"] if count > 1 else []), "--out", tmp_path / "run"]

@@ -35,22 +35,22 @@ def test_all_methods_but_sid_learn_and_are_judged_by_a_cross_entropy(method):
 
 @pytest.mark.parametrize(("arch", "layout", "method"), CELLS)
 def test_every_method_trains_every_network(arch, layout, method, digits):
-    """The trained images are told apart far better than by chance (10%), which an untrained network does not do. The
-    slowest network gets a few steps on one batch, and its loss must fall."""
+    """Small networks tell the trained images apart far better than by chance (10%); the loss of large ones falls on a
+    batch that they see a few times."""
     network = make(arch, layout, method, depth=4 if layout == "shared" else None)
-    slow = arch == "vit_tiny"
-    optimizers = make_optimizers(network, method, optimizer="adam", lr=3e-4 if slow else 3e-3)
+    large = arch not in ("simple_cnn", "mlp")
+    optimizers = make_optimizers(network, method, optimizer="adam", lr=3e-4 if large else 3e-3)
     step = make_step(method, network, optimizers, StepOptions(0.7))
     inputs, targets = next(digits.in_order())
-    batches = [(inputs[:16], targets[:16])] * 10 if slow else None
-    for epoch in range(1 if slow else 12 if arch in ("simple_cnn", "mlp") else 4):
+    batches = [(inputs[:8], targets[:8])] * 5 if large else None
+    for epoch in range(1 if large else 12):
         right, losses = 0, []
         for inputs, targets in batches or digits.shuffled(0, epoch, 0, False):
             result = step(inputs, targets)
             losses.append(result.stage_loss.mean().item())
             right += (result.logits.argmax(1) == targets).sum().item()
     assert torch.tensor(losses).isfinite().all()
-    assert losses[-1] < 0.97 * losses[0] if slow else right / 160 > 0.4, (losses, right)
+    assert losses[-1] < 0.97 * losses[0] if large else right / 160 > 0.4, (losses, right)
 
 
 SMOOTHED = [{"label_smoothing": 0.1}, {"label_smoothing": 0.1, "divergence": "reverse"}]

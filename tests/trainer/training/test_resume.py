@@ -53,11 +53,13 @@ def resume(folder, place=None, **options):
     ("place", "where"),
     [
         ((STEP, 4), (1, 2)),  # in the first epoch, between two saves
-        ((STEP, 5), (1, 4)),  # just after a save
+        pytest.param((STEP, 5), (1, 4), marks=pytest.mark.slow),  # just after a save
         (("sid_trainer.training.strategy.Strategy.evaluate", 1), (1, 6)),  # during the first evaluation
         ((STEP, 8), (2, 0)),  # the first step of an epoch
-        ((STEP, 12), (2, 4)),  # in the middle of the second epoch
-        (("sid_trainer.training.logs.Log.add", 2), (3, 0)),  # saved, but not yet in metrics.jsonl
+        pytest.param((STEP, 12), (2, 4), marks=pytest.mark.slow),  # in the middle of the second epoch
+        pytest.param(
+            ("sid_trainer.training.logs.Log.add", 2), (3, 0), marks=pytest.mark.slow
+        ),  # saved, but not yet in metrics.jsonl
         (("sid_trainer.training.strategy.Strategy.evaluate", 3), (3, 6)),  # during the last evaluation
         (("sid_trainer.cli.show", 1), (4, 0)),  # finished, but for the picture
         (("rename", 3), (1, 4)),  # last.pt has become previous.pt, and the new one is not in its place
