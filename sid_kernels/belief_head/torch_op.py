@@ -42,7 +42,7 @@ def call(
         *layer,
         *(None if x is None else x.detach() for x in priors),
         target.detach(),
-        *split_alpha(alpha),
+        *split_alpha(alpha, layer.hidden),
         *options_arguments(options),
         return_belief,
         *need,

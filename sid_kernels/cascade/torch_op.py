@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import records_grad
+from ..core.autograd import is_compiling, records_grad
 from ..core.torch_library import (
     OPTIONS_SCHEMA,
     define_operator,
@@ -41,9 +41,13 @@ def call(
         need_grad = records_grad(features, *weights)
     tensor, values = None, []
     if isinstance(alpha, Sequence):
-        values = [float(x) for x in alpha]
+        if is_compiling():
+            parts = [split_alpha(x, features)[0] for x in alpha]
+            tensor = torch.stack([x for x in parts if x is not None])
+        else:
+            values = [float(x) for x in alpha]
     else:
-        tensor, value = split_alpha(alpha)
+        tensor, value = split_alpha(alpha, features)
         values = [value] * weights[0].shape[0] if tensor is None else []
     prior = None if prior is None else prior.detach()
     rest = (*options_arguments(options), backend, need_grad)

@@ -47,6 +47,8 @@ def needs_operator(*values: object) -> bool:
 
 def overrides(*values: object) -> tuple[object, ...]:
     """Return the values that are no tensors but handle calls themselves, as `torch.fx.symbolic_trace` passes them."""
+    if is_compiling():
+        return ()
     return tuple(x for x in values if not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__"))
 
 

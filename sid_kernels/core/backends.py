@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -43,6 +44,14 @@ def automatic(device: str, elements: int = 1 << 30) -> str:
     return "reference"
 
 
+@functools.cache
+def _warn_of_reference(device: str) -> None:
+    """Warn that `auto` takes the reference backend and say why, once per device type."""
+    reasons = [f"{name}: {unavailable(name)}" for place, _, name in AUTO if place == device]
+    message = f"sid_kernels computes on {device} with its slow backend 'reference', since no other can be used here"
+    warnings.warn(f"{message} ({'; '.join(reasons)})", RuntimeWarning, stacklevel=4)
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError if `backend` names no backend."""
     if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
@@ -60,7 +69,10 @@ def choose(backend: str, logits: Tensor) -> str:
     double = logits.dtype is torch.float64
     device = logits.device.type
     if backend == "auto":
-        return "reference" if double else automatic(device, logits.numel())
+        name = "reference" if double else automatic(device, logits.numel())
+        if name == "reference" and not double:
+            _warn_of_reference(device)
+        return name
     check_name(backend)
     if double and backend != "reference":
         raise TypeError(f"logits has dtype torch.float64, which only backend 'reference' takes; backend is {backend!r}")

@@ -6,6 +6,8 @@ Compiled code knows no PyTorch. It receives addresses, strides and numbers.
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 from .options import LossOptions
 
 PACKAGE = "sid_kernels"  # not __package__, which is sid_kernels.core here
+FOLDER = Path(__file__).resolve().parents[1]
+INTERFACE = 2  # kInterface in csrc/bindings/arguments.h: raise both if the arguments of a binding change
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/local_loss.h
 NO_MATRIX = (0, 0, 0)
 Matrix = tuple[int, int, int]
@@ -22,11 +26,27 @@ Matrix = tuple[int, int, int]
 def load(name: str) -> tuple[Any, str | None]:
     """Return the compiled module sid_kernels.NAME and None, or None and the reason it cannot be loaded."""
     try:
-        return importlib.import_module(f"{PACKAGE}.{name}"), None
+        module = importlib.import_module(f"{PACKAGE}.{name}")
     except ModuleNotFoundError:
-        return None, f"the compiled module {PACKAGE}.{name} was not built (no working compiler at installation?)"
+        return None, f"the compiled module {PACKAGE}.{name} is not in {FOLDER}: {_why_missing(name)}"
     except ImportError as error:
         return None, f"the compiled module {PACKAGE}.{name} does not load: {error}"
+    found = getattr(module, "interface", 1)
+    if found != INTERFACE:
+        return None, (
+            f"the compiled module {module.__file__} has interface {found} and the Python files beside it {INTERFACE}: "
+            "build again (pip install -e .)"
+        )
+    return module, None
+
+
+def _why_missing(name: str) -> str:
+    """Return why a compiled module is not beside the Python files: another copy of the package has it, or none."""
+    for entry in sys.path:
+        other = (Path(entry) / PACKAGE).resolve()
+        if other != FOLDER and any(other.glob(f"{name}.*")):
+            return f"this checkout was not built, and hides the package installed in {other}; run in another folder"
+    return "it was not built (no working compiler at installation, or a checkout: pip install -e .)"
 
 
 def matrix(x: Tensor | None) -> Matrix:

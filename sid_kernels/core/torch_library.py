@@ -68,13 +68,21 @@ def gradients_in_outputs(name: str, first: int) -> tuple[Callable[..., None], Ca
     return setup_context, backward
 
 
-def split_alpha(alpha: float | Tensor) -> tuple[Tensor | None, float]:
-    """Return alpha as the arguments `Tensor? alpha, float alpha_value` of a schema."""
+def split_alpha(alpha: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
+    """Return alpha as the arguments `Tensor? alpha, float alpha_value` of a schema.
+
+    While compiling it becomes a tensor on the device of `like`: a program would be compiled for every new number.
+    """
     if isinstance(alpha, Tensor):
         return alpha.detach(), 0.0
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")
-    return None, float(alpha)
+    if not is_compiling():
+        return None, float(alpha)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.full((), alpha, dtype=dtype, device=like.device), 0.0
 
 
 def options_arguments(options: tuple) -> tuple:

@@ -37,7 +37,7 @@ def call(
     if need_grad is None:  # in half precision `backward` computes it, with the incoming gradient
         need_grad = records_grad(logits) and logits.dtype not in HALF
     rest = (*options_arguments(options), backend, need_grad)
-    return local_loss(logits, prior, target.detach(), *split_alpha(alpha), *rest)
+    return local_loss(logits, prior, target.detach(), *split_alpha(alpha, logits), *rest)
 
 
 def _functionalized(logits: Tensor, prior: Tensor | None, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ def _functionalized(logits: Tensor, prior: Tensor | None, target: Tensor, *rest:
     alpha, options, backend = rest
     constant = logits.detach()
     prior = None if prior is None else prior.detach()
-    rest = (*split_alpha(alpha), *options_arguments(options), backend, True)
+    rest = (*split_alpha(alpha, logits), *options_arguments(options), backend, True)
     loss, *values, dlogits = local_loss(constant, prior, target.detach(), *rest)
     change = torch.where(dlogits == 0, 0.0, dlogits * (logits - constant)).float()
     return loss + (change.sum(-1) if options[3] == "none" else change.sum()), *values, dlogits

@@ -1,12 +1,21 @@
 """Tests of the operator under torch.compile, export, fake tensors and torch.func: equal to eager, no graph breaks."""
 
+import math
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers.oracle import make_case
-from sid_kernels import fused_local_loss, local_loss_and_grad
+from sid_kernels import (
+    CascadeWeights,
+    fused_belief_head,
+    fused_local_loss,
+    local_loss_and_grad,
+    refine_cascade,
+)
 
 LOCAL_LOSS = torch.ops.sid_kernels.local_loss.default
 
@@ -234,3 +243,34 @@ def test_operator_refuses_a_second_derivative(backend):
     (first,) = torch.autograd.grad(LOCAL_LOSS(z, *rest)[0], z, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_local_loss has no second derivative"):
         torch.autograd.grad(first.square().sum() + z.sum(), z)
+
+
+KINDS = {
+    "loss": lambda z, alpha: fused_local_loss(z, None, z.new_zeros(4, dtype=torch.int64), alpha).loss,
+    "loss and gradient": lambda z, alpha: local_loss_and_grad(z, None, z.new_zeros(4, dtype=torch.int64), alpha)[1],
+    "head": lambda z, alpha: fused_belief_head(z, z + 1, None, None, z.new_zeros(4, dtype=torch.int64), alpha).loss,
+    "cascade": lambda z, alpha: refine_cascade(z, weights_like(z), z.new_zeros(4, dtype=torch.int64), alpha).loss,
+    "cascade, by stage": lambda z, alpha: (
+        refine_cascade(z, weights_like(z), z.new_zeros(4, dtype=torch.int64), [alpha, alpha / 2]).loss
+    ),
+}
+
+
+def weights_like(z):
+    """Return the weights of two stages of three units and five classes over the features z."""
+    shapes = ((2, 3, 5 + z.shape[1]), (2, 3), (2, 5, 3), (2, 5))
+    return CascadeWeights(*(torch.linspace(-1, 1, math.prod(shape)).view(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float_alpha_that_changes_compiles_once_more(kind):
+    """Every new number compiled again, and the ninth gave up."""
+    torch._dynamo.reset()
+    counter, z = CompileCounter(), torch.linspace(-1, 1, 24).view(4, 6)
+    compiled = torch.compile(KINDS[kind], fullgraph=True, backend=counter)
+    for i in range(12):
+        alpha = 0.1 + 0.05 * i
+        torch.testing.assert_close(compiled(z, alpha), KINDS[kind](z, alpha))
+    assert counter.frame_count <= 2
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="alpha"):
+        compiled(z, 1.5)

@@ -1,13 +1,16 @@
 """Tests of importing the package, with and without its compiled modules, and of `sid_kernels.info`."""
 
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from sid_kernels.core import backends
+from sid_kernels.core import backends, native
 
 
 def python(code, *arguments, **environment):
@@ -55,7 +58,7 @@ def test_without_the_compiled_modules_the_reference_runs():
         + """
     import torch
     from sid_kernels import fused_local_loss, local_loss_and_grad
-    from sid_kernels.core import backends
+    from sid_kernels.core import backends, native
     z, labels = torch.randn(4, 6, requires_grad=True), torch.tensor([0, 1, 2, 5])
     assert backends.automatic("cpu") == "reference"
     one, two = (fused_local_loss(z, None, labels, backend=name) for name in ("auto", "reference"))
@@ -96,3 +99,60 @@ def test_import_reads_no_environment_it_should_not():
     """Each call reads SID_KERNELS_DEBUG; the import prints nothing and warns of nothing."""
     done = python("import sid_kernels", SID_KERNELS_DEBUG="1", PYTHONWARNINGS="error::UserWarning")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+CALL = """
+    import torch, sid_kernels
+    z, labels = torch.randn(4, 6), torch.tensor([0, 1, 2, 5])
+    for _ in range(3):
+        sid_kernels.fused_local_loss(z, None, labels)
+"""
+
+
+def copy_package(folder, compiled=None):
+    """Copy the Python files of the package to `folder`; compiled: the source of a module _C."""
+    shutil.copytree(
+        native.FOLDER, folder / "sid_kernels", ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__")
+    )
+    if compiled is not None:
+        (folder / "sid_kernels/_C.py").write_text(compiled)
+    return folder
+
+
+def warned(*folders):
+    """Return the lines of warnings if `folders` come first on the path, without the hooks of editable installations."""
+    done = python(
+        f"import sys; sys.path[:0] = {[str(x) for x in folders]}\n"
+        "sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in str(x)]" + textwrap.dedent(CALL)
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+
+
+def test_a_checkout_that_was_not_built_says_so_once(tmp_path):
+    """It computed with the reference without a word."""
+    (line,) = warned(copy_package(tmp_path / "checkout"), copy_package(tmp_path / "installed", "interface = 0"))
+    assert "slow backend 'reference'" in line and f"hides the package installed in {tmp_path}/installed" in line
+
+
+def test_a_package_that_was_not_built_says_so_once(tmp_path):
+    (line,) = warned(copy_package(tmp_path))
+    assert f"sid_kernels._C is not in {tmp_path}/sid_kernels" in line
+
+
+@pytest.mark.parametrize("source", ["", "interface = 1", "interface = 10**6"])
+def test_a_compiled_module_of_another_version_asks_to_build_again(tmp_path, source):
+    """After `git pull`, the first call ended in a TypeError of pybind11."""
+    (line,) = warned(copy_package(tmp_path, source))
+    assert "sid_kernels/_C.py has interface 1" in line and "build again" in line
+
+
+def test_bindings_have_the_version_of_their_arguments():
+    """If this fails: raise INTERFACE in native.py and kInterface in arguments.h, and put the new digest here."""
+    csrc = native.FOLDER.parent / "csrc/bindings"
+    if not csrc.is_dir():
+        pytest.skip("installed without sources")
+    code = re.sub(r"//[^\n]*|\s+", "", "".join(path.read_text() for path in sorted(csrc.iterdir())))
+    digest = hashlib.sha256(code.encode()).hexdigest()[:16]
+    assert (native.INTERFACE, digest) == (2, "6d183da64c8ac847")
+    assert f"kInterface={native.INTERFACE};" in code
