@@ -47,7 +47,9 @@ def train(args: argparse.Namespace) -> None:
     if hasattr(args, "resume"):
         given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "resume")}
         if fixed := sorted(given.keys() - MOVABLE):
-            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run has its settings")
+            raise ValueError(
+                f"--{fixed[0].replace('_', '-')} cannot be given with --resume: the run keeps its settings"
+            )
         trainer = resume_run(args.resume, **given)
     else:
         run = settings(args)
@@ -123,8 +125,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure every stage of a trained network on its test images."""
     from .runs.build import evaluate_run
 
-    found = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
-    print_stages(found["accuracy"], found["kl"], found["certificate"], f"on {found['images']} test images")
+    metrics = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
+    print_stages(metrics["accuracy"], metrics["kl"], metrics["certificate"], f"on {metrics['images']} test images")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 
 from .training.config import GROUPS, METHODS, RunConfig
 
+METAVARS = {int: "N", float: "X", str: None}  # None: the name of the setting
 # Settings of which `compare` takes several values, and the default values.
 COMPARED: dict[str, list] = {"method": list(METHODS), "layout": ["stagewise"], "seed": [0, 1], "label_noise": [0.0]}
 
@@ -93,5 +94,5 @@ def flag_arguments(setting: Field[Any]) -> dict[str, Any]:
     help, default = setting.metadata["help"], setting.default
     if default is not None and "(default" not in help:
         help += f" (default: {('yes' if default else 'no') if kind is bool else default})"
-    typed: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    typed = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": METAVARS[kind]}
     return {"help": help, **typed, **setting.metadata["flag"]}

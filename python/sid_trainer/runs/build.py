@@ -220,8 +220,8 @@ def evaluate_run(path: Path, **moved: Any) -> dict:
     network, run, metadata = trained_network(path)
     run = replace(run, **{name: value for name, value in moved.items() if value is not None})
     data = make_data(run)
-    found = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
-    check_same(path, metadata, found, found)
+    properties = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
+    check_same(path, metadata, properties, properties)
     mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
     options = StepOptions(metadata["alpha"], metadata["divergence"], run.label_smoothing, DTYPES[run.dtype])

@@ -36,8 +36,9 @@ def compare_methods(
     for folder, run in cells:
         stage_alphas(run)  # raises ValueError for alphas that do not fit the layout
         if has_checkpoint(folder):
-            own = asdict(run)
-            check_same(folder, asdict(saved_run(folder)[0]), own, [name for name in own if name not in MOVABLE])
+            settings = asdict(run)
+            names = [name for name in settings if name not in MOVABLE]
+            check_same(folder, asdict(saved_run(folder)[0]), settings, names)
     for i, (folder, run) in enumerate(cells, 1):
         if epochs_done(folder) < run.epochs:
             print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)

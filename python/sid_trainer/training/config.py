@@ -52,8 +52,9 @@ BY_RECIPE = "(default: the network's recipe)"
 class TrainConfig:
     """How to train, whatever the network and the data. Raises ValueError for a value that is not allowed.
 
-    alpha is a number in [0, 1]; one number per stage, as a sequence or as text "0.9,0.5,..."; or text "FIRST:LAST",
-    which is linear over depth. Methods other than "sid" train with cross-entropy and ignore alpha and divergence.
+    `sid train --help` describes every setting under the flag of the same name. alpha is a number in [0, 1]; one number
+    per stage, as a sequence or as text "0.9,0.5,..."; or text "FIRST:LAST", which is linear over depth. Methods other
+    than "sid" train with cross-entropy and ignore alpha and divergence.
     """
 
     method: str = training("sid", "how gradients are computed", choices=METHODS)
@@ -114,7 +115,7 @@ class RunConfig(TrainConfig):
     depth: int | None = network(None, "number of stages (default: 10 if shared, otherwise the backbone's own)")
     head_depth: int = network(1, "hidden layers of each stage head")
     hidden_dim: int = network(256, "size of these hidden layers")
-    grid: int = network(4, "stagewise heads read features pooled to GRID x GRID")
+    grid: int = network(4, "stagewise heads read features pooled to N x N cells")
     parallel: str = processes("none", "share batches, also parameters, or stages as a pipeline", choices=PARALLEL)
     replicas: int = processes(1, "pipelines side by side, which share each batch", at_least(1))
     stages_per_rank: Sequence[int] | None = processes(None, "stages of each rank (default: by their cost)", nargs="+")
@@ -171,18 +172,18 @@ def run_config(**given: Any) -> RunConfig:
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 
 
-def parse_alpha(given: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
+def parse_alpha(alpha: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
     """Return alpha as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError."""
-    text, linear = isinstance(given, str), ":" in str(given)
+    linear = ":" in str(alpha)
+    parts = alpha.replace(":", ",").split(",") if isinstance(alpha, str) else alpha
     try:
-        parts = str(given).replace(":", ",").split(",") if text else given
         numbers = tuple(map(float, parts)) if isinstance(parts, Sequence) else (float(parts),)
     except ValueError:
         numbers = ()
     if not numbers or (linear and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
         allowed = "a number in [0, 1], FIRST:LAST, or one number per stage (0.9,0.5,...)"
-        raise ValueError(f"alpha must be {allowed}, not {given!r}")
-    return str(given) if linear else numbers[0] if len(numbers) == 1 else numbers
+        raise ValueError(f"alpha must be {allowed}, not {alpha!r}")
+    return str(alpha) if linear else numbers[0] if len(numbers) == 1 else numbers
 
 
 def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:

@@ -152,7 +152,7 @@ def run_and_read(arguments, capsys):
         (["train", "--resume", "empty"], "empty: holds no checkpoint (last.pt)"),
         (["train", "--resume", "file"], "file: not a whole checkpoint"),
         (["train", "--resume", "nowhere"], "nowhere: no such file"),
-        (["train", "--resume", "empty", "--lr", "1"], "--lr cannot be given with --resume: the run has its settings"),
+        (["train", "--resume", "empty", "--lr", "1"], "--lr cannot be given with --resume: the run keeps its settings"),
         (["eval", "empty"], "empty: holds no checkpoint (last.pt)"),
         (["export", "nowhere"], "nowhere: no such file"),
         (["compare"], "the following arguments are required: --out"),
