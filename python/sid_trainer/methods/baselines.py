@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..network.modules import SIDNetwork, at_least_float32, call_module
-from .common import Optimizers, StepResult, autocast, check_owned, clear_gradients, update
+from .common import Optimizers, StepResult, autocast, check_owned, clear_gradients, forward_dtype, update
 
 
 def bp_step(
@@ -32,14 +32,15 @@ def bp_step(
     total, outputs = torch.zeros((), device=inputs.device), []
     call = recompute_in_backward if checkpointed else call_module
     parts = max(1, min(parts, len(inputs) // 2))  # batch-norm needs two examples
-    for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        with autocast(inputs, dtype):
-            logits = network.stage_logits(x, call)[-1]
-        loss = F.cross_entropy(at_least_float32(logits), y, label_smoothing=label_smoothing) * (len(y) / len(targets))
-        loss.backward()
-        total += loss.detach()
-        outputs.append(logits.detach())
-    update(optimizers)
+    with forward_dtype(inputs, dtype) as dtype:
+        for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
+            with autocast(inputs, dtype):
+                logits = at_least_float32(network.stage_logits(x, call)[-1])
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing) * (len(y) / len(targets))
+            loss.backward()
+            total += loss.detach()
+            outputs.append(logits.detach())
+        update(optimizers)
     return StepResult(total.reshape(1), torch.cat(outputs))
 
 
@@ -75,10 +76,11 @@ def deep_supervision_step(
     """
     check_owned(optimizers, network)
     clear_gradients(optimizers)
-    with autocast(inputs, dtype):
-        stage_logits = network.stage_logits(inputs)
-    losses = [F.cross_entropy(at_least_float32(z), targets, label_smoothing=label_smoothing) for z in stage_logits]
-    stage_loss = torch.stack(losses)
-    stage_loss.sum().backward()
-    update(optimizers)
+    with forward_dtype(inputs, dtype) as dtype:
+        with autocast(inputs, dtype):
+            stage_logits = [at_least_float32(logits) for logits in network.stage_logits(inputs)]
+        losses = [F.cross_entropy(logits, targets, label_smoothing=label_smoothing) for logits in stage_logits]
+        stage_loss = torch.stack(losses)
+        stage_loss.sum().backward()
+        update(optimizers)
     return StepResult(stage_loss.detach(), stage_logits[-1].detach())

@@ -1,10 +1,13 @@
 """What all training steps share: options, results, updates of optimizers, teacher beliefs."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,6 +68,34 @@ class StepOptions:
 def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:
     """Return autocast to `dtype` on the inputs' device; for float32 it is disabled."""
     return torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def forward_dtype(inputs: Tensor, dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Yield `dtype`, or that of the caller's autocast if `dtype` is float32, and disable autocast within the context.
+
+    A step enables it for its forward passes only: backward passes and updates do not run under autocast.
+    """
+    device = inputs.device.type
+    if dtype is torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        yield dtype
+
+
+def check_network(network: SIDNetwork) -> None:
+    """Raise TypeError unless `network` is a `SIDNetwork`; warn if there are several processes.
+
+    Wrappers such as DistributedDataParallel reduce gradients only in backward passes that follow their own `forward`.
+    """
+    if not isinstance(network, SIDNetwork):
+        raise TypeError(f"network must be a SIDNetwork, not {type(network).__name__}; pass what was wrapped, if it is")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"sid_step does not reduce gradients over the {dist.get_world_size()} processes, also if the network is"
+            " inside DistributedDataParallel: use `Trainer` and `sid train --parallel data`, or reduce them yourself",
+            stacklevel=3,
+        )
 
 
 def clear_gradients(optimizers: Optimizers) -> None:

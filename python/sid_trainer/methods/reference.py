@@ -32,8 +32,10 @@ def reference_step(
             outputs, logits = stage(features, prior)
             features = outputs if outputs is features else outputs.detach()
             stage_logits.append(logits)
-    labels = targets if targets.is_floating_point() else F.one_hot(targets, network.num_classes)
     plain = options.divergence == "forward" and not options.label_smoothing
+    if targets.device.type == "cpu" and not targets.is_floating_point():
+        plain &= bool(((targets >= 0) & (targets < network.num_classes)).all())  # else a row is ignored, or an error
+    labels = F.one_hot(targets, network.num_classes) if plain and not targets.is_floating_point() else targets
     losses = []
     for logits, prior, alpha in zip(stage_logits, priors, options.stage_alphas(len(priors)), strict=True):
         if plain:

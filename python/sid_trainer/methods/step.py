@@ -22,8 +22,10 @@ from .common import (
     StepOptions,
     StepResult,
     autocast,
+    check_network,
     check_optimizers,
     clear_gradients,
+    forward_dtype,
     teacher_beliefs,
     update,
 )
@@ -53,14 +55,17 @@ def sid_step(
         fused: Train `StackedHeads` at once with `sid_kernels.refine_cascade` in the schedule "one-pass": the same
             numbers in less time, with at most 16 MiB (or one stage, if that is more) held.
         divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`.
-        dtype: Forward passes run under autocast to this dtype unless it is float32.
+        dtype: Forward passes run under autocast to this dtype; for float32, under the caller's autocast, if any.
         streams: Hooks around stages that run one by one, for example `StageStreams`.
 
     Returns the losses (L,) and the last logits (B, C) from before the update; never waits for a device. Raises
-    ValueError for options that are not allowed and for optimizers that do not fit.
+    ValueError for options that are not allowed and for optimizers that do not fit, TypeError for a wrapped network.
+    Warns if there are several processes: gradients are not reduced over them.
     """
-    options = StepOptions(alpha, divergence, label_smoothing, dtype, schedule, fused)
-    return local_step(network, inputs, targets, options, optimizers or (), streams)
+    check_network(network)
+    with forward_dtype(inputs, dtype) as dtype:
+        options = StepOptions(alpha, divergence, label_smoothing, dtype, schedule, fused)
+        return local_step(network, inputs, targets, options, optimizers or (), streams)
 
 
 def local_step(

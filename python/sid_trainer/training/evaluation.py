@@ -25,14 +25,17 @@ def evaluate(
     `accuracy`: of belief p_i. `kl`: KL(y || p_i) = -log p_i[y], in nats. `certificate`: the share of images for which
     stage i has no larger SID loss than a copy of its prior q would have, L_i(p_i) <= L_i(q), up to rounding. For these,
     KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help (arXiv 2510.03273). The network
-    is left in evaluation mode.
+    is left in evaluation mode. Raises ValueError, which names the stage, if a metric is infinite or NaN.
 
     Args:
         batches: Pairs of inputs (B, ...) and labels (B,).
         options: The loss that the stages were trained with, and the dtype of the forward pass.
     """
     network.eval()
-    return means(*sum_metrics(batches, lambda inputs: stage_logits(network, inputs, options.dtype), options))
+    sums, count = sum_metrics(batches, lambda inputs: stage_logits(network, inputs, options.dtype), options)
+    if (stage := first_non_finite_stage(sums)) is not None:
+        raise ValueError(f"the logits of stage {stage + 1} are not finite")
+    return means(sums, count)
 
 
 def stage_logits(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -56,6 +59,12 @@ def sum_metrics(
         batch = stage_metrics(*run_stages(inputs), targets, options)
         sums, count = sums.to(batch) + batch, count + len(targets)
     return sums.cpu(), count
+
+
+def first_non_finite_stage(sums: Tensor) -> int | None:
+    """Return the first column of `sums` (3, L) with an infinite or NaN entry, or None."""
+    bad = (~sums.isfinite()).any(0).nonzero()
+    return int(bad[0]) if len(bad) else None
 
 
 def means(sums: Tensor, count: int) -> dict[str, list[float]]:

@@ -24,7 +24,7 @@ class Log:
     def __enter__(self) -> "Log":
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.write(CONFIG, json.dumps(self.metadata, indent=2))
+            self.write(CONFIG, json.dumps(self.metadata, indent=2, allow_nan=False))
             self.write_rows()
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -44,13 +44,13 @@ class Log:
             write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def write_rows(self) -> None:
-        self.write(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.write(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
 
     def write_pipeline(self, pipeline: dict | None) -> dict:
         """Write how the ranks spent the epoch, and return the part for its row: without the times of single batches."""
         if pipeline is None:
             return {}
-        self.write(PIPELINE, json.dumps(pipeline))
+        self.write(PIPELINE, json.dumps(pipeline, allow_nan=False))
         ranks = [{name: value for name, value in rank.items() if name != "batches"} for rank in pipeline["ranks"]]
         return {"pipeline": pipeline | {"ranks": ranks}}
 

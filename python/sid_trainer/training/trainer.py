@@ -19,7 +19,7 @@ from ..network.modules import SIDNetwork
 from .checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
 from .config import TrainConfig
 from .cpu import denormals_as_zero
-from .evaluation import means
+from .evaluation import first_non_finite_stage, means
 from .logs import Log
 from .memory import peak_memory, reset_peak_memory
 from .strategy import Strategy
@@ -107,7 +107,7 @@ class Trainer:
             while self.epoch <= self.config.epochs:
                 try:
                     self.train_epoch()
-                    metrics = strategy.evaluate()
+                    metrics = self.evaluate()
                 except DataError as error:
                     raise self.save_after(error) from error
                 results = strategy.gather_epoch(
@@ -205,6 +205,16 @@ class Trainer:
             sums["loss"] = [a + b for a, b in zip(sums["loss"], stage_losses, strict=True)]
         added = {"right": sums["right"] + correct, "seconds": sums["seconds"] + seconds}
         self.sums = sums | added | {"lr": float(self.lr)}
+
+    def evaluate(self) -> dict[str, tuple[Tensor, int]]:
+        """Return the sums of the metrics of the local stages for each split. Raises NonFiniteLoss."""
+        metrics = self.strategy.evaluate()
+        for split, (sums, _) in metrics.items():
+            if (column := first_non_finite_stage(sums)) is not None:
+                self.state_dict()  # raises the error that names a parameter, if one is not finite
+                stage = self.strategy.local_stages[column] + 1
+                raise self.non_finite(f"stage {stage} is not finite on the {split} images after epoch {self.epoch}")
+        return metrics
 
     def non_finite(self, problem: str) -> NonFiniteLoss:
         saved = self.folder and any((self.folder / name).exists() for name in (LAST, PREVIOUS))

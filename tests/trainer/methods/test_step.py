@@ -1,6 +1,8 @@
 """SID's step in its schedules: gradients and updates against a reference written here. All methods and networks:
 test_methods.py."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,9 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from helpers.stages import gradients
-from sid_trainer import build_network, sid_step
+from sid_trainer import bp_step, build_network, deep_supervision_step, sid_step
 from sid_trainer.methods.common import STEP_SCHEDULES
+from sid_trainer.network.architectures import LAYOUTS
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
@@ -158,3 +161,50 @@ def test_pooling_before_relu_changes_no_bit():
         output.square().sum().backward()
         found.append((output, inputs.grad, conv.weight.grad.clone()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("step", [sid_step, bp_step, deep_supervision_step])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_callers_autocast_is_used(step, layout):
+    """A step under autocast has the results of one that is told the dtype, and others than one in float32."""
+
+    def run(context, **options):
+        torch.manual_seed(0)
+        network = build_network("simple_cnn", layout, in_channels=1, image_size=(8, 8), depth=4)
+        with context:
+            result = step(network, inputs, targets, **options)
+        return [*result, *(parameter.grad for parameter in network.parameters())]
+
+    inputs, targets = torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    under = run(torch.autocast("cpu", torch.bfloat16))
+    told, float32 = run(nullcontext(), dtype=torch.bfloat16), run(nullcontext())
+    assert all(torch.equal(a, b) for a, b in zip(under, told, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(under, float32, strict=True))
+
+
+def test_a_wrapped_network_is_refused_and_several_processes_are_warned(monkeypatch):
+    network, inputs, targets = make(depth=2)
+    with pytest.raises(TypeError, match="network must be a SIDNetwork, not DataParallel; pass what was wrapped"):
+        sid_step(nn.DataParallel(network), inputs, targets)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="sid_step does not reduce gradients over the 2 processes"):
+        sid_step(network, inputs, targets)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
+def test_labels_out_of_range_and_ignored_ones_in_every_schedule(schedule, fused):
+    network, inputs, targets = make(depth=2, fused=fused)
+    targets[3] = 10
+    with pytest.raises(
+        IndexError, match=r"target has label 10 in row 3; it must be in \[0, 10\) or equal ignore_index"
+    ):
+        sid_step(network, inputs, targets, schedule=schedule)
+    targets[3] = -100
+    network.zero_grad()
+    found = sid_step(network, inputs, targets, 1.0, schedule=schedule).stage_loss[0]
+    first = make(depth=2, fused=False)[0]
+    with torch.no_grad():
+        _, logits = next(iter(first.stages))(first.extractor(inputs), torch.full((16, 10), 0.1))
+    torch.testing.assert_close(found, F.cross_entropy(logits, targets))

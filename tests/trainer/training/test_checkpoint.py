@@ -15,8 +15,10 @@ from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.files import write_atomically
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.training import checkpoint
 from sid_trainer.training.checkpoint import load_checkpoint, save_checkpoint
+from sid_trainer.training.evaluation import evaluate
 from sid_trainer.training.trainer import NonFiniteLoss
 
 WORDS = "train --arch mlp --layout stagewise --depth 2 --hidden-dim 8 --train-images 100 --batch-size 50".split()
@@ -220,6 +222,31 @@ def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_e
     place = f"{where} is not finite after epoch 1, step {1 if save_every else 2} (learning rate 0.001, float32)"
     assert str(error.value) == f"{place}; the last good checkpoint is kept"
     assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "previous.pt").exists()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
+    """Huge but finite weights: the losses before the update and the weights are finite, the next logits are not."""
+    trainer(tmp_path).save()
+    ours = trainer(tmp_path)
+    whole = ours.strategy.step
+
+    def step(*batch):
+        result = whole(*batch)
+        if ours.step == 1:  # the last of the first epoch
+            with torch.no_grad():
+                for parameter in ours.network.stages[1].parameters():
+                    parameter.fill_(1e30)
+        return result
+
+    ours.strategy.step = step
+    with pytest.raises(
+        NonFiniteLoss, match="stage 2 is not finite on the test images after epoch 1 .*checkpoint is kept"
+    ):
+        ours.fit()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    ours.network.eval()
+    with pytest.raises(ValueError, match="the logits of stage 2 are not finite"):
+        evaluate(ours.network, ours.strategy.batches["test"].in_order(), StepOptions())
 
 
 # ---------------------------------------------------------------- a full disk, a kill between two renames
