@@ -137,7 +137,7 @@ class BeliefHead(nn.Linear):
     """Linear layer from hidden (..., H) to the logits of C classes, and the local loss of their belief.
 
     Parameters, their initial values and the state dict are those of `nn.Linear(hidden_dim, num_classes)`. A call
-    returns the local loss without holding all logits; `logits` is the plain layer, for inference.
+    with a target returns the local loss without holding all logits; a call without one is the plain layer.
     """
 
     def __init__(
@@ -151,19 +151,24 @@ class BeliefHead(nn.Linear):
     ):
         super().__init__(hidden_dim, num_classes, bias, device=device, dtype=dtype)
 
-    def forward(  # type: ignore[override]  # a head needs more than nn.Linear
+    def forward(  # type: ignore[override]  # with a target it returns more than nn.Linear
         self,
         hidden: Tensor,
-        prior: Tensor | PriorHead | None,
-        target: Tensor,
+        prior: Tensor | PriorHead | None = None,
+        target: Tensor | None = None,
         alpha: float | Tensor = 0.5,
         **options: Any,
-    ) -> LocalLoss:
-        """Compute the local loss of hidden (..., H) against target, (...) or (..., C).
+    ) -> LocalLoss | Tensor:
+        """Compute the local loss of hidden (..., H) against target, (...) or (..., C), or return logits.
 
+        With `hidden` alone it is `nn.Linear` and returns the logits (..., C), as a model expects of its output layer.
         prior: (..., C), None, or `another_head.as_prior(its_hidden)`. options: the keyword arguments of
         `fused_belief_head`, which documents all arguments and errors.
         """
+        if target is None:
+            if prior is not None or options:
+                raise TypeError("target is None; with a prior or an option it must be labels or class probabilities")
+            return self.logits(hidden)
         return fused_belief_head(hidden, self.weight, self.bias, prior, target, alpha, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:

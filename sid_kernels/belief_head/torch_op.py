@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,14 @@ from torch import Tensor
 from ..core.autograd import first_derivative, records_grad, scale_gradients
 from ..core.checks import check_tensor
 from ..core.options import HALF, LossOptions, make_options
-from ..core.torch_library import OPTIONS_SCHEMA, define_operator, options_arguments, refuse_functorch, split_alpha
+from ..core.torch_library import (
+    OPTIONS_SCHEMA,
+    count_flops,
+    define_operator,
+    options_arguments,
+    refuse_functorch,
+    split_alpha,
+)
 from ..local_loss.problem import LocalLoss
 from . import dispatch
 from .problem import LinearLayer, PriorHead, Wanted, belief_dtype, make_problem
@@ -140,3 +148,16 @@ belief_head = define_operator(
     _setup_context,
     _backward,
 )
+
+
+def _flops(hidden: tuple, weight: tuple, bias: Any, prior: Any, prior_hidden: tuple | None, *rest: Any) -> int:
+    """Count a product for the logits, one for those of a prior head, and one for each gradient of a matrix."""
+    reduction, (need_hidden, need_weight), row_scale = rest[8], rest[10:12], rest[-1]
+    later = reduction == "none" and row_scale is None
+    gradients = 0 if later else bool(need_hidden) + bool(need_weight)
+    rows = math.prod(hidden[:-1])
+    of_prior = 0 if prior_hidden is None else prior_hidden[-1]
+    return 2 * rows * weight[0] * ((1 + gradients) * hidden[-1] + of_prior)
+
+
+count_flops(belief_head, _flops)

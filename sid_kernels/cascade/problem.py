@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import as_rows, canonical_target, check_device, check_dtype, check_support, check_tensor
+from ..core.checks import as_rows, canonical_target, check_device, check_dtype, check_support, check_tensor, materialize
 from ..core.options import LossOptions, LossSpec, check_choice, make_options
 
 REDUCTIONS = ("mean", "sum")
@@ -130,7 +130,7 @@ def make_problem(
     check_support(options, labels)
     return CascadeProblem(
         as_rows(features.detach(), features.shape[1]),
-        CascadeWeights(*(x.detach() if x.is_contiguous() else x.detach().contiguous() for x in weights)),
+        CascadeWeights(*(materialize(x.detach()).contiguous() for x in weights)),
         prior,
         LossSpec(labels, soft, _canonical_alpha(alpha, stages, features), options),
         need_grad,
@@ -187,7 +187,7 @@ def _canonical_alpha(alpha: float | Sequence[float] | Tensor, stages: int, featu
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a stage, ({stages},)")
         check_device("alpha", alpha, features)
         compute = torch.float64 if features.dtype is torch.float64 else torch.float32
-        return alpha.detach().to(compute).expand(stages).contiguous()
+        return materialize(alpha.detach()).to(compute).expand(stages).contiguous()
     several = isinstance(alpha, Sequence) and not isinstance(alpha, str)
     values = list(alpha) if isinstance(alpha, Sequence) and several else [alpha]
     if several and len(values) != stages:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.autograd import is_compiling, records_grad
 from ..core.torch_library import (
     OPTIONS_SCHEMA,
+    count_flops,
     define_operator,
     gradients_in_outputs,
     options_arguments,
@@ -92,3 +93,16 @@ cascade = define_operator(
     _fake,
     *gradients_in_outputs("refine_cascade", 6),
 )
+
+
+def _flops(features: tuple, hidden_weight: tuple, hidden_bias: Any, logits_weight: tuple, *rest: Any) -> int:
+    """Count the two products of every stage, and with gradients those of both weights, the hidden and the features."""
+    rows, features_dim = features
+    stages, hidden_dim, inputs = hidden_weight
+    classes, need_grad = logits_weight[1], rest[-1]
+    first, second = hidden_dim * inputs, hidden_dim * classes
+    gradients = first + 2 * second + hidden_dim * features_dim if need_grad else 0
+    return 2 * rows * stages * (first + second + gradients)
+
+
+count_flops(cascade, _flops)

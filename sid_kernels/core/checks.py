@@ -9,6 +9,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .options import LossOptions, LossSpec
 
@@ -22,9 +23,20 @@ def debug_enabled() -> bool:
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raise TypeError if x is not a tensor."""
+    """Raise TypeError if x is not a tensor, or has no dense rows: nested, sparse, masked."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
+    masked = not is_dynamo_compiling() and type(x).__name__ == "MaskedTensor"
+    if x.is_nested or x.layout is not torch.strided or masked:
+        kind = "nested" if x.is_nested else "masked" if masked else str(x.layout)
+        raise TypeError(f"{name} is a {kind} tensor; it must be a dense one: pass its values, or pad it")
+
+
+def materialize(x: Tensor) -> Tensor:
+    """Return x with the values it shows in memory: not a view with the negative bit, not a tensor of implied zeros."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    return torch.zeros_like(x) if x._is_zerotensor() else x
 
 
 def check_device(name: str, x: Tensor, logits: Tensor) -> None:
@@ -41,6 +53,7 @@ def check_dtype(name: str, x: Tensor) -> None:
 
 def as_rows(x: Tensor, columns: int) -> Tensor:
     """Return x (..., C) as (N, C) with adjacent columns: a view if the strides allow one, else a copy."""
+    x = materialize(x)
     if x.dim() != 2:
         x = x.reshape(-1, columns)
     return x if columns == 1 or x.stride(1) == 1 else x.contiguous()
@@ -66,6 +79,7 @@ def canonical_target(target: Tensor, logits: Tensor, shape: torch.Size) -> tuple
     if target.shape != shape[:-1]:
         raise ValueError(f"target has shape {tuple(target.shape)}; labels must have shape {tuple(shape[:-1])}")
     check_device("target", target, logits)
+    target = materialize(target)
     labels = target if target.dim() == 1 else target.reshape(-1)
     if labels.dtype is not torch.int64:
         labels = labels.long()
@@ -83,7 +97,7 @@ def canonical_alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) ->
         if alpha.dim() and alpha.shape != shape[:-1]:
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a row, {tuple(shape[:-1])}")
         check_device("alpha", alpha, logits)
-        alpha = alpha.detach().to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+        alpha = materialize(alpha.detach()).to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
         return alpha.reshape(-1).contiguous() if alpha.dim() else alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .autograd import functorch_stack, is_compiling, scale_gradients
 
@@ -45,6 +46,14 @@ def define_function(schema: str, run: Callable[..., Any], fake: Callable[..., An
         _library.impl(name, run, key)
     torch.library.register_fake(f"sid_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.sid_kernels, name).default
+
+
+def count_flops(operator: Any, formula: Callable[..., int]) -> None:
+    """Tell `torch.utils.flop_counter.FlopCounterMode` an operator's operations.
+
+    formula: takes the operator's arguments, with shapes in place of tensors. Only matrix products are counted.
+    """
+    register_flop_formula(operator.overloadpacket)(lambda *arguments, out_shape=None: formula(*arguments))
 
 
 def gradients_in_outputs(name: str, first: int) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:

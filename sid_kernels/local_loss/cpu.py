@@ -58,19 +58,25 @@ def run_ordinary(
         and target.is_contiguous()
     ):
         return None
-    shape = logits.shape
-    if len(shape) != 2 or prior.shape != shape:
+    try:
+        shape = logits.shape
+        if len(shape) != 2 or prior.shape != shape:
+            return None
+        rows, classes = shape
+        if not classes or target.shape != (rows,):
+            return None
+    except RuntimeError:  # a nested tensor
         return None
-    rows, classes = shape
-    if not classes or target.shape != (rows,):
+    z, q = logits.data_ptr(), prior.data_ptr()
+    if not z or not q:  # implied zeros, or no rows
         return None
     belief, dlogits = _like(prior), _like(prior)
     loss, fidelity, consistency = _like(_SCALAR), _like(_SCALAR), _like(_SCALAR)
     bad = cpu.compiled.local_loss(
         rows,
         classes,
-        (logits.data_ptr(), classes, 0),
-        (prior.data_ptr(), classes, 0),
+        (z, classes, 0),
+        (q, classes, 0),
         pack_spec(target, None, alpha, DEFAULTS),
         (
             loss.data_ptr(),
