@@ -54,7 +54,7 @@ def sid(
     return process.exitcode, printed.read_text()
 
 
-def _run(words, printed, kill, number, worker, draw):
+def _run(words, printed, kill, number, worker=False, draw=False):
     descriptor = os.open(printed, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

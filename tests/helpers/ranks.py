@@ -58,7 +58,7 @@ def start_ranks(
     calls = []
     for rank, words in enumerate(each):
         *kill, number = (ends or {}).get(rank, (signal.SIGKILL,))
-        calls.append((_run, (list(map(str, words)), printed(out, rank), tuple(kill) or None, number, False)))
+        calls.append((_run, (list(map(str, words)), printed(out, rank), tuple(kill) or None, number)))
     return start(calls, port, of_start)
 
 

@@ -289,6 +289,14 @@ def test_rows_hold_the_learning_rate_of_the_last_step(lr_schedule):
     assert [row["lr"] for row in trainer.fit()] == [used[2], used[5]] and used[5] > 0
 
 
+def test_alpha_as_text_in_python():
+    """As on the command line: linear over depth, or one number per stage."""
+    assert small_trainer(alpha="0.9:0.3").metadata["alpha"] == pytest.approx([0.9, 0.3])
+    assert small_trainer(alpha="0.8,0.4").metadata["alpha"] == [0.8, 0.4]
+    with pytest.raises(ValueError, match="alpha must be one number or one for each of the 2 stages, not 3"):
+        small_trainer(alpha=(0.1, 0.2, 0.3))
+
+
 def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = small_trainer()
