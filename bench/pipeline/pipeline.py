@@ -110,7 +110,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     network = network.to(memory_format=torch.channels_last)
     statistics_ = pixel_statistics(data.train.images)
     batches = Batches(data.train, run.batch_size, device, *statistics_)
-    inputs, targets = next(batches.shuffled(0, 0, 0, False))
+    inputs, targets = next(batches.shuffle(0, 0, 0, False))
     size = run.batch_size // microbatches
     costs = measure_blocks(network, inputs[:size], targets[:size], rounds=5)
     seconds = [[cost.seconds for cost in costs]]
@@ -154,7 +154,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
         nonlocal number, held
         number += 1
         begun = time.time()
-        for i, (x, y) in enumerate(fed.shuffled(run.seed, number, data.crop, data.flip)):
+        for i, (x, y) in enumerate(fed.shuffle(run.seed, number, data.crop, data.flip)):
             optimizer.zero_grad(set_to_none=True)
             first = (number, i) == (1, 0)
             with SavedBytes(module.parameters()) if first else nullcontext() as saved:
@@ -181,15 +181,15 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     os.environ.pop("WORLD_SIZE")
     trainer = make_trainer(settings(args.network, args.data, args.cache), quiet=True)
     batches, step = trainer.strategy.batches["train"], trainer.strategy.run_step
-    inputs, targets = next(batches.shuffled(0, 0, 4, True))
-    shuffled, number = batches.shuffled, len(batches)
+    inputs, targets = next(batches.shuffle(0, 0, 4, True))
+    shuffled, number = batches.shuffle, len(batches)
 
     def measured() -> dict:
         feed = shuffled(0, 1, trainer.data.crop, trainer.data.flip)
         rounds = number - 2  # that do not count
         costs = measure_stages(trainer.network, inputs, targets, rounds=rounds, feed=feed)
         result = step(inputs, targets)
-        batches.shuffled = lambda *_: ((inputs, targets) for _ in range(number))
+        batches.shuffle = lambda *_: ((inputs, targets) for _ in range(number))
         trainer.strategy.run_step = lambda inputs, targets: result  # what is left is the loop around loading and stages
         begun = time.perf_counter()
         trainer.train_epoch()

@@ -70,7 +70,7 @@ class ImageFiles:
         Raises DataError. PyTorch's global random state stays as it is.
         """
         loader: DataLoader = DataLoader(
-            [index.numpy() for index in indices], batch_size=None, collate_fn=self.decode_or_error,  # type: ignore[arg-type]  # a list is a data set
+            [index.cpu().numpy() for index in indices], batch_size=None, collate_fn=self.decode_or_error,  # type: ignore[arg-type]  # a list is a data set
             num_workers=workers, worker_init_fn=reset_signals, generator=torch.Generator(), pin_memory=pin_memory,
         )  # fmt: skip
         try:

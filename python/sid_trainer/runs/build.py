@@ -11,7 +11,7 @@ import torch
 
 from ..data.batches import Batches
 from ..data.datasets import ImageData, load_data
-from ..data.splits import with_label_noise, with_subset, with_validation
+from ..data.splits import add_label_noise, split_validation, take_subset
 from ..distributed import rendezvous
 from ..distributed.balance import balance_stages, measure_stage_seconds
 from ..distributed.rendezvous import Communicator
@@ -36,11 +36,11 @@ def make_data(run: RunConfig) -> ImageData:
         workers=run.workers,
     )  # fmt: skip
     if run.train_images is not None:
-        data = with_subset(data, run.train_images)
+        data = take_subset(data, run.train_images)
     if run.val:
-        data = with_validation(data, run.val)
+        data = split_validation(data, run.val)
     if run.label_noise:
-        data = with_label_noise(data, run.label_noise, run.seed)
+        data = add_label_noise(data, run.label_noise, run.seed)
     crop = data.crop if run.crop is None else run.crop
     return data._replace(crop=crop, flip=data.flip if run.flip is None else run.flip)
 

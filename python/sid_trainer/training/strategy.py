@@ -86,7 +86,7 @@ class Strategy:
     def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
         """Yield the training batches of an epoch from step `first_step` on, counted from 0."""
         data, batches = self.data, self.batches["train"]
-        yield from batches.shuffled(self.config.seed, epoch, data.crop, data.flip, first_step)
+        yield from batches.shuffle(self.config.seed, epoch, data.crop, data.flip, first_step)
 
     def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
         """Update the network on one batch.

@@ -12,9 +12,9 @@ import torch
 
 from helpers.image_sets import write_image_folder
 from sid_trainer.data import batches as trainer_batches
-from sid_trainer.data.batches import Batches, cropped_and_flipped, pixel_statistics
+from sid_trainer.data.batches import Batches, crop_and_flip, pixel_statistics
 from sid_trainer.data.datasets import DataError, Split, load_data
-from sid_trainer.data.seeds import seeded
+from sid_trainer.data.seeds import seeded_generator
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def in_memory_and_streamed(folder, workers):
 
 def test_crop_and_flip_against_a_loop():
     images = torch.randint(0, 256, (40, 6, 5, 3), dtype=torch.uint8)
-    found = cropped_and_flipped(images, 2, True, torch.Generator().manual_seed(3))
+    found = crop_and_flip(images, 2, True, torch.Generator().manual_seed(3))
     assert found.shape == images.shape
     mirrored = 0
     for image, result in zip(images.numpy(), found.numpy(), strict=True):
@@ -49,18 +49,18 @@ def test_crop_and_flip_against_a_loop():
         mirrored += any(np.array_equal(result, window[:, ::-1]) for window in windows) and not straight
         assert straight or any(np.array_equal(result, window[:, ::-1]) for window in windows)
     assert 8 <= mirrored <= 32
-    again = cropped_and_flipped(images, 2, True, torch.Generator().manual_seed(3))
+    again = crop_and_flip(images, 2, True, torch.Generator().manual_seed(3))
     assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_flip_alone_and_crop_alone(channels):
     images = torch.randint(0, 256, (64, 5, 7, channels), dtype=torch.uint8)
-    flipped = cropped_and_flipped(images, 0, True, seeded(0))
+    flipped = crop_and_flip(images, 0, True, seeded_generator(0))
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     assert ((flipped == images).flatten(1).all(1) ^ mirrored).all() and 16 < mirrored.sum() < 48
     corners = torch.zeros(500, 1, 1, channels, dtype=torch.uint8) + 9  # a pixel, of which a crop by 1 keeps 1 in 9
-    assert 25 < cropped_and_flipped(corners, 1, False, seeded(0)).eq(9).all(3).sum() < 90
+    assert 25 < crop_and_flip(corners, 1, False, seeded_generator(0)).eq(9).all(3).sum() < 90
 
 
 def test_batches_are_normalised_and_whole():
@@ -76,12 +76,12 @@ def test_batches_are_normalised_and_whole():
     assert torch.equal(torch.cat([labels for _, labels in batches.in_order()]), torch.arange(50))
 
     def order(seed, epoch):
-        return torch.cat([labels for _, labels in batches.shuffled(seed, epoch, 0, False)])
+        return torch.cat([labels for _, labels in batches.shuffle(seed, epoch, 0, False)])
 
     assert torch.equal(order(1, 3), order(1, 3))
     assert not torch.equal(order(1, 3), order(2, 3)) and not torch.equal(order(1, 3), order(1, 4))
     assert order(1, 3).sort().values.tolist() == list(range(50))
-    for inputs, labels in batches.shuffled(1, 3, 0, False):
+    for inputs, labels in batches.shuffle(1, 3, 0, False):
         assert torch.equal(inputs, everything[labels])
 
 
@@ -91,23 +91,23 @@ def test_batches_are_normalised_and_whole():
 def test_a_single_image_left_over_joins_the_batch_before(count, size, expected):
     images = torch.randint(0, 256, (count, 2, 2, 1), dtype=torch.uint8)
     batches = Batches(Split(images, torch.arange(count)), size, CPU, *pixel_statistics(images))
-    found = list(batches.shuffled(0, 1, 1, True))
+    found = list(batches.shuffle(0, 1, 1, True))
     assert [len(labels) for _, labels in found] == expected and len(batches) == len(expected)
     assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(count))
-    assert same(found[1:], list(batches.shuffled(0, 1, 1, True, start=1)))
+    assert same(found[1:], list(batches.shuffle(0, 1, 1, True, start=1)))
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
 def test_an_epoch_goes_on_from_any_batch_with_the_same_bits(folder, start):
     for batches in in_memory_and_streamed(folder, workers=0):
-        whole = list(batches.shuffled(7, 2, 3, True))
-        assert len(whole) == 7 and same(whole[start:], list(batches.shuffled(7, 2, 3, True, start=start)))
+        whole = list(batches.shuffle(7, 2, 3, True))
+        assert len(whole) == 7 and same(whole[start:], list(batches.shuffle(7, 2, 3, True, start=start)))
 
 
 def test_the_crops_of_a_batch_differ_from_epoch_to_epoch_and_batch_to_batch():
     split = Split(torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8, 1).repeat(8, 1, 1, 1), torch.zeros(8).long())
     batches = Batches(split, 4, CPU, torch.zeros(1), torch.ones(1))
-    found = [inputs for seed in (0, 1) for epoch in (0, 1) for inputs, _ in batches.shuffled(seed, epoch, 4, True)]
+    found = [inputs for seed in (0, 1) for epoch in (0, 1) for inputs, _ in batches.shuffle(seed, epoch, 4, True)]
     assert len({inputs.numpy().tobytes() for inputs in found}) == 8
 
 
@@ -116,7 +116,7 @@ def test_streamed_batches_have_the_bits_of_those_in_memory(folder, workers):
     kept, streamed = in_memory_and_streamed(folder, workers)
     state = torch.get_rng_state()
     assert same(list(kept.in_order()), list(streamed.in_order()))
-    assert same(list(kept.shuffled(3, 1, 2, True)), list(streamed.shuffled(3, 1, 2, True)))
+    assert same(list(kept.shuffle(3, 1, 2, True)), list(streamed.shuffle(3, 1, 2, True)))
     assert torch.equal(torch.get_rng_state(), state)  # dropout draws the same, too
 
 
@@ -130,13 +130,13 @@ def test_an_unreadable_streamed_image_is_named_in_one_line(folder, workers, dama
     else:
         file.write_bytes(file.read_bytes()[:50]) if damage == "broken" else file.unlink()
     with pytest.raises(DataError, match=r"set/train/b c/3\.png: (not a readable image|is 8x8 pixels)") as caught:
-        list(streamed.shuffled(0, 0, 0, False))
+        list(streamed.shuffle(0, 0, 0, False))
     assert str(caught.value).isprintable()
 
 
 def test_signals_to_the_group_leave_the_workers_alone(folder):
     _, streamed = in_memory_and_streamed(folder, workers=1)
-    batches = streamed.shuffled(0, 0, 0, False)
+    batches = streamed.shuffle(0, 0, 0, False)
     found = [next(batches)]  # the worker has been initialized
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,7 +5,7 @@ import torch
 
 from helpers.image_sets import write_image_folder
 from sid_trainer.data.datasets import DataError, ImageData, Split, load_data
-from sid_trainer.data.splits import with_label_noise, with_subset, with_validation
+from sid_trainer.data.splits import add_label_noise, split_validation, take_subset
 
 
 def numbered(sizes):
@@ -29,56 +29,56 @@ def check_whole(part, data):
 @pytest.mark.parametrize(
     ("sizes", "count", "expected"),
     [
-        ([40, 30, 50], 60, {20}),
-        ([40, 30, 50], 61, {20, 21}),
-        ([40, 5, 50], 45, {5, 20}),  # a class that runs out gives all it has
-        ([40, 30, 50], 120, {30, 40, 50}),
-        ([40, 30, 50], 1, {0, 1}),
+        ([40, 30, 50], 60, {(20, 15, 25)}),
+        ([40, 40, 40], 61, {(21, 20, 20), (20, 21, 20), (20, 20, 21)}),
+        ([40, 1, 50], 90, {(39, 1, 50), (40, 1, 49)}),
+        ([40, 30, 50], 119, {(39, 30, 50), (40, 29, 50), (40, 30, 49)}),
+        ([40, 30, 50], 120, {(40, 30, 50)}),
+        ([40, 30, 50], 1, {(1, 0, 0), (0, 1, 0), (0, 0, 1)}),
     ],
 )
-def test_a_subset_is_balanced(sizes, count, expected):
+def test_a_subset_has_the_proportions_of_the_classes(sizes, count, expected):
     data = numbered(sizes)
-    found = with_subset(data, count).train
+    found = take_subset(data, count).train
     check_whole(found, data)
-    assert len(set(numbers(found))) == count and set(torch.bincount(found.labels, minlength=3).tolist()) == expected
+    assert len(set(numbers(found))) == count and tuple(torch.bincount(found.labels, minlength=3).tolist()) in expected
     assert numbers(found) == sorted(numbers(found))
-    assert numbers(with_subset(data, count).train) == numbers(found)
+    assert numbers(take_subset(data, count).train) == numbers(found)
 
 
 def test_another_seed_finds_another_subset_and_the_test_images_stay():
     data = numbered([50, 50])
-    found = [with_subset(data, 20, seed) for seed in (0, 1)]
+    found = [take_subset(data, 20, seed) for seed in (0, 1)]
     assert numbers(found[0].train) != numbers(found[1].train)
     assert found[0].test is data.test and found[0].classes == data.classes
 
 
 def test_validation_is_disjoint_and_by_class():
     data = numbered([100, 40, 7])
-    found = with_validation(data, 0.1, seed=3)
+    found = split_validation(data, 0.1, seed=3)
     check_whole(found.train, data), check_whole(found.validation, data)
     assert torch.bincount(found.validation.labels).tolist() == [10, 4, 1]
     assert sorted(numbers(found.train) + numbers(found.validation)) == list(range(147))
-    assert numbers(with_validation(data, 0.1, seed=3).validation) == numbers(found.validation)
-    assert numbers(with_validation(data, 0.1, seed=4).validation) != numbers(found.validation)
+    assert numbers(split_validation(data, 0.1, seed=3).validation) == numbers(found.validation)
+    assert numbers(split_validation(data, 0.1, seed=4).validation) != numbers(found.validation)
     assert found.test is data.test
-    assert with_validation(data, 0).validation is None
-    assert torch.bincount(with_validation(data, 0.99).train.labels).tolist() == [1, 1, 1]  # no class is left without
+    assert split_validation(data, 0).validation is None
 
 
 @pytest.mark.parametrize("share", [0, 0.2, 0.4, 0.333, 1])
 def test_noise_is_exact_and_symmetric_and_of_the_training_labels_alone(share):
-    data = with_validation(numbered([1000, 1500, 500]), 0.1)
-    noisy = with_label_noise(data, share, seed=2)
+    data = split_validation(numbered([1000, 1500, 500]), 0.1)
+    noisy = add_label_noise(data, share, seed=2)
     count = len(data.train.labels)
     wrong = noisy.train.labels != data.train.labels
     assert wrong.sum() == round(share * count) and noisy.train.images is data.train.images
     assert noisy.test is data.test and noisy.validation is data.validation
     check_whole(data.train, numbered([1000, 1500, 500]))  # the labels that came in are untouched
-    assert torch.equal(with_label_noise(data, share, seed=2).train.labels, noisy.train.labels)
+    assert torch.equal(add_label_noise(data, share, seed=2).train.labels, noisy.train.labels)
     moves = torch.bincount(data.train.labels[wrong] * 3 + noisy.train.labels[wrong], minlength=9).view(3, 3)
     assert moves.diagonal().eq(0).all()
     if share in (0.2, 0.4):
-        assert not torch.equal(with_label_noise(data, share, seed=3).train.labels, noisy.train.labels)
+        assert not torch.equal(add_label_noise(data, share, seed=3).train.labels, noisy.train.labels)
         for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):  # each class loses its share, and to the others alike
             lost = moves[a, b] + moves[a, c]
             expected = share * (data.train.labels == a).sum()
@@ -90,7 +90,7 @@ def test_streamed_files_are_split_alike(tmp_path):
 
     def made(**options):
         data = load_data("folder", root, cache=tmp_path / "cache", **options)
-        return with_label_noise(with_validation(with_subset(data, 30), 0.2), 0.4)
+        return add_label_noise(split_validation(take_subset(data, 30), 0.2), 0.4)
 
     kept, streamed = made(), made(stream=True)
     for a, b in ((kept.train, streamed.train), (kept.validation, streamed.validation)):
@@ -100,13 +100,14 @@ def test_streamed_files_are_split_alike(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda data: with_subset(data, 0), "must be 1 to 10, not 0"),
-        (lambda data: with_subset(data, 11), "must be 1 to 10, not 11"),
-        (lambda data: with_validation(data, 1), "at least 0 and less than 1, not 1"),
-        (lambda data: with_validation(data, float("nan")), "less than 1, not nan"),
-        (lambda data: with_validation(data, 0.01), "0.01 of 10 training images holds none out"),
-        (lambda data: with_label_noise(data, 1.2), r"in \[0, 1\], not 1.2"),
-        (lambda data: with_label_noise(data, -0.1), r"in \[0, 1\], not -0.1"),
+        (lambda data: take_subset(data, 0), "must be 1 to 10, not 0"),
+        (lambda data: take_subset(data, 11), "must be 1 to 10, not 11"),
+        (lambda data: split_validation(data, 1), "at least 0 and less than 1, not 1"),
+        (lambda data: split_validation(data, float("nan")), "less than 1, not nan"),
+        (lambda data: split_validation(data, 0.01), "0.01 of 10 training images holds none out"),
+        (lambda data: split_validation(data, 0.9), "0.9 leaves a class without training images"),
+        (lambda data: add_label_noise(data, 1.2), r"in \[0, 1\], not 1.2"),
+        (lambda data: add_label_noise(data, -0.1), r"in \[0, 1\], not -0.1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(call, message):

@@ -297,7 +297,7 @@ def test_the_shares_of_every_batch_make_the_whole_one(every, crop):
     statistics = pixel_statistics(images)
 
     def both(batches, done):
-        return [*batches.shuffled(5, 2, crop, True, done), *batches.in_order()]
+        return [*batches.shuffle(5, 2, crop, True, done), *batches.in_order()]
 
     for done in (0, 2):
         whole = both(Batches(split, 6, CPU, *statistics), done)
@@ -330,12 +330,12 @@ def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     before, clock = copy.deepcopy(network.state_dict()), [0.0]
     monkeypatch.setattr("sid_trainer.distributed.balance.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    communicator, shuffled = Communicator(Topology(0, 2)), Batches.shuffled
+    communicator, shuffled = Communicator(Topology(0, 2)), Batches.shuffle
     monkeypatch.setattr(communicator, "gather", lambda value: [value])
     for stage in network.stages:
         stage.register_forward_hook(lambda *_: take(clock, 1.0))
     for loading, few in ((0.0, 4), (100.0, 1)):
-        monkeypatch.setattr(Batches, "shuffled", partialmethod(slowly, shuffled, clock, loading))
+        monkeypatch.setattr(Batches, "shuffle", partialmethod(slowly, shuffled, clock, loading))
         first, second = assign_stages(run, network, data, communicator)
         assert [*first, *second] == list(range(8)) and len(first) == few
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from sid_trainer import bp_step, build_network, deep_supervision_step, load_data, sid_step
 from sid_trainer.data.batches import Batches, pixel_statistics
-from sid_trainer.data.splits import with_subset
+from sid_trainer.data.splits import take_subset
 from sid_trainer.methods.common import STEP_SCHEDULES, StepOptions
 from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, make_lr_scheduler, make_optimizers, make_step
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
@@ -23,7 +23,7 @@ def make(arch, layout, method="sid", **options):
 
 @pytest.fixture(scope="module")
 def digits():
-    data = with_subset(load_data("digits"), 160)
+    data = take_subset(load_data("digits"), 160)
     return Batches(data.train, 40, torch.device("cpu"), *pixel_statistics(data.train.images))
 
 
@@ -45,7 +45,7 @@ def test_every_method_trains_every_network(arch, layout, method, digits):
     batches = [(inputs[:8], targets[:8])] * 5 if large else None
     for epoch in range(1 if large else 12):
         right, losses = 0, []
-        for inputs, targets in batches or digits.shuffled(0, epoch, 0, False):
+        for inputs, targets in batches or digits.shuffle(0, epoch, 0, False):
             result = step(inputs, targets)
             losses.append(result.stage_loss.mean().item())
             right += (result.logits.argmax(1) == targets).sum().item()
