@@ -133,10 +133,10 @@ def load_files(
 
 def load_digits() -> ImageData:
     """Load scikit-learn's digits: 1,437 training and 360 test images of 8x8 grey pixels."""
-    from sklearn import datasets
+    from sklearn.datasets import load_digits as read_digits
     from sklearn.model_selection import train_test_split
 
-    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = read_digits(return_X_y=True)
     images = (images * 15).astype(np.uint8).reshape(-1, 8, 8, 1)  # pixels 0..16 become 0..240
     parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = map(torch.from_numpy, parts)

@@ -147,7 +147,7 @@ def run_and_read(arguments, capsys):
         (["train", "--data", "nowhere-at-all"], "nowhere-at-all: no such folder"),
         (["train", "--dataset", "folder"], "needs the path of its files"),
         (["train", "--dataset", "folder", "--data", "nowhere"], "nowhere: no such folder"),
-        (["train", "--dataset", "mnist", "--data", "."], "no such file (the MNIST files belong there, unpacked)"),
+        (["train", "--dataset", "mnist", "--data", "."], "the MNIST files could not be read (Dataset not found"),
         (["train", "--out", "file/run"], "Not a directory"),
         (["train", "--resume", "empty"], "empty: holds no checkpoint (last.pt)"),
         (["train", "--resume", "file"], "file: not a whole checkpoint"),
