@@ -122,14 +122,14 @@ def read_image(file: str, image_size: int | None = None) -> np.ndarray:
     from torchvision.transforms.v2 import functional as F
 
     try:
-        with Image.open(file) as opened:
+        with open(file, "rb") as stream:  # given a path, Pillow maps some TIFF files into memory and turns them wrongly
+            opened = Image.open(stream)
             image = ImageOps.exif_transpose(opened)
             # Pillow opens 16-bit grey PNG and PGM as mode "I" or "I;16", depending on its version.
             if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
                 image = Image.fromarray(scale_to_8_bits(np.asarray(image, np.int64), opened))
         if image.mode in ("I", "F"):
-            kind = "32-bit integer" if image.mode == "I" else "float"
-            raise ValueError(f"mode {image.mode}: the range of {kind} pixels is unknown; save it with 8 or 16 bits")
+            raise ValueError(f"mode {image.mode}: the range of its pixels is unknown; save it with 8 or 16 bits")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
