@@ -172,12 +172,10 @@ def decode(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> T
             return torch.from_numpy(array)
     except (OSError, ValueError, EOFError):  # missing or damaged: decode again
         pass
-    array, done = np.empty(images.shape, np.uint8), 0
-    with tqdm(desc=f"decoding {folder.name}", total=len(images), unit=" images", leave=False, disable=None) as bar:
-        for batch in images.batches(torch.arange(len(images)).split(64), workers):
-            array[done : done + len(batch)] = batch
-            done += len(batch)
-            bar.update(len(batch))
+    array, indices = np.empty(images.shape, np.uint8), torch.arange(len(images)).split(64)
+    decoding = tqdm(indices, desc=f"decoding {folder.name}", unit=" batches", leave=False, disable=None)
+    for batch, index in zip(images.batches(indices, workers), decoding, strict=True):
+        array[index] = batch
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, lambda file: np.save(file, array, allow_pickle=False))

@@ -1,4 +1,4 @@
-"""Batches: their order, crops and pixels, from memory and from files, from any batch of an epoch on."""
+"""Order, crops and pixels of batches, from memory and from files, also resumed within an epoch."""
 
 import multiprocessing
 import os
@@ -59,11 +59,11 @@ def test_flip_alone_and_crop_alone(channels):
     flipped = crop_and_flip(images, 0, True, seeded_generator(0))
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     assert ((flipped == images).flatten(1).all(1) ^ mirrored).all() and 16 < mirrored.sum() < 48
-    corners = torch.zeros(500, 1, 1, channels, dtype=torch.uint8) + 9  # a pixel, of which a crop by 1 keeps 1 in 9
+    corners = torch.zeros(500, 1, 1, channels, dtype=torch.uint8) + 9  # one pixel; a crop by 1 keeps it in 1 of 9 cases
     assert 25 < crop_and_flip(corners, 1, False, seeded_generator(0)).eq(9).all(3).sum() < 90
 
 
-def test_batches_are_normalised_and_whole():
+def test_batches_are_normalized_and_complete():
     images = torch.randint(0, 256, (50, 4, 4, 3), dtype=torch.uint8)
     images[..., 2] = 7  # a constant channel
     split = Split(images, torch.arange(50))
@@ -98,7 +98,7 @@ def test_a_single_image_left_over_joins_the_batch_before(count, size, expected):
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
-def test_an_epoch_goes_on_from_any_batch_with_the_same_bits(folder, start):
+def test_an_epoch_resumes_at_any_batch_with_the_same_bits(folder, start):
     for batches in in_memory_and_streamed(folder, workers=0):
         whole = list(batches.shuffle(7, 2, 3, True))
         assert len(whole) == 7 and same(whole[start:], list(batches.shuffle(7, 2, 3, True, start=start)))
@@ -112,12 +112,12 @@ def test_the_crops_of_a_batch_differ_from_epoch_to_epoch_and_batch_to_batch():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_batches_have_the_bits_of_those_in_memory(folder, workers):
+def test_streamed_batches_equal_those_in_memory(folder, workers):
     kept, streamed = in_memory_and_streamed(folder, workers)
     state = torch.get_rng_state()
     assert same(list(kept.in_order()), list(streamed.in_order()))
     assert same(list(kept.shuffle(3, 1, 2, True)), list(streamed.shuffle(3, 1, 2, True)))
-    assert torch.equal(torch.get_rng_state(), state)  # dropout draws the same, too
+    assert torch.equal(torch.get_rng_state(), state)  # so dropout draws the same numbers
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -134,7 +134,7 @@ def test_an_unreadable_streamed_image_is_named_in_one_line(folder, workers, dama
     assert str(caught.value).isprintable()
 
 
-def test_signals_to_the_group_leave_the_workers_alone(folder):
+def test_workers_ignore_signals_to_the_process_group(folder):
     _, streamed = in_memory_and_streamed(folder, workers=1)
     batches = streamed.shuffle(0, 0, 0, False)
     found = [next(batches)]  # the worker has been initialized
@@ -163,8 +163,7 @@ except DataError as error:
 """
 
 
-def test_a_killed_worker_is_one_line(folder):
-    """In a process of its own: PyTorch's SIGCHLD handler raises wherever the main thread is at that moment."""
+def test_a_killed_worker_is_an_error_on_one_line(folder):
     ran = subprocess.run([sys.executable, "-c", KILLED_WORKER, str(folder)], capture_output=True, text=True)
     assert ran.stdout.startswith("a process that decodes images died (DataLoader worker"), ran.stderr
     assert ran.returncode == 0 and ran.stdout.count("\n") == 1 and ran.stderr == ""

@@ -1,4 +1,4 @@
-"""The data sets: what is read, what is refused and how it is named, the cache, atomic writes."""
+"""Data sets: what is read, the messages for what cannot be read, the cache, atomic writes."""
 
 import os
 import pickle
@@ -39,7 +39,7 @@ def test_image_folder_with_sorted_classes(tmp_path):
         assert np.array_equal(np.asarray(image), data.train.images[8].numpy())
 
 
-def test_val_stands_in_for_test(tmp_path):
+def test_val_is_read_if_there_is_no_test(tmp_path):
     data = load_data("folder", write_image_folder(tmp_path, splits=("train", "val")), cache=tmp_path / "cache")
     assert len(data.test.labels) == 12
 
@@ -55,7 +55,7 @@ def test_an_odd_name_is_only_a_name(tmp_path):
     refused(r"train/\\x1b\[31mred: holds no images", "folder", root, cache=tmp_path / "cache")
 
 
-def test_the_cache_is_used_while_it_fits_and_rebuilt_when_not(tmp_path, monkeypatch):
+def test_the_cache_is_used_while_it_matches_the_files(tmp_path, monkeypatch):
     root, cache = write_image_folder(tmp_path / "set"), tmp_path / "cache"
     decodes, batches = [], ImageFiles.batches
 
@@ -75,7 +75,7 @@ def test_the_cache_is_used_while_it_fits_and_rebuilt_when_not(tmp_path, monkeypa
     for file in cache.iterdir():  # truncated
         file.write_bytes(file.read_bytes()[:-5])
     assert torch.equal(load(), first) and decodes == ["train", "test"]
-    for file in cache.iterdir():  # a pickle in its place is not opened
+    for file in cache.iterdir():  # a pickle instead of it is not opened
         np.save(file.open("wb"), np.array([print], dtype=object), allow_pickle=True)
     assert torch.equal(load(), first) and decodes == ["train", "test"]
     assert load(image_size=4).shape == (12, 4, 4, 3) and decodes == ["train", "test"]
@@ -91,7 +91,7 @@ def test_worker_processes_decode_the_same(tmp_path):
     assert torch.equal(data[0].train.images, data[1].train.images)
 
 
-def test_no_room_for_the_cache_is_not_the_end(tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     data = load_data("folder", write_image_folder(tmp_path / "set"), cache=tmp_path / "cache")
     assert len(data.train.labels) == 12
@@ -108,7 +108,7 @@ def test_image_size_makes_mixed_sizes_equal(tmp_path):
     assert data.train.images[0].eq(255).all()  # its height is 4 already, so only the centre is cut
 
 
-def test_streamed_files_and_when_they_are(tmp_path, monkeypatch):
+def test_files_are_streamed_if_asked_or_too_large(tmp_path, monkeypatch):
     root = write_image_folder(tmp_path / "set")
     kept = load_data("folder", root, cache=tmp_path / "cache")
     streamed = load_data("folder", root, cache=tmp_path / "nowhere", stream=True)
@@ -265,7 +265,7 @@ def test_bad_tiny_imagenet_annotations(tmp_path, line):
     refused("val: not Tiny-ImageNet's validation images", "tiny-imagenet", root, cache=tmp_path / "cache")
 
 
-def test_missing_places_and_names(tmp_path):
+def test_wrong_names_and_arguments(tmp_path):
     refused("nowhere: no such folder", "folder", "nowhere")
     for name in DATASETS[1:]:
         refused(f"'{name}' needs the path", name)

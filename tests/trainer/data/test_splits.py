@@ -1,4 +1,4 @@
-"""Subset, validation split and label noise: how many, which, and that the same seed finds the same."""
+"""Subset, validation split and label noise: their sizes, their classes, and that a seed determines them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sid_trainer.data.splits import add_label_noise, split_validation, take_subs
 
 
 def numbered(sizes):
-    """As many images of class c as sizes[c], in mixed order, whose first 2 pixels hold the image's number."""
+    """Make sizes[c] images of each class c, in mixed order; the first 2 pixels of an image hold its number."""
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
     numbers = torch.arange(len(labels))
@@ -22,7 +22,7 @@ def numbers(split):
 
 
 def check_whole(part, data):
-    """Every image still has its own label."""
+    """Check that every image still has its own label."""
     assert torch.equal(part.labels, data.train.labels[numbers(part)])
 
 
@@ -46,7 +46,7 @@ def test_a_subset_has_the_proportions_of_the_classes(sizes, count, expected):
     assert numbers(take_subset(data, count).train) == numbers(found)
 
 
-def test_another_seed_finds_another_subset_and_the_test_images_stay():
+def test_another_seed_draws_another_subset_of_the_training_images():
     data = numbered([50, 50])
     found = [take_subset(data, 20, seed) for seed in (0, 1)]
     assert numbers(found[0].train) != numbers(found[1].train)
@@ -73,13 +73,13 @@ def test_noise_is_exact_and_symmetric_and_of_the_training_labels_alone(share):
     wrong = noisy.train.labels != data.train.labels
     assert wrong.sum() == round(share * count) and noisy.train.images is data.train.images
     assert noisy.test is data.test and noisy.validation is data.validation
-    check_whole(data.train, numbered([1000, 1500, 500]))  # the labels that came in are untouched
+    check_whole(data.train, numbered([1000, 1500, 500]))  # the given labels are unchanged
     assert torch.equal(add_label_noise(data, share, seed=2).train.labels, noisy.train.labels)
     moves = torch.bincount(data.train.labels[wrong] * 3 + noisy.train.labels[wrong], minlength=9).view(3, 3)
     assert moves.diagonal().eq(0).all()
     if share in (0.2, 0.4):
         assert not torch.equal(add_label_noise(data, share, seed=3).train.labels, noisy.train.labels)
-        for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):  # each class loses its share, and to the others alike
+        for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):  # each class loses the same share, evenly to the others
             lost = moves[a, b] + moves[a, c]
             expected = share * (data.train.labels == a).sum()
             assert abs(lost - expected) < 4 * expected.sqrt() and abs(moves[a, b] - lost / 2) < 2 * lost.sqrt()
@@ -110,7 +110,7 @@ def test_streamed_files_are_split_alike(tmp_path):
         (lambda data: add_label_noise(data, -0.1), r"in \[0, 1\], not -0.1"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(call, message):
+def test_impossible_splits_are_errors_on_one_line(call, message):
     with pytest.raises(DataError, match=message) as caught:
         call(numbered([6, 4]))
     assert "\n" not in str(caught.value)
