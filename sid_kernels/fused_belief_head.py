@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function
 
 from .belief_head import dispatch, torch_op
 from .belief_head.problem import Gradients, LinearLayer, PriorHead, Wanted
-from .belief_head.unfused import batch_of_gradients, unfused_head
+from .belief_head.unfused import batch_of_gradients, sharded_head, unfused_head
 from .core.autograd import (
     attach,
     autocast_dtype,
@@ -79,7 +79,7 @@ def fused_belief_head(
     layer, prior = _autocast(LinearLayer(hidden, weight, bias), prior)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(*layer, *parts, target, alpha):
-        if transforming():
+        if transforming() or sharded_head(layer, prior, target):
             return unfused_head(layer, prior, target, alpha, options, return_belief, backend)
         return torch_op.call(layer, prior, target, alpha, options, return_belief, backend)[0]
     checked = make_options(*options)

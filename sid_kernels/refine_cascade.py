@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function
 from .cascade import torch_op
 from .cascade.dispatch import solve
 from .cascade.problem import CascadeResult, CascadeWeights, cascade_options, check_kinds
-from .cascade.unfused import stage_by_stage
+from .cascade.unfused import refuse_sharded, stage_by_stage
 from .core.autograd import attach, autocast_dtype, needs_operator, overrides, transforming, wants_grad
 from .core.options import OPTION_NAMES
 
@@ -73,6 +73,7 @@ def refine_cascade(
         features, weights = features.to(dtype), CascadeWeights(*(x.to(dtype) for x in weights))
         prior = prior.to(dtype) if isinstance(prior, Tensor) and prior.is_floating_point() else prior
     if needs_operator(features, *weights, target, prior, alpha):
+        refuse_sharded(features, *weights, target, prior)
         if transforming():
             return stage_by_stage(features, CascadeWeights(*weights), target, alpha, prior, options, backend)
         return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, options, backend)[:6])
@@ -116,6 +117,7 @@ def refine_cascade_and_grad(
         assert found is not None
         dfeatures = None if dfeatures is None else dfeatures.to(features.dtype)
         return result, dfeatures, CascadeWeights(*(x.to(features.dtype) for x in found)) if out is None else found
+    refuse_sharded(features, *weights, target, prior)
     outputs = torch_op.call(features, weights, target, alpha, prior, options, backend, need_grad=True)
     outputs = [x.detach() for x in outputs]
     outputs[6:] = [x.to(features.dtype) for x in outputs[6:]]

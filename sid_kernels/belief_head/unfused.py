@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.autograd import transforming, wants_grad
+from ..core.autograd import is_compiling, transforming, wants_grad
 from ..local_loss import torch_op
 from ..local_loss.functional import call_transformed
 from ..local_loss.problem import LocalLoss
+from ..local_loss.sharded import check_sharded, is_sharded
 from .problem import LinearLayer, PriorHead, Wanted, belief_dtype
 
 
@@ -25,9 +26,26 @@ def unfused_head(
         head = PriorHead(*prior)
         dtype = belief_dtype(layer.hidden.dtype, head, options[0] == "reverse")
         prior = F.linear(*head).softmax(-1, dtype=dtype).detach()
-    run = torch_op.call if transforming() else call_transformed
+    sharded = is_sharded(*layer, target)
+    run = torch_op.call if transforming() or sharded else call_transformed
     loss, belief, fidelity, consistency, _ = run(F.linear(*layer), prior, target, alpha, options, backend)
     return LocalLoss(loss, belief if return_belief else None, fidelity, consistency)
+
+
+def sharded_head(layer: LinearLayer, prior: Tensor | PriorHead | None, target: Tensor) -> bool:
+    """Return whether the inputs of a head are DTensors.
+
+    Raises:
+        TypeError: some are and some are not, as the weight of a module under fully_shard outside its forward.
+    """
+    hidden, weight, bias = layer
+    if is_compiling() or not is_sharded(*layer, *(prior if isinstance(prior, tuple) else (prior,)), target):
+        return False
+    others = {"weight": weight, "bias": bias, "target": target}
+    if isinstance(prior, tuple):
+        others |= {f"prior.{name}": x for name, x in zip(PriorHead._fields, prior, strict=False)}
+    check_sharded("hidden", hidden, others if isinstance(prior, tuple) else others | {"prior": prior})
+    return True
 
 
 def batch_of_gradients(layer: LinearLayer, arguments: tuple, need: Wanted, grad_loss: Tensor) -> list[Tensor | None]:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.autograd import is_compiling
 from ..local_loss import torch_op
 from ..local_loss.problem import LocalLoss
+from ..local_loss.sharded import is_sharded
 from .problem import CascadeResult, CascadeWeights, cascade_options
 
 
@@ -35,3 +37,11 @@ def stage_by_stage(
         torch.stack([getattr(x, name) for x in results]) for name in ("loss", "fidelity", "consistency")
     )
     return CascadeResult(loss.sum(), belief.to(features.dtype), fidelity, consistency, loss.detach(), logits.detach())
+
+
+def refuse_sharded(*values: Tensor | None) -> None:
+    """Raise TypeError for DTensors, which a cascade does not take."""
+    if not is_compiling() and is_sharded(*values):
+        raise TypeError(
+            "refine_cascade takes no DTensor; pass local tensors (to_local()), or call the stages one by one"
+        )

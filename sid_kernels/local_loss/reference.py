@@ -6,6 +6,9 @@ The other backends must agree with this one. It is written to be read, not to be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,27 +19,37 @@ from .problem import LocalLossOutputs, LocalLossProblem, allocate_belief
 TINY = torch.finfo(torch.float32).tiny
 
 
-def run(problem: LocalLossProblem) -> LocalLossOutputs:
-    """Return loss, belief and gradient of a problem."""
+class Classes(NamedTuple):
+    """Which of the classes the columns are: all of them, or a shard whose sums are completed across processes."""
+
+    number: int  # C
+    first: int = 0  # the class of the first column
+    sum: Callable[[Tensor], Tensor] = lambda x: x.sum(-1)  # over all classes, (N, columns) -> (N,)
+    log_softmax: Callable[[Tensor], Tensor] = lambda z: z.log_softmax(-1)
+
+
+def run(problem: LocalLossProblem, classes: Classes | None = None) -> LocalLossOutputs:
+    """Return loss, belief and gradient of a problem; classes: None if the columns are all classes."""
     z, spec = problem.logits, problem.spec  # z: (N, C)
+    classes = Classes(z.shape[1]) if classes is None else classes
     dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
-    log_p = z.to(dtype).log_softmax(-1)  # (N, C)
+    log_p = classes.log_softmax(z.to(dtype))  # (N, C)
     p = log_p.exp()
-    q = torch.full_like(p, 1.0 / z.shape[1]) if problem.prior is None else problem.prior.to(dtype)
-    y, counts, valid = _target(spec, p)  # (N, C), (N,), (N,)
+    q = torch.full_like(p, 1.0 / classes.number) if problem.prior is None else problem.prior.to(dtype)
+    y, counts, valid = _target(spec, p, classes)  # (N, C), (N,), (N,)
     alpha = _column(spec.alpha, p)  # (N, 1)
 
     if spec.options.reverse:  # alpha KL(p || y) + (1 - alpha) KL(p || q)
         log_y, log_q = _log(y), _log(q)
-        fidelity = _times(p, log_p - log_y).sum(-1)
-        consistency = _times(p, log_p - log_q).sum(-1)
+        fidelity = classes.sum(_times(p, log_p - log_y))
+        consistency = classes.sum(_times(p, log_p - log_q))
         u = log_p - alpha * log_y - (1 - alpha) * log_q
-        mean_u = _times(p, u).sum(-1, keepdim=True)
+        mean_u = classes.sum(_times(p, u))[:, None]
         gradient = _times(p, u - mean_u)
     else:  # alpha CE(y, p) + (1 - alpha) KL(q || p)
-        fidelity = -_times(y, log_p).sum(-1)
-        consistency = (q * _log(q) - _times(q, log_p)).sum(-1)
-        mass = alpha * y.sum(-1, keepdim=True) + (1 - alpha) * q.sum(-1, keepdim=True)
+        fidelity = -classes.sum(_times(y, log_p))
+        consistency = classes.sum(q * _log(q) - _times(q, log_p))
+        mass = alpha * classes.sum(y)[:, None] + (1 - alpha) * classes.sum(q)[:, None]
         gradient = mass * p - alpha * y - (1 - alpha) * q
     alpha = alpha[:, 0]
     loss = _times(alpha, fidelity) + _times(1 - alpha, consistency)
@@ -59,18 +72,22 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
     return LocalLossOutputs(loss, belief, fidelity, consistency, dlogits)
 
 
-def _target(spec: LossSpec, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _target(spec: LossSpec, p: Tensor, classes: Classes) -> tuple[Tensor, Tensor, Tensor]:
     """Return the smoothed target probabilities, which rows are not ignored, and which have a label in range."""
-    rows, classes = p.shape
+    rows, columns = p.shape
     smoothing, labels = spec.options.label_smoothing, spec.labels
     if labels is None:
         everywhere = torch.ones(rows, dtype=torch.bool, device=p.device)
-        return (1 - smoothing) * spec.target.to(p.dtype) + smoothing / classes, everywhere, everywhere
+        return (1 - smoothing) * spec.target.to(p.dtype) + smoothing / classes.number, everywhere, everywhere
     counts = labels != spec.options.ignore_index
-    valid = (labels >= 0) & (labels < classes)
-    y = torch.full_like(p, smoothing / classes)
-    on_label = torch.full_like(p[:, :1], 1 - smoothing + smoothing / classes)
-    y = y.scatter(1, torch.where(valid, labels, 0)[:, None], on_label)
+    valid = (labels >= 0) & (labels < classes.number)
+    off = smoothing / classes.number
+    y = torch.full_like(p, off)
+    column = torch.where(valid, labels, 0) - classes.first
+    here = (column >= 0) & (column < columns)
+    on_label = torch.full_like(p[:, 0:1], 1 - smoothing + off).masked_fill(~here[:, None], off)
+    if columns:
+        y = y.scatter(1, torch.where(here, column, 0)[:, None], on_label)
     return y, counts, valid
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
-from ..core.autograd import once_differentiable, records_grad, scale_gradients, transforming, transforms
+from ..core.autograd import is_compiling, once_differentiable, records_grad, scale_gradients, transforming, transforms
 from ..core.checks import check_tensor
 from ..core.options import HALF, LossOptions, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_function, define_operator, options_arguments, split_alpha
@@ -16,6 +16,7 @@ from .backward import compute_dlogits
 from .dispatch import run_shaped
 from .functional import call_transformed
 from .problem import make_problem
+from .sharded import call_sharded, is_sharded
 
 
 def call(
@@ -28,6 +29,8 @@ def call(
     """
     for name, x in (("logits", logits), ("target", target), *([] if prior is None else [("prior", prior)])):
         check_tensor(name, x)
+    if not is_compiling() and is_sharded(logits, prior, target, alpha):
+        return call_sharded(logits, prior, target, alpha, options, backend)
     kinds = {x.key() for x in transforms()} if transforming() else set()
     if transforming() and kinds != {TransformType.Functionalize}:
         if TransformType.Functionalize in kinds:
