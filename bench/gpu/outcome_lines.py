@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     path = config.getoption("--outcome-lines")
-    if path and not hasattr(config, "workerinput"):  # with xdist: in the process that hears from all the others
+    if path and not hasattr(config, "workerinput"):  # with xdist: only in the process that collects all outcomes
         config.pluginmanager.register(Lines(path))
 
 

@@ -86,7 +86,7 @@ def costs(contender, run, device: str) -> dict[str, int | None]:
     peak = None
     if not contender.replayed:
         run.clear()
-        cascade_cpu.release()  # so that the step takes anew, and is charged with, what it would keep
+        cascade_cpu.release()  # the step allocates again, and is charged for, what it would keep
         peak = run.kept + footprint.allocated_peak(run.step, device, warm=False)
     if device == "cuda":
         calls = footprint.launches(run.step)

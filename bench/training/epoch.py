@@ -45,7 +45,7 @@ Epoch, Accuracy = Callable[[], object], Callable[[], float]
 
 
 def settings(args: argparse.Namespace, dtype: str = "float32") -> RunConfig:
-    """Those of `sid train --dataset cifar10 --layout shared`, but for the recipe: Adam 1e-3, as the reference."""
+    """Return the settings of `sid train --dataset cifar10 --layout shared` with the reference's recipe, Adam 1e-3."""
     return run_config(
         dataset="cifar10", data=args.data, cache=args.cache, train_images=args.images, layout="shared", device="cpu",
         epochs=args.rounds + 1, optimizer="adam", lr=1e-3, weight_decay=0.0, lr_schedule="constant", dtype=dtype,

@@ -51,7 +51,7 @@ def define_function(schema: str, run: Callable[..., Any], fake: Callable[..., An
 def count_flops(operator: Any, formula: Callable[..., int]) -> None:
     """Tell `torch.utils.flop_counter.FlopCounterMode` an operator's operations.
 
-    formula: takes the operator's arguments, with shapes in place of tensors. Only matrix products are counted.
+    formula: takes the operator's arguments, with shapes instead of tensors. Only matrix products are counted.
     """
     register_flop_formula(operator.overloadpacket)(lambda *arguments, out_shape=None: formula(*arguments))
 
