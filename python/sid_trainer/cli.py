@@ -55,19 +55,18 @@ def train(args: argparse.Namespace) -> None:
         run = settings(args)
         folder = getattr(args, "out", Path(f"runs/{run.dataset}-{run.method}"))
         trainer = start_run(run, folder, overwrite=hasattr(args, "overwrite"))
-    if not trainer.strategy.writes_run_folder:
-        trainer.fit()
-        return
-    if hasattr(args, "resume"):
-        print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
-    introduce(trainer)
+    writes = trainer.strategy.writes_run_folder
+    if writes:
+        introduce(trainer)
     trainer.fit()
-    if trainer.folder:
+    if writes and trainer.folder:
         show(trainer.folder)
 
 
 def introduce(trainer: Trainer) -> None:
-    """Print what is trained on what."""
+    """Print where a resumed run continues, and what is trained on what."""
+    if (trainer.epoch, trainer.step) != (1, 0):
+        print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
     run, images = trainer.metadata, [len(split.labels) for split in (trainer.data.train, trainer.data.test)]
     print(
         f"{run['method']} on {run['dataset']}: {images[0]} training and {images[1]} test images,"
