@@ -64,6 +64,9 @@ def fused_belief_head(
         alpha: weight of fidelity against consistency in [0, 1]: a float, or a tensor () or (...).
         return_belief: if False, LocalLoss.belief is None.
 
+    torch.func transforms, forward-mode differentiation and DTensors (rows or vocabulary sharded) hold all logits at
+    once. In half precision the gradients are kept in float32 until `backward` rounds them, once.
+
     The other arguments are those of `fused_local_loss`. Under autocast the head (and a prior head) uses autocast's
     dtype, as `nn.Linear` does.
 

@@ -52,6 +52,10 @@ def fused_local_loss(
         reduction: "none", "mean" or "sum".
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
+    The first derivative is available in reverse and forward mode, to torch.func transforms and to tracers; a second one
+    raises. In half precision the gradient is rounded once, after the incoming gradient has multiplied it; logits, prior
+    and target must not change in place before `backward`. DTensors of one mesh may shard rows and classes.
+
     A class with logit -inf is masked. It contributes nothing if prior and target give it probability 0 (0 log 0 = 0),
     and makes the loss infinite if they do not. A NaN affects its own row only.
 

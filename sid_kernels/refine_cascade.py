@@ -53,6 +53,9 @@ def refine_cascade(
         backend: "auto", "reference", "cpu", "cuda" or "triton". If it has no kernel that takes the whole cascade, the
             stages run one by one with its local loss.
 
+    torch.func transforms and forward-mode differentiation run the stages one by one. In half precision the gradients
+    are kept in float32 until `backward` rounds them, once.
+
     The other options are those of `fused_local_loss`. Under autocast the products run in autocast's dtype on a GPU, as
     in `nn.Linear`, and in float32 on a CPU.
 

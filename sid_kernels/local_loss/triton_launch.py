@@ -6,6 +6,7 @@ be captured in a graph.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from types import ModuleType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..core.options import LossSpec
 from ..core.triton import on_device
-from .problem import LocalLossOutputs, LocalLossProblem, allocate
+from .problem import LocalLossOutputs, LocalLossProblem, allocate, allocate_belief, scale_of_mean
 
 
 class LossPlan(NamedTuple):
@@ -56,6 +57,7 @@ COUNT_HERE = 1024  # up to this many rows, every program counts the labels itsel
 COUNT_BLOCK = 256  # labels counted at a time inside a program
 COUNT_GRID_BLOCK, COUNT_WARPS = 4096, 4  # labels per program of a separate launch
 SUM_BLOCK, SUM_WARPS = 2048, 8
+WIDE_BYTES = 16 << 20  # of a gradient in float32 before it is scaled and rounded
 
 
 def plan_for(classes: int) -> LossPlan:
@@ -104,12 +106,37 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
 
 
 def _run_incoming(problem: LocalLossProblem, incoming: Tensor) -> LocalLossOutputs:
-    """Return the outputs of a problem with an incoming gradient: it scales the kernel's, in float32."""
-    wide = torch.empty(problem.logits.shape, dtype=torch.float32, device=problem.logits.device)
-    outputs = run(problem._replace(out=wide, incoming=None))
-    dlogits = torch.empty_like(problem.logits) if problem.out is None else problem.out
-    torch.mul(wide, incoming.unsqueeze(-1) if incoming.dim() else incoming, out=wide)
-    return outputs._replace(dlogits=dlogits.copy_(wide))
+    """Return the outputs of a problem with an incoming gradient, which scales blocks of a float32 gradient."""
+    z, prior, spec = problem.logits, problem.prior, problem.spec
+    rows, classes = z.shape
+    row_options = dataclasses.replace(spec.options, reduction="none")
+    scale = scale_of_mean(spec, z) if spec.options.reduction == "mean" else None
+    factor = incoming if scale is None else incoming * scale
+    belief, dlogits = allocate_belief(problem), torch.empty_like(z) if problem.out is None else problem.out
+    losses = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    step = max(1, WIDE_BYTES // (4 * classes))
+    wide = torch.empty(min(step, rows), classes, dtype=torch.float32, device=z.device)
+    for start in range(0, rows, step):
+        part = slice(start, min(rows, start + step))
+        outputs = run(
+            LocalLossProblem(
+                z[part],
+                None if prior is None else prior[part],
+                spec.rows(part)._replace(options=row_options),
+                need_grad=True,
+                need_belief=belief is not None,
+                out=wide[: part.stop - start],
+                belief_out=None if belief is None else belief[part],
+            )
+        )
+        for total, values in zip(losses, (outputs.loss, outputs.fidelity, outputs.consistency), strict=True):
+            total[part] = values
+        by_row = factor if factor.dim() == 0 else factor[part, None]
+        torch.mul(wide[: part.stop - start], by_row, out=dlogits[part])
+    if spec.options.reduction != "none":
+        losses = losses.sum(1) if scale is None else losses.sum(1) * scale
+    loss, fidelity, consistency = losses.unbind()
+    return LocalLossOutputs(loss, belief, fidelity, consistency, dlogits)
 
 
 def _launch(problem: LocalLossProblem, plan: LossPlan, outputs: LocalLossOutputs, losses: tuple[Tensor, ...]) -> None:

@@ -311,3 +311,20 @@ def test_public_operations_and_autograd():
     loss = fused_local_loss(z, case.prior, case.target, case.alpha, backend="triton").loss
     (loss * 2).backward()
     assert torch.equal(z.grad, dlogits * 2)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_incoming_gradient_is_rounded_once(dtype, reduction, monkeypatch):
+    """Blocks of rows are scaled in float32; here of three rows."""
+    monkeypatch.setattr(triton_kernels, "WIDE_BYTES", 3 * 4 * 70)
+    case = make_case(8, 70, dtype=dtype, ignored=0.3, alpha="rows", reduction=reduction)
+    z, exact = case.logits.clone().requires_grad_(), case.logits.double().requires_grad_()
+    loss = fused_local_loss(z, case.prior, case.target, case.alpha, reduction=reduction, backend="triton").loss
+    prior, alpha = case.prior.double(), case.alpha.double()
+    truth = fused_local_loss(exact, prior, case.target, alpha, reduction=reduction, backend="reference").loss
+    incoming = torch.linspace(-3, 3, 8) if reduction == "none" else torch.tensor(0.37)
+    (got,) = torch.autograd.grad(loss, z, incoming)
+    (want,) = torch.autograd.grad(truth, exact, incoming.double())
+    assert got.dtype is dtype and torch.allclose(loss.double(), truth, rtol=1e-5)
+    assert torch.allclose(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
