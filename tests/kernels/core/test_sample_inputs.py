@@ -27,7 +27,9 @@ def samples():
     def listed(name, dtype):
         (info,) = (x for x in op_db if x.name == f"nn.functional.{name}" and not x.variant_test_name)
         torch.manual_seed(0)
-        return list(info.sample_inputs_func(info, "cpu", dtype, True))  # `info.sample_inputs` inspects the stack each time
+        return list(
+            info.sample_inputs_func(info, "cpu", dtype, True)
+        )  # `info.sample_inputs` inspects the stack each time
 
     return listed
 
