@@ -125,14 +125,35 @@ def owned_parameters(optimizers: Optimizers) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
+def check_sequence(optimizers: Optimizers) -> None:
+    """Raise TypeError for a single optimizer instead of a sequence of them."""
+    if isinstance(optimizers, Optimizer):
+        raise TypeError(
+            f"optimizers must be a list of optimizers, not a single {type(optimizers).__name__}; to use one optimizer,"
+            " run the step without optimizers and call its zero_grad and step yourself"
+        )
+
+
+def check_parameter_dtype(network: SIDNetwork) -> None:
+    """Raise ValueError if the stages have parameters in half precision: beliefs are float32."""
+    parameter = next(network.stages.parameters(), None)
+    if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"network must have float32 or float64 parameters, not {parameter.dtype}; for mixed precision keep them in"
+            f" float32 and use dtype={parameter.dtype} or autocast"
+        )
+
+
 def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
     """Raise ValueError if an optimizer owns a parameter that is not the network's."""
+    check_sequence(optimizers)
     if not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:
         raise ValueError("optimizers must be over the network's own parameters; one owns other tensors")
 
 
 def check_optimizers(optimizers: Optimizers, network: SIDNetwork) -> None:
     """Raise ValueError unless there are no optimizers or one for each of the network's `local_modules`."""
+    check_sequence(optimizers)
     if not optimizers:
         return
     owned, expected = owned_parameters(optimizers[1:]), len(network.local_modules)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sid_kernels import fused_local_loss
+from sid_kernels.core.checks import canonical_target
 
 from ..network.heads import StageCall
 from ..network.modules import SIDNetwork, at_least_float32
@@ -33,19 +34,21 @@ def reference_step(
             features = outputs if outputs is features else outputs.detach()
             stage_logits.append(logits)
     plain = options.divergence == "forward" and not options.label_smoothing
-    if targets.device.type == "cpu" and not targets.is_floating_point():
-        plain &= bool(((targets >= 0) & (targets < network.num_classes)).all())  # else a row is ignored, or an error
-    labels = F.one_hot(targets, network.num_classes) if plain and not targets.is_floating_point() else targets
+    labels, soft = canonical_target(targets, stage_logits[0], stage_logits[0].shape)  # checks shapes
+    if labels is not None and labels.is_cpu:
+        plain &= bool(((labels >= 0) & (labels < network.num_classes)).all())  # else a row is ignored, or an error
+    rows = F.one_hot(labels, network.num_classes) if plain and labels is not None else soft  # (B, C)
     losses = []
     for logits, prior, alpha in zip(stage_logits, priors, options.stage_alphas(len(priors)), strict=True):
-        if plain:
+        if plain and rows is not None:
             log_belief = F.log_softmax(at_least_float32(logits), dim=1)
-            fidelity = F.kl_div(log_belief, labels.to(log_belief.dtype), reduction="batchmean")
+            fidelity = F.kl_div(log_belief, rows.to(log_belief.dtype), reduction="batchmean")
             consistency = F.kl_div(log_belief, prior, reduction="batchmean")
             losses.append(alpha * fidelity + (1 - alpha) * consistency)
         else:
             losses.append(fused_local_loss(logits, prior, targets, alpha, **options.loss).loss)
     stage_loss = torch.stack(losses)
-    stage_loss.sum().backward()
+    if stage_loss.requires_grad:
+        stage_loss.sum().backward()
     update(optimizers)
     return StepResult(stage_loss.detach(), stage_logits[-1].detach())

@@ -24,6 +24,7 @@ from .common import (
     autocast,
     check_network,
     check_optimizers,
+    check_parameter_dtype,
     clear_gradients,
     forward_dtype,
     teacher_beliefs,
@@ -74,6 +75,7 @@ def local_step(
 ) -> StepResult:  # fmt: skip
     """Do what `sid_step` describes, with its options in one object."""
     options.stage_alphas(len(network.stages))
+    check_parameter_dtype(network)
     if options.step_schedule == "reference":
         return reference_step(network, inputs, targets, options, optimizers)
     check_optimizers(optimizers, network)
@@ -121,7 +123,8 @@ def stage_by_stage(
             result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss)
             assert result.belief is not None  # for type checkers: it was not asked to leave it out
             hooks.outputs_ready(outputs, result.belief)
-            logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
+            if logits.requires_grad:  # False if the stage is frozen
+                logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
             if not one_optimizer:
                 hooks.update(partial(update, optimizers[1 + i : 2 + i]))
         losses.append(result.loss)
