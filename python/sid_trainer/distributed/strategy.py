@@ -56,6 +56,10 @@ class DataStrategy(Strategy):
         batches.share = self.topology.share
         return batches
 
+    def check_smallest_batch(self, images: int) -> None:
+        with self.raise_on_one_rank():
+            super().check_smallest_batch(images // self.topology.replicas)
+
     def place_network(self) -> None:
         super().place_network()
         self.replicas = Replicas(self.topology, self.communicator.replica_group, self.device)

@@ -1,5 +1,6 @@
 """How a trainer's work is done: `Strategy` does all of it in this process; subclasses share it among processes."""
 
+import copy
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -46,6 +47,7 @@ class Strategy:
         self.pixel_mean, self.pixel_std = pixel_statistics(data.train.images)
         splits = {"train": data.train, "test": data.test, "val": data.validation}
         self.batches = {name: self.make_batches(name, split) for name, split in splits.items() if split is not None}
+        self.check_smallest_batch(min(self.batches["train"].sizes()))
         self.place_network()
         self.optimizers = make_optimizers(
             network, config.method, optimizer=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
@@ -68,6 +70,20 @@ class Strategy:
             split, self.config.batch_size, self.device, self.pixel_mean, self.pixel_std, workers=self.config.workers,
             channels_last=self.config.channels_last,
         )  # fmt: skip
+
+    def check_smallest_batch(self, images: int) -> None:
+        """Raise ValueError if the network cannot train on `images` images: batch-norm needs more than one value."""
+        if images > 1:
+            return
+        trial = copy.deepcopy(self.network).train()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                trial(torch.zeros(1, self.data.in_channels, *self.data.image_size))
+        except ValueError as error:
+            raise ValueError(
+                f"batch_size {self.config.batch_size} leaves a process a single image to train on, which is too few for"
+                " batch-norm; choose another one"
+            ) from error
 
     def place_network(self) -> None:
         """Move the network to the device."""

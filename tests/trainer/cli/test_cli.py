@@ -123,6 +123,10 @@ def run_and_read(arguments, capsys):
         (["train", "--wrong"], "unrecognized arguments: --wrong"),
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
+        (
+            ["train", "--arch", "resnet18", "--train-images", "10", "--batch-size", "1", "--out", "run"],
+            "batch_size 1 leaves a process a single image to train on, which is too few for batch-norm",
+        ),
         (["train", "--batch-size", "-1"], "batch_size must be at least 1, not -1"),
         (["train", "--alpha", "1.5"], "alpha must be a number in [0, 1], FIRST:LAST, or one number per stage"),
         (["train", "--alpha", "0.5,0.4,0.3"], "alpha must be one number or one for each of the 10 stages, not 3"),

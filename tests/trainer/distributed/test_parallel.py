@@ -185,6 +185,11 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
             2,
             "batch_size 27 leaves a train batch of 13 images: the 2 processes that share it need 16",
         ),
+        (
+            "--parallel data --arch resnet18 --train-images 10 --batch-size 4",
+            2,
+            "batch_size 4 leaves a process a single image to train on, which is too few for batch-norm",
+        ),
         ("--parallel data --train-images 9999", 2, "training images must be 1 to 1437, not 9999"),
         ("", 2, "parallel must say how 2 processes share the work: data, shard or stage, not none"),
         ("--parallel stage --method bp", 2, "parallel 'stage' needs method sid or greedy"),
