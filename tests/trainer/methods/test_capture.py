@@ -28,14 +28,20 @@ def batches(device, number):
         yield images.to(device), labels.to(device)
 
 
+@pytest.fixture
+def deterministic():
+    """Adam makes a whole step of the least difference."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        yield
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("kind", "options"), [(Adam, {"fused": True}), (SGD, {"momentum": 0.9, "fused": True})], ids=["adam", "sgd"]
 )
-def test_replays_are_the_steps(device, kind, options, monkeypatch):
+def test_replays_are_the_steps(device, kind, options, deterministic):
     """New data and a new learning rate at every call, from a scheduler and by assignment; the same parameters after."""
     ends = []
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # Adam makes a step of the least difference
     for captured in (False, True):
         network, optimizers = make(device, kind, **options)
         before = copy.deepcopy(network.state_dict())
