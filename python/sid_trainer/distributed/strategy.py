@@ -57,8 +57,10 @@ class DataStrategy(Strategy):
         return batches
 
     def check_smallest_batch(self, images: int) -> None:
-        with self.raise_on_one_rank():
-            super().check_smallest_batch(images // self.topology.replicas)
+        share = images // self.topology.replicas  # the same on all ranks
+        if share == 1:
+            with self.raise_on_one_rank():
+                super().check_smallest_batch(share)
 
     def place_network(self) -> None:
         super().place_network()
