@@ -64,7 +64,7 @@ def transforms() -> list[Any]:
 
 def transforming() -> bool:
     """Return whether a torch.func transform or forward-mode differentiation is going on, outside of torch.compile."""
-    return not is_compiling() and (functorch_stack() is not None or forward_ad._current_level >= 0)
+    return not is_compiling() and (functorch_stack() is not None or forward_mode())
 
 
 def batched(grad_loss: Tensor) -> bool:

@@ -109,7 +109,7 @@ class _Sharded(torch.autograd.Function):
         q = layout.local(prior, layout.placements)
         y = layout.local(target, layout.placements if target.is_floating_point() else layout.rows)
         by_row = isinstance(alpha, Tensor) and alpha.dim() > 0
-        replicated = layout.rows if by_row else tuple(_replicate(x) for x in layout.rows)
+        replicated = layout.rows if by_row else replicated_like(layout)
         problem = make_problem(z, q, y, layout.local(alpha, replicated), dataclasses.replace(options, reduction="none"))
         if z.dtype in HALF:  # rounded in backward, once
             problem = problem._replace(out=torch.empty(problem.logits.shape, dtype=torch.float32, device=z.device))
@@ -141,15 +141,11 @@ class _Sharded(torch.autograd.Function):
         return layout.whole(gradient, layout.placements, ctx.shape), *[None] * 5
 
 
-def _replicate(_: object) -> Placement:
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
-
-
 def replicated_like(layout: _Layout) -> tuple[Placement, ...]:
     """Return the placements of a tensor that every process of the mesh has."""
-    return tuple(_replicate(x) for x in layout.rows)
+    from torch.distributed.tensor import Replicate
+
+    return (Replicate(),) * len(layout.rows)
 
 
 def _classes(layout: _Layout, logits: DTensor) -> reference.Classes:

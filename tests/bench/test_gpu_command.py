@@ -140,7 +140,7 @@ TESTS = """
 import pytest, time
 def test_a(): pass
 def test_b(): assert 0, "trouble"
-@pytest.mark.skip
+@pytest.mark.skip(reason="one of the outcomes to count")
 def test_c(): pass
 @pytest.fixture
 def broken(): raise ValueError("no ground")

@@ -161,6 +161,7 @@ def restart_count() -> int:
 
 
 def max_restarts() -> int:
+    """Return how often torchrun may start the processes again."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sid_kernels.core.options import HALF
+
 from ..network.heads import StackedHeads
 from ..network.modules import SIDNetwork, at_least_float32
 
@@ -137,7 +139,7 @@ def check_sequence(optimizers: Optimizers) -> None:
 def check_parameter_dtype(network: SIDNetwork) -> None:
     """Raise ValueError if the stages have parameters in half precision: beliefs are float32."""
     parameter = next(network.stages.parameters(), None)
-    if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+    if parameter is not None and parameter.dtype in HALF:
         raise ValueError(
             f"network must have float32 or float64 parameters, not {parameter.dtype}; for mixed precision keep them in"
             f" float32 and use dtype={parameter.dtype} or autocast"

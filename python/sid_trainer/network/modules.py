@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sid_kernels.core.options import HALF
+
 from .heads import StackedHeads, StageCall
 
 
@@ -94,4 +96,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
     Beliefs and shared features stay in float32 under autocast because they are summed over all stages.
     """
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
