@@ -5,21 +5,29 @@ from .methods.baselines import bp_step, deep_supervision_step
 from .methods.capture import CapturedStep, capture
 from .methods.common import StepResult
 from .methods.step import sid_step
-from .network.architectures import build_network, cut
+from .network.architectures import build_network
+from .network.cut import cut
+from .network.cut_network import CutNetwork
 from .network.heads import StackedHeads, StageHead
+from .network.local_pass import LocalOutput, add_stage_loss
+from .network.loss_options import StageLossOptions
 from .network.modules import SIDNetwork, Stage
 from .training.config import TrainConfig
 from .training.trainer import Trainer
 
 __all__ = [
     "CapturedStep",
+    "CutNetwork",
+    "LocalOutput",
     "SIDNetwork",
     "Stage",
     "StageHead",
+    "StageLossOptions",
     "StackedHeads",
     "StepResult",
     "TrainConfig",
     "Trainer",
+    "add_stage_loss",
     "bp_step",
     "build_network",
     "capture",

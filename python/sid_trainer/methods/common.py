@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 from sid_kernels.core.options import HALF
 
 from ..network.heads import StackedHeads
+from ..network.loss_options import StageLossOptions
 from ..network.modules import SIDNetwork, at_least_float32
 
-Alpha = float | Tensor | Sequence[float | Tensor]  # a captured CUDA graph can change a 0-d tensor on its device
 Optimizers = Sequence[Optimizer | None]
 STEP_SCHEDULES = ("one-pass", "two-phase", "reference")
-DIVERGENCES = ("forward", "reverse")
 
 
 class StepResult(NamedTuple):
@@ -28,12 +27,9 @@ class StepResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepOptions:
+class StepOptions(StageLossOptions):
     """The options of a training step, described in `sid_step`. Raises ValueError for a value that is not allowed."""
 
-    alpha: Alpha = 0.5
-    divergence: str = "forward"
-    label_smoothing: float = 0.0
     dtype: torch.dtype = torch.float32
     step_schedule: str = "one-pass"
     fused: bool = True
@@ -41,30 +37,12 @@ class StepOptions:
     def __post_init__(self) -> None:
         if self.step_schedule not in STEP_SCHEDULES:
             raise ValueError(f"step schedule must be one of {', '.join(STEP_SCHEDULES)}, not {self.step_schedule!r}")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], not {self.label_smoothing}")
-        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
-            if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
-                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
-
-    @property
-    def loss(self) -> dict[str, Any]:
-        """The keyword arguments of `local_loss_and_grad`."""
-        return {"divergence": self.divergence, "label_smoothing": self.label_smoothing}
+        super().__post_init__()
 
     @property
     def trains_at_once(self) -> bool:
         """Whether a step trains all stages of `StackedHeads` at once, not one by one."""
         return self.fused and self.step_schedule == "one-pass"
-
-    def stage_alphas(self, depth: int) -> Sequence[float | Tensor]:
-        """Return one alpha per stage. Raises ValueError if another number of them was given."""
-        alphas = self.alpha if isinstance(self.alpha, Sequence) else [self.alpha] * depth
-        if len(alphas) != depth:
-            raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
-        return alphas
 
 
 def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:
@@ -91,11 +69,15 @@ def check_network(network: SIDNetwork) -> None:
     Wrappers such as DistributedDataParallel reduce gradients only in backward passes that follow their own `forward`.
     """
     if not isinstance(network, SIDNetwork):
-        raise TypeError(f"network must be a SIDNetwork, not {type(network).__name__}; pass what was wrapped, if it is")
+        raise TypeError(
+            f"network must be a SIDNetwork, not {type(network).__name__}; networks that are wrapped or cut by names train"
+            " by network(inputs, targets).loss.backward()"
+        )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
             f"sid_step does not reduce gradients over the {dist.get_world_size()} processes, also if the network is"
-            " inside DistributedDataParallel: use `Trainer` and `sid train --parallel data`, or reduce them yourself",
+            " inside DistributedDataParallel: call the wrapper, as in ddp(inputs, targets).loss.backward(), or use"
+            " `sid train --parallel data`",
             stacklevel=3,
         )
 
@@ -132,7 +114,7 @@ def check_sequence(optimizers: Optimizers) -> None:
     if isinstance(optimizers, Optimizer):
         raise TypeError(
             f"optimizers must be a list of optimizers, not a single {type(optimizers).__name__}; to use one optimizer,"
-            " run the step without optimizers and call its zero_grad and step yourself"
+            " call network(inputs, targets).loss.backward() and then its step"
         )
 
 
@@ -142,7 +124,7 @@ def check_parameter_dtype(network: SIDNetwork) -> None:
     if parameter is not None and parameter.dtype in HALF:
         raise ValueError(
             f"network must have float32 or float64 parameters, not {parameter.dtype}; for mixed precision keep them in"
-            f" float32 and use dtype={parameter.dtype} or autocast"
+            f" float32 and use dtype={parameter.dtype} or autocast, or call network(inputs, targets).loss.backward()"
         )
 
 

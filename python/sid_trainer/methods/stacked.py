@@ -22,7 +22,7 @@ def train_stacked(
     if features.is_cuda and options.dtype is not torch.float32:  # on a CPU the float32 kernel is faster
         features, weights = features.to(options.dtype), CascadeWeights(*(w.to(options.dtype) for w in weights))
     result, dfeatures, gradients = refine_cascade_and_grad(
-        features, weights, targets, cascade_alpha(options, len(heads), features), out=reused, **options.loss
+        features, weights, targets, options.cascade_alpha(len(heads), features), out=reused, **options.loss
     )
     if reused is None:
         for weight, gradient in zip(heads.weights, gradients, strict=True):
@@ -42,12 +42,3 @@ def reusable_gradients(heads: StackedHeads, optimizers: Optimizers) -> CascadeWe
     owned = owned_parameters(optimizers)
     gradients = [w.grad for w in heads.weights if w.is_cpu and w.grad is not None and id(w) in owned]
     return CascadeWeights(*gradients) if len(gradients) == 4 and all(g.is_contiguous() for g in gradients) else None
-
-
-def cascade_alpha(options: StepOptions, depth: int, features: Tensor) -> Tensor | list[float]:
-    """Return one alpha per stage, as a tensor (L,) on the features' device if any of them is a tensor."""
-    alphas = options.stage_alphas(depth)
-    numbers = [alpha for alpha in alphas if not isinstance(alpha, Tensor)]
-    if len(numbers) == depth:
-        return numbers
-    return torch.stack([a if isinstance(a, Tensor) else features.new_full((), a) for a in alphas])

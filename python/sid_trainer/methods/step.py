@@ -15,9 +15,9 @@ from torch.autograd.graph import get_gradient_edge
 from sid_kernels import local_loss_and_grad
 
 from ..network.heads import StackedHeads
+from ..network.loss_options import Alpha
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import (
-    Alpha,
     Optimizers,
     StepOptions,
     StepResult,

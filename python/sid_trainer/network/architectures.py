@@ -1,64 +1,21 @@
-"""Networks by name, and `cut`, which makes stages of any `nn.Sequential`.
+"""Networks by name.
 
 A backbone is a trunk of blocks. In the layout `stagewise` each block is the body of its own stage. In `shared` the
 trunk is the extractor, and all stages read the same features. A plain network is the trunk and a linear classifier.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from .cut import block_features, stagewise
 from .heads import FeaturePooling, LinearClassifier, StackedHeads, StageHead
 from .modules import SIDNetwork, Stage
 
 SHARED_DEPTH = 10  # belief stages, as in the public implementation
 Trunk = Callable[[int, tuple[int, int], int], Sequence[nn.Module]]  # (in_channels, image_size, stages) -> blocks
-
-
-def cut(
-    trunk: nn.Sequential, at: Sequence[int], num_classes: int, example: Tensor, *, head_depth: int = 1,
-    hidden_dim: int = 256, grid: int = 4,
-) -> SIDNetwork:  # fmt: skip
-    """Cut a trunk into local stages; no gradient crosses a cut. Example: `cut(trunk, [3, 6], 10, images[:1])`.
-
-    Args:
-        trunk: The backbone without its classifier. Its layers become the bodies of the stages; they are not copied.
-        at: Increasing indices, counted from 0, of the layers that begin stages 2, 3, ...
-        num_classes: Number of classes C of the heads, which are created here.
-        example: Inputs (1 or more, ...). They run through the trunk once to find the shapes of the features.
-        head_depth, hidden_dim: Number and size of the hidden layers of each head.
-        grid: The heads read image features pooled to grid x grid cells.
-
-    Raises ValueError for cuts that leave a stage without layers.
-    """
-    if list(at) != sorted(set(at)) or (at and not (0 < at[0] and at[-1] < len(trunk))):
-        raise ValueError(f"at must be increasing numbers of layers in 1..{len(trunk) - 1}, not {list(at)}")
-    bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
-    return stagewise(bodies, num_classes, example, head_depth, hidden_dim, grid)
-
-
-def stagewise(
-    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, head_depth: int, hidden_dim: int, grid: int
-) -> SIDNetwork:
-    """Return a network with one stage per block. The other arguments are those of `cut`."""
-    stages = []
-    for block, shape in zip(blocks, feature_shapes(blocks, example), strict=True):
-        pooling = FeaturePooling(shape, grid)
-        stages.append(Stage(StageHead(pooling.dim, num_classes, hidden_dim, depth=head_depth, pooling=pooling), block))
-    return SIDNetwork(nn.Identity(), stages, num_classes)
-
-
-@torch.no_grad()
-def feature_shapes(blocks: Sequence[nn.Module], example: Tensor) -> list[tuple[int, ...]]:
-    """Return the shape of one example's features after each block, without a change of the blocks' statistics."""
-    shapes = []
-    for block in blocks:
-        example = copy.deepcopy(block).eval()(example)
-        shapes.append(tuple(example.shape[1:]))
-    return shapes
 
 
 # ---------------------------------------------------------------- trunks
@@ -211,7 +168,8 @@ def build_network(
     blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
     if layout == "stagewise" and not plain:
         return stagewise(blocks, num_classes, example, head_depth, hidden_dim, grid)
-    pooling = FeaturePooling(feature_shapes(blocks, example)[-1], grid if layout == "stagewise" else 1)
+    shape = block_features(blocks, example)[-1].tensor.shape[1:]
+    pooling = FeaturePooling(tuple(shape), grid if layout == "stagewise" else 1)
     if layout == "stagewise":
         classifier = LinearClassifier(pooling.dim, num_classes, pooling)
         return SIDNetwork(nn.Sequential(*blocks), [Stage(classifier)], num_classes)

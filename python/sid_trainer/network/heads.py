@@ -1,5 +1,6 @@
 """Heads: the modules that turn features and the preceding belief into one stage's logits."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,28 +15,45 @@ StageCall = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # features, prior
 
 
 class FeaturePooling(nn.Sequential):
-    """Pool features of one shape to vectors (B, `dim`): average images over a grid, normalise and average tokens.
+    """Pool features of one shape to vectors (B, `dim`): average over cells of a grid, normalise and average tokens.
 
     Args:
-        shape: Shape of one example's features: (D,), (T, D) or (D, H, W).
-        grid: Images are averaged within each cell of a grid x grid raster. A smaller image has one cell per pixel.
+        shape: Shape of one example's features: (D,); (T, D) tokens; (D, T), (D, H, W) or (D, Z, H, W) with
+            channels="first"; (H, W, D) or (Z, H, W, D) with channels="last".
+        grid: Features are averaged within each cell of a raster of `grid` cells a dimension; smaller ones have one
+            cell per position.
+        channels: "first" or "last"; None: "last" for two dimensions, "first" for more.
 
     Raises ValueError for features of another number of dimensions.
     """
 
-    def __init__(self, shape: tuple[int, ...], grid: int = 1):
-        if len(shape) == 1:
+    def __init__(self, shape: tuple[int, ...], grid: int = 1, channels: str | None = None):
+        dimensions = len(shape) - 1
+        channels = channels or ("last" if dimensions == 1 else "first")
+        if not 0 <= dimensions <= 3:
+            raise ValueError(
+                f"shape must have 1 to 4 dimensions, such as (D,), (T, D) or (D, H, W), not {tuple(shape)}"
+            )
+        self.dim = shape[0]
+        if dimensions == 0:
             super().__init__()
-            self.dim = shape[0]
-        elif len(shape) == 2:
+        elif dimensions == 1 and channels == "last":
             super().__init__(nn.LayerNorm(shape[1]), Mean(1))
             self.dim = shape[1]
-        elif len(shape) == 3:
-            cells = min(grid, shape[1]), min(grid, shape[2])
-            super().__init__(nn.AdaptiveAvgPool2d(cells), nn.Flatten())
-            self.dim = shape[0] * cells[0] * cells[1]
         else:
-            raise ValueError(f"shape must be (D,), (T, D) or (D, H, W), not {tuple(shape)}")
+            width, *sizes = shape if channels == "first" else (shape[-1], *shape[:-1])
+            cells = [min(grid, size) for size in sizes]
+            average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
+            permute = [MoveDim(-1, 1)] if channels == "last" else []
+            super().__init__(*permute, average(tuple(cells)), nn.Flatten())
+            self.dim = width * math.prod(cells)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (B, dim). `mask` (B, T) is not 0 at the tokens that count; None: all do."""
+        if mask is None:
+            return super().forward(features)
+        weights = mask.to(features.dtype).unsqueeze(-1)
+        return (self[0](features) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 class Mean(nn.Module):
@@ -49,19 +67,32 @@ class Mean(nn.Module):
         return inputs.mean(self.dim)
 
 
+class MoveDim(nn.Module):
+    """One dimension moved to another place."""
+
+    def __init__(self, source: int, destination: int):
+        super().__init__()
+        self.source, self.destination = source, destination
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.movedim(self.source, self.destination)
+
+
 class StageHead(nn.Module):
     """An MLP on concat(belief, pooling(features)) that returns the logits of one stage.
 
     It has `depth` hidden layers of `hidden_dim` units with ReLU: 1 as in the public implementation; 0 makes it linear.
+    With prior_input=False the belief is not an input, only part of the loss.
     """
 
     def __init__(
         self, feature_dim: int, num_classes: int, hidden_dim: int = 256, *, depth: int = 1,
-        pooling: nn.Module | None = None,
+        pooling: nn.Module | None = None, prior_input: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.pooling = nn.Identity() if pooling is None else pooling
-        input_dim = num_classes + feature_dim
+        self.prior_input = prior_input
+        input_dim = feature_dim + (num_classes if prior_input else 0)
         self.hidden = nn.Linear(input_dim, hidden_dim) if depth else nn.Identity()
         self.relu = nn.ReLU(inplace=True) if depth else nn.Identity()
         self.deeper = nn.Sequential()
@@ -69,10 +100,38 @@ class StageHead(nn.Module):
             self.deeper.extend([nn.Linear(hidden_dim, hidden_dim), nn.ReLU(inplace=True)])
         self.logits = nn.Linear(hidden_dim if depth else input_dim, num_classes)
 
-    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
-        """Return the logits (B, C) for features (B, ...) and the prior belief (B, C)."""
-        inputs = torch.cat((prior, self.pooling(features)), dim=1)
-        return self.logits(self.deeper(self.relu(self.hidden(inputs))))
+    def forward(self, features: Tensor, prior: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the logits (B, C) for features (B, ...), the prior belief (B, C) and the mask of the pooling."""
+        pooled = self.pooling(features) if mask is None else self.pooling(features, mask)
+        inputs = torch.cat((prior, pooled), dim=-1) if self.prior_input else pooled
+        return self.logits(self.deeper(self.relu(self.hidden(inputs.to(self.logits.weight.dtype)))))
+
+
+class PositionHead(StageHead):
+    """A `StageHead` applied to every token, pixel or voxel.
+
+    Features of a lower resolution than the belief read its mean over their cells; their logits are interpolated.
+
+    Args:
+        shape: Shape of one example's features, as for `FeaturePooling`.
+        channels: "first" or "last".
+        options: `num_classes`, `hidden_dim`, `depth` and `prior_input` of `StageHead`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], channels: str, **options: Any):
+        width = shape[0] if channels == "first" else shape[-1]
+        super().__init__(width, pooling=nn.LayerNorm(width), **options)
+        self.channels = channels
+
+    def forward(self, features: Tensor, prior: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the logits (B, ..., C) for features (B, ...) and the prior belief (B, ..., C)."""
+        features = features.movedim(1, -1) if self.channels == "first" else features
+        sizes, own = prior.shape[1:-1], features.shape[1:-1]
+        if sizes == own:
+            return super().forward(features, prior)
+        belief = F.interpolate(prior.movedim(-1, 1), own, mode="area").movedim(1, -1)
+        logits = super().forward(features, belief).movedim(-1, 1)
+        return F.interpolate(logits, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1]).movedim(1, -1)
 
 
 class LinearClassifier(nn.Module):

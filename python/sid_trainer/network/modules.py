@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sid_kernels.core.options import HALF
-
 from .heads import StackedHeads, StageCall
+from .local_pass import LocalOutput, LocalPass, at_least_float32, reshard, uniform_belief
+from .loss_options import StageLossOptions
 
 
 class Stage(nn.Module):
@@ -36,14 +36,21 @@ def call_module(module: Callable[..., Any], *inputs: Tensor) -> Any:
 class SIDNetwork(nn.Module):
     """An extractor and L stages; `parameters()` lists them in this order.
 
-    `forward` is plain inference. It returns the *logits* of the last stage, like any PyTorch classifier: their argmax
-    is the prediction and their softmax the final belief. If gradients are enabled, they flow through the whole chain of
-    softmaxes, which is what backpropagation trains. SID itself never calls `forward`.
+    Called without targets, it is plain inference and returns the *logits* of the last stage, like any PyTorch
+    classifier: their argmax is the prediction and their softmax the final belief. If gradients are enabled, they flow
+    through the whole chain of softmaxes, which is what backpropagation trains.
+
+    Called with targets, it trains: every stage computes its loss and its gradients before the next one runs, so that
+    one stage's activations are held, and `loss.backward()` of the returned `LocalOutput` hands every parameter its
+    gradient. That fits any loop, optimizer and wrapper. `sid_step` gives the same gradients and updates as it goes.
 
     Args:
         extractor: Computes the features that the first stage reads; `nn.Identity()` for a stagewise network.
         stages: L modules called as `Stage` is, or `StackedHeads`.
         num_classes: Number of classes C.
+
+    Attributes:
+        loss_options: What the stages learn in a call with targets, `StageLossOptions`.
     """
 
     def __init__(self, extractor: nn.Module, stages: Iterable[nn.Module] | StackedHeads, num_classes: int):
@@ -53,10 +60,16 @@ class SIDNetwork(nn.Module):
             stages if isinstance(stages, StackedHeads) else nn.ModuleList(stages)
         )
         self.num_classes = num_classes
+        self.loss_options = StageLossOptions()
 
     def uniform(self, features: Tensor) -> Tensor:
         """Return p_0, the belief that the first stage reads: (B, C), every entry 1/C."""
-        return features.new_full((features.shape[0], self.num_classes), 1 / self.num_classes)
+        return uniform_belief((features.shape[0], self.num_classes), features)
+
+    def leave_half(self, features: Tensor) -> Tensor:
+        """Return the extractor's features in float32 if they are half precision and the stages' parameters are not."""
+        parameter = next(self.stages.parameters(), features)
+        return features if parameter.dtype == features.dtype else at_least_float32(features)
 
     @property
     def local_modules(self) -> list[nn.Module]:
@@ -75,7 +88,7 @@ class SIDNetwork(nn.Module):
         features = inputs
         for block in self.extractor if isinstance(self.extractor, nn.Sequential) else [self.extractor]:
             features = call(block, features)
-        features = at_least_float32(features)
+        features = self.leave_half(features)
         prior, stage_logits = self.uniform(features), []
         for stage in self.stages:
             features, logits = call(stage, features, prior)
@@ -87,13 +100,26 @@ class SIDNetwork(nn.Module):
         """Return the belief of every stage, (L, B, C)."""
         return at_least_float32(torch.stack(self.stage_logits(inputs))).softmax(dim=2)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.stage_logits(inputs)[-1]
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor | LocalOutput:
+        """Return the last stage's logits (B, C), or with targets (B,) or (B, C) the losses and gradients."""
+        return self.stage_logits(inputs)[-1] if targets is None else self.learn(inputs, targets)
 
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors in float32, others as they are.
-
-    Beliefs and shared features stay in float32 under autocast because they are summed over all stages.
-    """
-    return tensor.float() if tensor.dtype in HALF else tensor
+    def learn(self, inputs: Tensor, targets: Tensor) -> LocalOutput:
+        """Compute every stage's loss and gradients; see the class."""
+        reshard(self)
+        with LocalPass(targets, self.loss_options, len(self.stages)) as local:
+            extracted = self.extractor(inputs)
+            features = self.leave_half(extracted.detach()).requires_grad_(extracted.requires_grad)
+            shared = features
+            if isinstance(self.stages, StackedHeads):
+                logits = local.learn_cascade(features, self.stages.weights)
+            else:
+                prior = self.uniform(features)
+                for stage in self.stages:
+                    parameters = list(stage.parameters())  # before it runs: `fully_shard` replaces them meanwhile
+                    outputs, logits = stage(features, prior)
+                    prior = local.learn(logits, prior, parameters, features)
+                    features = outputs if outputs is features else outputs.detach()
+            if shared.grad is not None:
+                local.collect([extracted], [shared.grad.to(extracted.dtype)], self.extractor.parameters())
+            return local.output(logits)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from sid_kernels.core.options import DIVERGENCES
+
 from ..data.datasets import DATASETS
-from ..methods.common import DIVERGENCES, STEP_SCHEDULES
+from ..methods.common import STEP_SCHEDULES
 from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
 from ..network.architectures import LAYOUTS, TRUNKS, stage_count
 

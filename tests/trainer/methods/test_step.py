@@ -184,7 +184,7 @@ def test_the_callers_autocast_is_used(step, layout):
 
 def test_a_wrapped_network_is_refused_and_several_processes_are_warned(monkeypatch):
     network, inputs, targets = make(depth=2)
-    with pytest.raises(TypeError, match="network must be a SIDNetwork, not DataParallel; pass what was wrapped"):
+    with pytest.raises(TypeError, match="network must be a SIDNetwork, not DataParallel; networks that are wrapped"):
         sid_step(nn.DataParallel(network), inputs, targets)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -18,7 +18,7 @@ from sid_trainer.methods import step
 from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import make_optimizers
 from sid_trainer.methods.streams import StageHooks, StageStreams, stage_streams
-from sid_trainer.network.architectures import stagewise
+from sid_trainer.network.cut import stagewise
 
 
 class Stream:

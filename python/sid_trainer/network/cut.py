@@ -1,0 +1,253 @@
+"""`cut`: stages made of a model of one's own, and the heads that fit its features."""
+
+import copy
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .channels import infer_channels, recorded
+from .cut_network import CutNetwork, as_arguments, first_tensor
+from .heads import FeaturePooling, PositionHead, StageHead
+from .modules import SIDNetwork, Stage
+
+Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module]
+
+
+class Features(NamedTuple):
+    """What a stage computes of the example."""
+
+    tensor: Tensor  # (B, ...)
+    channels: str | None  # "first" or "last"; None: not certain
+
+
+def cut(
+    model: nn.Module, at: Sequence[int] | Sequence[str], num_classes: int, example: Any, *, head_depth: int = 1,
+    hidden_dim: int = 256, grid: int = 4, prior_input: bool = True, channels: str | None = None,
+    heads: Heads | None = None, own_classifier: bool = False, per_position: bool = False, shift: bool = False,
+    mask: str | None = None,
+) -> Any:  # fmt: skip
+    """Cut a model into local stages; no gradient crosses a cut. Example: `cut(model, ["layer1", "layer2"], 10, x)`.
+
+    The model is not copied and keeps its state dict. The features at each cut are given to a head made here.
+
+    Args:
+        model: Any module, or an `nn.Sequential` trunk without its classifier.
+        at: Names of the submodules that end the stages, in the order in which they run, as in
+            `model.named_modules()`. What follows the last one does not run, unless `own_classifier` is True. For an
+            `nn.Sequential` also increasing indices, counted from 0, of the layers that begin stages 2, 3, ...
+        num_classes: Number of classes C.
+        example: Inputs for the model: a tensor (B, ...), a tuple of positional inputs, or a dict of keyword inputs.
+            They run through the model in evaluation mode, to find the features and each stage's parameters.
+        head_depth, hidden_dim: Number and size of the hidden layers of each head; 0 makes it linear.
+        grid: The heads read features of images, series and volumes pooled to `grid` cells a dimension.
+        prior_input: Whether the heads read the preceding belief. It is part of the loss in either case.
+        channels: "first" or "last", where the features have their channels; None: told from the model's layers.
+        heads: The heads, or a function (stage counted from 0, features of the example) -> head. A head is called as
+            head(features, prior), and as head(features, prior, mask) if there is a mask.
+        own_classifier: Make the rest of the model one more stage, the last, with the model's own output as its logits.
+        per_position: Predict a class for each token (B, T) or pixel (B, H, W).
+        shift: Take as the target of a token the label of the next one, as causal language models do.
+        mask: Name of the keyword input (B, T) that is 0 at padding, which the heads leave out of their mean over the
+            tokens. Default: "attention_mask" if the example has it.
+
+    Returns a `SIDNetwork` for indices and a `CutNetwork` for names. Raises ValueError for cuts that the model does not
+    have or does not reach in this order, for parameters used in more than one stage, and for features whose layout is
+    not certain.
+    """
+    settings = {"head_depth": head_depth, "hidden_dim": hidden_dim, "prior_input": prior_input}
+    if not all(isinstance(name, str) for name in at):
+        if per_position or own_classifier or shift or mask or heads is not None:
+            raise ValueError("at must be names of submodules for the options that only they have, not indices")
+        return cut_sequential(model, at, num_classes, example, grid, channels, settings)
+    check_names(model, [str(name) for name in at])
+    if mask is None and isinstance(example, Mapping) and "attention_mask" in example and not per_position:
+        mask = "attention_mask"
+    network = CutNetwork(
+        model, [str(name) for name in at], (), num_classes, own_classifier=own_classifier, per_position=per_position,
+        shift=shift, mask=mask,
+    )  # fmt: skip
+    found = inspect(network, example)
+    for i, features in enumerate(found[: len(at)]):
+        if heads is not None:
+            head = heads(i, features.tensor) if callable(heads) else heads[i]
+        else:
+            told = channels or features.channels
+            if told is None:
+                raise ValueError(
+                    f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of {at[i]!r}:"
+                    " the model's layers do not tell"
+                )
+            head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, grid, per_position, settings)
+        network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
+    check_logits(network, example)
+    # DistributedDataParallel waits for the gradient of every parameter, except of these.
+    network._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in network.untrained]
+    return network
+
+
+def make_head(
+    shape: tuple[int, ...], channels: str, num_classes: int, grid: int, per_position: bool, settings: Mapping[str, Any]
+) -> nn.Module:
+    """Return a head for features of one shape without the batch; `settings` are three of the arguments of `cut`."""
+    depth, hidden_dim, prior_input = settings["head_depth"], settings["hidden_dim"], settings["prior_input"]
+    options = {"num_classes": num_classes, "hidden_dim": hidden_dim, "depth": depth, "prior_input": prior_input}
+    if per_position:
+        return PositionHead(shape, channels, **options)
+    pooling = FeaturePooling(shape, grid, channels)
+    return StageHead(pooling.dim, pooling=pooling, **options)
+
+
+def check_names(model: nn.Module, at: Sequence[str]) -> None:
+    """Raise ValueError for names that are not those of different submodules."""
+    names = {name for name, _ in model.named_modules()} - {""}
+    if not at or len(set(at)) < len(at):
+        raise ValueError(f"at must be one or more different names of submodules, not {list(at)}")
+    for name in at:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3)
+            hint = f"; near it are {', '.join(near)}" if near else f"; the first are {', '.join(sorted(names)[:5])}"
+            raise ValueError(f"at must be names of submodules; the model has no {name!r}{hint}")
+
+
+# ---------------------------------------------------------------- what the model does with the example
+
+
+def inspect(network: CutNetwork, example: Any) -> list[Features]:
+    """Run the example, set `network.stage_parameters`, and return the features of every stage."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: list[Features] = []
+    owner: dict[str, int] = {}
+    start = sequence_number()
+
+    def finish_stage(i: int, features: Tensor, channels: str | None) -> None:
+        nonlocal start
+        found.append(Features(features.detach(), channels))
+        for name, *others in sorted(names[key] for key in parameters_behind(features, start) & names.keys()):
+            if name in owner:
+                tied = " = ".join([name, *others])
+                raise ValueError(
+                    f"parameter {tied} is used in stages {owner[name] + 1} and {i + 1}: untie it"
+                )
+            owner[name] = i
+        start = sequence_number()
+
+    with evaluating(network.model), recorded(network.model) as outputs, torch.enable_grad():
+
+        def visit(i: int, features: Tensor) -> bool:
+            finish_stage(i, features, infer_channels(outputs, tuple(features.shape)))
+            outputs.clear()
+            return True
+
+        output = network.run(*as_arguments(example, {}), visit)
+        if network.own_classifier:
+            finish_stage(network.depth - 1, network.own_logits(output), None)
+    network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
+    return found
+
+
+def check_logits(network: CutNetwork, example: Any) -> None:
+    """Raise ValueError unless every head's logits for the example have the classes last."""
+    with evaluating(network), torch.no_grad():
+        for i, logits in enumerate(network.stage_logits(example)):
+            if logits.shape[-1] != network.num_classes:
+                raise ValueError(
+                    f"heads must return logits (B, {network.num_classes}); head {i} returned {tuple(logits.shape)}"
+                )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, with gradients for all parameters, within the context."""
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    model.eval()
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, training in modes:
+            module.training = training
+
+
+def sequence_number() -> int:
+    """Return the number that autograd gives to the node made now; later nodes have higher ones."""
+    node = torch.zeros((), requires_grad=True).neg().grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
+def parameters_behind(output: Tensor, start: int) -> set[int]:
+    """Return the `id` of every leaf that the gradient of `output` reaches through nodes made after `start`."""
+    leaves, seen, stack = set[int](), set[Any](), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        elif node._sequence_nr() > start:
+            stack += [following for following, _ in node.next_functions]
+    return leaves
+
+
+# ---------------------------------------------------------------- nn.Sequential, by indices
+
+
+def cut_sequential(
+    trunk: nn.Module, at: Sequence[Any], num_classes: int, example: Tensor, grid: int, channels: str | None,
+    settings: Mapping[str, Any],
+) -> SIDNetwork:  # fmt: skip
+    """Cut an `nn.Sequential` before the layers with the indices `at`. The other arguments are those of `cut`."""
+    if not isinstance(trunk, nn.Sequential):
+        raise ValueError(f"at must be names of submodules for a {type(trunk).__name__}; indices are for nn.Sequential")
+    if list(at) != sorted(set(at)) or (at and not (0 < at[0] and at[-1] < len(trunk))):
+        raise ValueError(f"at must be increasing numbers of layers in 1..{len(trunk) - 1}, not {list(at)}")
+    bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
+    heads = []
+    for i, features in enumerate(block_features(bodies, example)):
+        told = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)
+        if told is None:
+            raise ValueError(
+                f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of stage {i + 1}:"
+                " their layers do not tell"
+            )
+        head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, grid, False, settings)
+        heads.append(head.to(features.tensor.device, features.tensor.dtype))
+    return SIDNetwork(nn.Identity(), map(Stage, heads, bodies), num_classes)
+
+
+@torch.no_grad()
+def block_features(blocks: Sequence[nn.Module], example: Tensor) -> list[Features]:
+    """Return the example's features after each block, without a change of the blocks' statistics."""
+    features = []
+    for block in blocks:
+        trial = copy.deepcopy(block).eval()
+        with recorded(trial) as outputs:
+            example = first_tensor(trial(example))
+        features.append(Features(example, infer_channels(outputs, tuple(example.shape))))
+    return features
+
+
+def stagewise(
+    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, head_depth: int, hidden_dim: int, grid: int
+) -> SIDNetwork:
+    """Return a network with one stage per block: images with their channels first, tokens with them last."""
+    settings = {"head_depth": head_depth, "hidden_dim": hidden_dim, "prior_input": True}
+    stages = []
+    for block, features in zip(blocks, block_features(blocks, example), strict=True):
+        shape = tuple(features.tensor.shape[1:])
+        stages.append(
+            Stage(make_head(shape, "first" if len(shape) > 2 else "last", num_classes, grid, False, settings), block)
+        )
+    return SIDNetwork(nn.Identity(), stages, num_classes)

@@ -1,0 +1,205 @@
+"""Any `nn.Module`, cut into stages by the names of its submodules.
+
+The model stays one module and runs its own `forward`. Hooks at the cuts, present during a call only, give the features
+to a head and pass them on detached. A stage's gradients are computed for its own parameters only, so what skips a cut
+passes its value and no gradient. Tracing (`torch.fx`, `torch.export`) would need models without data-dependent control
+flow, and a new module for each stage with another state dict.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .local_pass import LocalOutput, LocalPass, at_least_float32, reshard, shift_labels, uniform_belief
+from .loss_options import StageLossOptions
+
+Visit = Callable[[int, Tensor], Any]  # stage, its features
+
+
+class EndOfLastStage(Exception):
+    """Ends the model's forward after the last cut."""
+
+
+class CutNetwork(nn.Module):
+    """A model whose parts learn from their own losses; `cut` makes it.
+
+    Calls take the model's inputs: one tensor, a tuple of positional inputs, or keyword inputs. Without targets they
+    return the last stage's logits. With targets they return a `LocalOutput` and train as `SIDNetwork` does.
+
+    Attributes:
+        model: The model as it came. Its state dict has the names that it had.
+        heads: One head per cut, called as head(features, prior), with a third argument if `mask` is set.
+        at: The names of the submodules that end the stages.
+        stage_parameters: The names of the model's parameters that each stage trains.
+        untrained: The names of the model's parameters that no stage trains, such as a classifier after the last cut.
+        loss_options: What the stages learn.
+        own_classifier: Whether the rest of the model is the last stage and its output the logits.
+        per_position: Whether there is a prediction for each token or pixel.
+        shift: Whether the target at a position is the label of the next one, as for causal language models.
+        mask: The name of the keyword input (B, T) that is 0 at padding; None if there is none.
+    """
+
+    accepts_loss_kwargs = False  # tells the Trainer of transformers to divide the loss when it accumulates gradients
+
+    def __init__(
+        self, model: nn.Module, at: Sequence[str], heads: Iterable[nn.Module], num_classes: int, *,
+        own_classifier: bool = False, per_position: bool = False, shift: bool = False, mask: str | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.at, self.heads = model, list(at), nn.ModuleList(heads)
+        self.num_classes, self.own_classifier, self.per_position = num_classes, own_classifier, per_position
+        self.shift, self.mask = shift, mask
+        self.loss_options = StageLossOptions()
+        self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
+
+    @property
+    def depth(self) -> int:
+        """Number of stages L."""
+        return len(self.at) + self.own_classifier
+
+    @property
+    def untrained(self) -> list[str]:
+        trained = set().union(*self.stage_parameters)
+        return [name for name, _ in self.model.named_parameters() if name not in trained]
+
+    def parameters_of_stage(self, i: int) -> list[nn.Parameter]:
+        """Return the parameters that stage i trains: of the model, then of its head."""
+        own = [self.model.get_parameter(name) for name in self.stage_parameters[i]]
+        return own + (list(self.heads[i].parameters()) if i < len(self.heads) else [])
+
+    def run(self, inputs: Any, keywords: Mapping[str, Any], visit: Visit) -> Any:
+        """Run the model and call visit(i, features) at the end of stage i; features of what it returns go on.
+
+        `visit` returns True if the features go on detached. Returns the model's output, or None if the model ends with
+        the last cut. Raises RuntimeError if the cuts are not reached once each, in order.
+        """
+        reached = 0
+
+        def end_stage(i: int, module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal reached
+            if i != reached:
+                raise RuntimeError(
+                    f"at must name modules that run once each, in this order: {self.at[i]!r} ran out of it"
+                )
+            reached += 1
+            detach = visit(i, first_tensor(output))
+            if reached == self.depth:
+                raise EndOfLastStage
+            return tree_map_only(Tensor, Tensor.detach, output) if detach else output
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(partial(end_stage, i))
+            for i, name in enumerate(self.at)
+        ]
+        try:
+            args = () if inputs is None else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            output = self.model(*args, **keywords)
+        except EndOfLastStage:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        if reached < len(self.at):
+            raise RuntimeError(f"at must name modules that run in every call: {self.at[reached]!r} did not")
+        return output
+
+    def head_logits(self, i: int, features: Tensor, prior: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the logits (B, ..., C) of the head at cut i."""
+        return self.heads[i](features, prior) if mask is None else self.heads[i](features, prior, mask)
+
+    def own_logits(self, output: Any) -> Tensor:
+        """Return the logits (B, ..., C) in the model's own output."""
+        logits = output.logits if hasattr(output, "logits") else first_tensor(output)
+        if self.per_position and logits.dim() > 3:  # as F.cross_entropy takes them
+            logits = logits.movedim(1, -1)
+        if logits.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"num_classes is {self.num_classes}, but the model's own classifier has {logits.shape[-1]}"
+            )
+        return logits
+
+    def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
+        """Return the uniform belief (B, C), or (B, T, C) or (B, H, W, C) with a prediction per position."""
+        shape = features.shape[:1]
+        if self.per_position and features.dim() == 3:
+            shape = features.shape[:2]
+        elif self.per_position:
+            labels = targets is not None and not targets.is_floating_point()
+            shape = targets.shape if labels else shape + first_tensor(inputs).shape[2:]  # type: ignore[union-attr]
+        return uniform_belief((*shape, self.num_classes), features)
+
+    def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
+        """Return the logits (B, ..., C) of every stage, first to last. Gradients flow through the whole chain."""
+        inputs, keywords = as_arguments(inputs, keywords)
+        found: list[Tensor] = []
+
+        def visit(i: int, features: Tensor) -> bool:
+            prior = self.first_prior(features, inputs, None) if i == 0 else at_least_float32(found[-1]).softmax(-1)
+            found.append(self.head_logits(i, features, prior, keywords.get(self.mask or "")))
+            return False
+
+        output = self.run(inputs, keywords, visit)
+        return [*found, self.own_logits(output)] if self.own_classifier else found
+
+    def forward(
+        self, inputs: Any = None, targets: Tensor | None = None, *, labels: Tensor | None = None, **keywords: Any
+    ) -> Tensor | LocalOutput:
+        """Return the last stage's logits, or with targets (or `labels`, as in Hugging Face) a `LocalOutput`."""
+        targets = labels if targets is None else targets
+        if targets is None:
+            return self.in_order(self.stage_logits(inputs, **keywords)[-1])
+        inputs, keywords = as_arguments(inputs, keywords)
+        if self.shift:
+            targets = shift_labels(targets, self.loss_options.ignore_index)
+        prior: Tensor | None = None
+        logits: Tensor | None = None
+
+        def learn(i: int, stage_logits: Tensor) -> None:
+            nonlocal prior, logits
+            logits = stage_logits
+            assert prior is not None
+            prior = local.learn(logits, prior, parameters[i])
+
+        def visit(i: int, features: Tensor) -> bool:
+            nonlocal prior
+            if prior is None:
+                prior = self.first_prior(features, inputs, targets)
+            learn(i, self.head_logits(i, features, prior, keywords.get(self.mask or "")))
+            return True
+
+        reshard(self)
+        parameters = [self.parameters_of_stage(i) for i in range(self.depth)]
+        with LocalPass(targets, self.loss_options, self.depth) as local:
+            output = self.run(inputs, keywords, visit)
+            if self.own_classifier:
+                learn(self.depth - 1, self.own_logits(output))
+            assert logits is not None
+            return local.output(self.in_order(logits))
+
+    def in_order(self, logits: Tensor) -> Tensor:
+        """Return logits (B, H, W, C) as (B, C, H, W), others as they are."""
+        return logits.movedim(-1, 1) if logits.dim() > 3 else logits
+
+    def extra_repr(self) -> str:
+        parts = zip([*self.at, "rest"], self.stage_parameters, strict=False)
+        stages = [f"{name}: {len(names)} parameters" for name, names in parts]
+        return ", ".join([*stages, f"untrained: {len(self.untrained)}"])
+
+
+def as_arguments(inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a dict of keyword inputs, given as the only input, among the keywords."""
+    return (None, {**inputs, **keywords}) if isinstance(inputs, Mapping) else (inputs, keywords)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor in a module's output. Raises TypeError if there is none."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(f"at must name modules whose output is or begins with a tensor, not {type(output).__name__}")

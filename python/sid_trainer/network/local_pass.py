@@ -1,0 +1,229 @@
+"""A forward pass that trains every stage: losses and gradients are computed in it, and `backward` hands them out."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sid_kernels import CascadeWeights, local_loss_and_grad, refine_cascade, refine_cascade_and_grad
+from sid_kernels.core.options import HALF
+
+from .loss_options import StageLossOptions
+
+FLOAT16_SCALE = 2.0**12  # of the gradients inside a float16 stage, which would be rounded to zero without it
+extra_losses: list[Tensor] | None = None  # of the stage that runs; None outside of a training pass
+
+
+class LocalOutput(NamedTuple):
+    """What a network returns when it is called with targets."""
+
+    loss: Tensor  # (), the sum of the stages' losses; `backward` hands every parameter its stage's gradient
+    logits: Tensor  # (B, C), (B, T, C) or (B, C, H, W) of the last stage, detached
+    stage_loss: Tensor  # (L,), detached
+
+
+def add_stage_loss(loss: Tensor) -> None:
+    """Add a scalar to the loss of the stage that runs, for example a mixture's balance loss.
+
+    Call it inside a module of the network. It has no effect in a pass without targets.
+    """
+    if extra_losses is not None:
+        extra_losses.append(loss)
+
+
+class LocalPass:
+    """The losses and gradients of the stages that have run in one pass.
+
+    Args:
+        targets: Classes (...), int64, or probabilities (..., C).
+        options: The stages' losses.
+        depth: Number of stages L.
+    """
+
+    def __init__(self, targets: Tensor, options: StageLossOptions, depth: int):
+        self.targets, self.options = targets, options
+        self.alphas = options.stage_alphas(depth)
+        self.losses: list[Tensor] = []
+        self.gradients: list[tuple[Tensor, Tensor]] = []  # parameter, gradient
+
+    def __enter__(self) -> "LocalPass":
+        global extra_losses
+        extra_losses = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global extra_losses
+        extra_losses = None
+
+    def learn(
+        self, logits: Tensor, prior: Tensor, parameters: Iterable[Tensor], features: Tensor | None = None
+    ) -> Tensor:
+        """Compute the next stage's loss and its gradients, and return its belief (..., C).
+
+        The stage's graph is free afterwards.
+
+        Args:
+            logits, prior: (..., C) of the stage.
+            parameters: All that the stage trains.
+            features: A leaf that several stages read, whose `.grad` sums their gradients.
+        """
+        assert extra_losses is not None
+        extra = list(extra_losses)
+        extra_losses.clear()
+        with torch.autocast(logits.device.type, enabled=False):
+            scale = FLOAT16_SCALE if logits.dtype is torch.float16 else 1.0
+            logits = logits.float() if logits.dtype is torch.float16 else logits
+            loss, belief, dlogits = stage_loss(logits, prior, self.targets, self.alphas[len(self.losses)], self.options)
+            for term in extra:
+                loss = loss + term.detach().to(loss.dtype)
+            self.losses.append(loss)
+            outputs, ahead = [logits, *extra], [dlogits * scale if scale != 1 else dlogits]
+            ahead += [torch.full_like(term, scale) for term in extra]
+            self.collect(outputs, ahead, parameters, features, scale)
+        return belief
+
+    def learn_cascade(self, features: Tensor, weights: CascadeWeights) -> Tensor:
+        """Do what `learn` does for all stages of `StackedHeads` at once, and return the last logits (B, C)."""
+        if self.options.class_weight is not None:
+            raise ValueError("class_weight must be None for StackedHeads; build the network with fused=False")
+        alpha = self.options.cascade_alpha(len(weights[0]), features)
+        leaf, given, device = features, weights, features.device.type
+        if (
+            features.is_cuda
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == torch.bfloat16
+        ):
+            features, given = features.bfloat16(), CascadeWeights(*(weight.bfloat16() for weight in weights))
+        if not torch.is_grad_enabled():
+            result = refine_cascade(features, given, self.targets, alpha, **self.options.loss)
+        else:
+            result, dfeatures, gradients = refine_cascade_and_grad(
+                features, given, self.targets, alpha, **self.options.loss
+            )
+            if leaf.requires_grad:
+                leaf.grad = dfeatures
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if weight.requires_grad:
+                    self.gradients.append((weight, gradient.to(weight.dtype)))
+        self.losses.extend(result.stage_loss)
+        return result.logits
+
+    def collect(
+        self, outputs: Sequence[Tensor], ahead: Sequence[Tensor], parameters: Iterable[Tensor],
+        features: Tensor | None = None, scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Compute the parameters' gradients from those of `outputs`, which are `scale` times too large."""
+        pairs = [(x, g) for x, g in zip(outputs, ahead, strict=True) if x.requires_grad]
+        leaves = [parameter for parameter in parameters if parameter.requires_grad]
+        leaves += [features] if features is not None and features.requires_grad else []
+        if not pairs or not leaves:  # a frozen stage
+            return
+        heads, ahead = zip(*pairs, strict=True)
+        if any(hasattr(leaf, "to_local") for leaf in leaves):
+            gradients = backward_through_shards(heads, ahead, leaves)
+        else:
+            gradients = torch.autograd.grad(heads, leaves, ahead, allow_unused=True)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient = gradient / scale if scale != 1 else gradient
+            if leaf is features:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            else:
+                self.gradients.append((leaf, gradient))
+
+    def output(self, logits: Tensor) -> LocalOutput:
+        """Return the losses, and the loss that carries all gradients."""
+        losses = torch.stack(self.losses)
+        loss = losses.sum()
+        if self.gradients:
+            parameters, gradients = zip(*self.gradients, strict=True)
+            loss = HandOut.apply(loss, list(gradients), *parameters)
+        return LocalOutput(loss, logits.detach(), losses)
+
+
+def reshard(network: nn.Module) -> None:
+    """Shard what `fully_shard` has left gathered after an evaluation, so that `parameters()` are the sharded ones."""
+    if dist.is_available() and dist.is_initialized():
+        for module in network.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+def backward_through_shards(
+    outputs: Sequence[Tensor], ahead: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients of leaves that `fully_shard` shards; it reduces them in a backward that fills `.grad`."""
+    kept = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(outputs, ahead)
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf, gradient in zip(leaves, kept, strict=True):
+        leaf.grad = gradient
+    return gradients
+
+
+def stage_loss(
+    logits: Tensor, prior: Tensor, targets: Tensor, alpha: float | Tensor, options: StageLossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss () of a stage, its belief (..., C), and the gradient of its logits (..., C)."""
+    if options.class_weight is None:
+        result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, **options.loss)
+        assert result.belief is not None  # for type checkers
+        return result.loss, result.belief, dlogits
+    result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, reduction="none", **options.loss)
+    weight = options.class_weight.to(result.loss)
+    if targets.is_floating_point():
+        weights = targets.to(weight.dtype) @ weight
+    else:
+        counted = targets != options.ignore_index
+        weights = weight[targets.where(counted, 0)] * counted
+    weights = weights / weights.sum()
+    assert result.belief is not None
+    return (result.loss * weights).sum(), result.belief, (dlogits * weights.unsqueeze(-1)).to(dlogits.dtype)
+
+
+class HandOut(torch.autograd.Function):
+    """The loss as a function of parameters whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("loss.backward() has handed out its gradients; call the network again")
+        if factor.is_cpu and factor == 1:
+            return None, None, *gradients
+        scaled = []
+        while gradients:  # not in place: two parameters may share a gradient's memory; not at once: it is freed here
+            scaled.append(gradients.pop() * factor)
+        return None, None, *reversed(scaled)
+
+
+def uniform_belief(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return the belief of `shape` (..., C) whose entries are 1/C, on the device of `like`, float32 or float64."""
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.full(shape, 1 / shape[-1], dtype=dtype, device=like.device)
+
+
+def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return the labels (B, T) of the next tokens; the last position is ignored."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors in float32, others as they are.
+
+    Beliefs and shared features stay in float32 under autocast because they are summed over all stages.
+    """
+    return tensor.float() if tensor.dtype in HALF else tensor

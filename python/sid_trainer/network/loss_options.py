@@ -1,0 +1,60 @@
+"""The options of the stages' local losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sid_kernels.core.options import DIVERGENCES
+
+Alpha = float | Tensor | Sequence[float | Tensor]  # a captured CUDA graph can change a 0-d tensor on its device
+
+
+@dataclass(frozen=True)
+class StageLossOptions:
+    """What every stage minimises. Raises ValueError for a value that is not allowed.
+
+    Args:
+        alpha: Weight of fidelity against consistency in [0, 1]; one number or one per stage.
+        divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`.
+        ignore_index: Examples, tokens or pixels with this label have no loss.
+        class_weight: (C,), the weight of each class. The loss is the weighted mean, as in `F.cross_entropy`.
+    """
+
+    alpha: Alpha = 0.5
+    divergence: str = "forward"
+    label_smoothing: float = 0.0
+    ignore_index: int = field(default=-100, kw_only=True)
+    class_weight: Tensor | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], not {self.label_smoothing}")
+        for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
+            if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+                raise ValueError(f"alpha must be in [0, 1], not {alpha}")
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The keyword arguments of `local_loss_and_grad`."""
+        smoothing = self.label_smoothing
+        return {"divergence": self.divergence, "label_smoothing": smoothing, "ignore_index": self.ignore_index}
+
+    def stage_alphas(self, depth: int) -> Sequence[float | Tensor]:
+        """Return one alpha per stage. Raises ValueError if another number of them was given."""
+        alphas = self.alpha if isinstance(self.alpha, Sequence) else [self.alpha] * depth
+        if len(alphas) != depth:
+            raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
+        return alphas
+
+    def cascade_alpha(self, depth: int, features: Tensor) -> Tensor | list[float]:
+        """Return one alpha per stage, as a tensor (L,) on the features' device if any of them is a tensor."""
+        alphas = self.stage_alphas(depth)
+        numbers = [alpha for alpha in alphas if not isinstance(alpha, Tensor)]
+        if len(numbers) == depth:
+            return numbers
+        return torch.stack([a if isinstance(a, Tensor) else features.new_full((), a) for a in alphas])

@@ -1,0 +1,248 @@
+"""A call with targets: its gradients are those of `sid_step`, its `backward` fits any loop, its memory is one stage's."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sid_trainer import StageLossOptions, add_stage_loss, build_network, cut, sid_step
+from sid_trainer.network.architectures import TRUNKS
+
+SIZE = (8, 8)
+
+
+def batch(count=6, classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 3, *SIZE, generator=generator)
+    return inputs, torch.randint(classes, (count,), generator=generator)
+
+
+def small_network(**settings):
+    torch.manual_seed(0)
+    return build_network("mlp", "stagewise", image_size=SIZE, **settings)
+
+
+def gradients(network):
+    return [parameter.grad for parameter in network.parameters()]
+
+
+def assert_equal_gradients(network, other, **tolerance):
+    for own, its in zip(gradients(network), gradients(other), strict=True):
+        assert own is not None and its is not None
+        torch.testing.assert_close(own, its, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout, fused", [("shared", True), ("shared", False), ("stagewise", True)])
+@pytest.mark.parametrize("arch", TRUNKS)
+def test_gradients_are_those_of_the_step(arch, layout, fused, dtype):
+    torch.manual_seed(0)
+    network = build_network(arch, layout, image_size=SIZE, fused=fused, depth=3 if layout == "shared" else None)
+    other, (inputs, targets) = copy.deepcopy(network), batch()
+    result = sid_step(network, inputs, targets, dtype=dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        output = other(inputs, targets)
+    assert gradients(other) == [None] * len(gradients(other))
+    output.loss.backward()
+    assert torch.equal(output.stage_loss, result.stage_loss) and torch.equal(output.logits, result.logits)
+    assert torch.equal(output.loss.detach(), result.stage_loss.sum())
+    assert_equal_gradients(other, network)
+
+
+@pytest.mark.parametrize("layout", ["shared", "stagewise"])
+def test_soft_targets_and_options_are_those_of_the_step(layout):
+    torch.manual_seed(0)
+    network = build_network("mlp", layout, image_size=SIZE, depth=3)
+    other, (inputs, _) = copy.deepcopy(network), batch()
+    targets = torch.rand(6, 10).softmax(1)
+    other.loss_options = StageLossOptions([0.2, 0.5, 0.9], "reverse", 0.1)
+    sid_step(network, inputs, targets, [0.2, 0.5, 0.9], divergence="reverse", label_smoothing=0.1)
+    other(inputs, targets).loss.backward()
+    assert_equal_gradients(other, network)
+
+
+def test_without_targets_it_returns_logits_and_without_gradients_the_losses_only():
+    network, (inputs, targets) = small_network(), batch()
+    assert torch.equal(network(inputs), network.stage_logits(inputs)[-1])
+    with torch.no_grad():
+        output = network(inputs, targets)
+    assert not output.loss.requires_grad
+    assert torch.equal(output.stage_loss, network(inputs, targets).stage_loss)
+
+
+def test_accumulation_over_parts_of_a_batch_gives_the_gradient_of_the_whole():
+    network, (inputs, targets) = small_network(), batch(8)
+    other = copy.deepcopy(network)
+    network(inputs, targets).loss.backward()
+    for part in range(4):
+        (other(inputs[2 * part :][:2], targets[2 * part :][:2]).loss / 4).backward()
+    assert_equal_gradients(other, network, rtol=1e-4, atol=1e-6)
+
+
+def test_the_factor_of_the_loss_multiplies_every_gradient_and_adds_to_what_is_there():
+    network, (inputs, targets) = small_network(), batch()
+    other = copy.deepcopy(network)
+    network(inputs, targets).loss.backward()
+    for _ in range(2):
+        (other(inputs, targets).loss * 0.5).backward()
+    assert_equal_gradients(other, network)
+
+
+def test_parameters_that_share_a_gradient_are_scaled_once():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, inputs):
+            return inputs + (self.first + self.second)
+
+    torch.manual_seed(0)
+    network = cut(nn.Sequential(Sum(), nn.Linear(4, 4)), ["0", "1"], 3, torch.randn(2, 4))
+    (network(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])).loss * 2).backward()
+    first, second = network.model[0].first, network.model[0].second
+    assert torch.equal(first.grad, second.grad) and first.grad.abs().sum() > 0
+    assert first.grad.data_ptr() != second.grad.data_ptr()
+
+
+def test_a_second_backward_is_an_error_that_says_what_to_do():
+    network, (inputs, targets) = small_network(), batch()
+    loss = network(inputs, targets).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the network again"):
+        loss.backward()
+
+
+def test_frozen_parameters_and_stages_have_no_gradient_and_change_no_other():
+    network, (inputs, targets) = small_network(), batch()
+    other = copy.deepcopy(network)
+    network(inputs, targets).loss.backward()
+    for parameter in (*other.stages[1].parameters(), *other.stages[2].body.parameters()):
+        parameter.requires_grad_(False)
+    other(inputs, targets).loss.backward()
+    for own, full in zip(other.parameters(), network.parameters(), strict=True):
+        assert (own.grad is None) == (not own.requires_grad)
+        assert own.grad is None or torch.equal(own.grad, full.grad)
+
+
+def test_a_wholly_frozen_network_gives_losses_without_gradients():
+    network, (inputs, targets) = small_network().requires_grad_(False), batch()
+    output = network(inputs, targets)
+    assert not output.loss.requires_grad and output.loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_trunks_of_other_dtypes_train(dtype):
+    network, (inputs, targets) = small_network().to(dtype), batch()
+    inputs = inputs.to(dtype)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        output = network(inputs, targets)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad.dtype is dtype for parameter in network.parameters())
+
+
+def test_an_own_term_is_part_of_its_stage_and_of_no_other():
+    class Penalised(nn.Linear):
+        def forward(self, inputs):
+            add_stage_loss(self.weight.square().sum())
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(4, 4), Penalised(4, 4))
+    network, inputs, targets = cut(trunk, [1], 3, torch.randn(2, 4)), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    output = network(inputs, targets)
+    output.loss.backward()
+    with_term = trunk[1].weight.grad.clone()
+    first = trunk[0].weight.grad.clone()
+    network.zero_grad()
+    trunk[1].forward = lambda x: nn.functional.linear(x, trunk[1].weight, trunk[1].bias)
+    plain = network(inputs, targets)
+    plain.loss.backward()
+    torch.testing.assert_close(with_term - trunk[1].weight.grad, 2 * trunk[1].weight.detach())
+    assert torch.equal(first, trunk[0].weight.grad)
+    torch.testing.assert_close(output.stage_loss - plain.stage_loss, torch.tensor([0.0, trunk[1].weight.square().sum().item()]))
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_class_weights_give_the_weighted_mean(kind):
+    """As `F.cross_entropy` defines it."""
+    network, (inputs, labels) = small_network(depth=1), batch()
+    labels[2] = -100
+    weight = torch.rand(10) + 0.1
+    network.loss_options = StageLossOptions(1.0, class_weight=weight)
+    targets = labels if kind == "labels" else torch.rand(6, 10).softmax(1)
+    logits = network(inputs)
+    if kind == "labels":
+        expected = nn.functional.cross_entropy(logits, targets, weight)
+    else:
+        rows = nn.functional.cross_entropy(logits, targets, reduction="none")
+        expected = (rows * (targets @ weight)).sum() / (targets @ weight).sum()
+    expected.backward()
+    full = [gradient.clone() for gradient in gradients(network)]
+    network.zero_grad()
+    output = network(inputs, targets)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected)
+    for own, its in zip(gradients(network), full, strict=True):
+        torch.testing.assert_close(own, its, rtol=1e-4, atol=1e-6)
+
+
+def test_class_weights_are_refused_for_stacked_heads():
+    network, (inputs, targets) = build_network("mlp", image_size=SIZE, depth=2), batch()
+    network.loss_options = StageLossOptions(class_weight=torch.ones(10))
+    with pytest.raises(ValueError, match="class_weight must be None for StackedHeads"):
+        network(inputs, targets)
+
+
+def test_float16_gradients_survive_a_large_batch_and_a_grad_scaler():
+    """A mean over 32768 rows: gradients of float16 logits are below 3e-5, where float16 has few bits."""
+    network, (inputs, targets) = small_network(depth=2), batch(32768)
+    other = copy.deepcopy(network)
+    other(inputs, targets).loss.backward()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    with torch.autocast("cpu", torch.float16):
+        output = network(inputs, targets)
+    scaler.scale(output.loss).backward()
+    scaler.unscale_(optimizer)
+    assert scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"][torch.device("cpu")].item() == 0
+    for own, full in zip(gradients(network), gradients(other), strict=True):
+        assert (own - full).norm() < 0.03 * full.norm()  # 0.27 without FLOAT16_SCALE
+
+
+def held_bytes(run):
+    """Return the most bytes that autograd holds at a time."""
+    held, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor = tensor
+            self.size = 0 if isinstance(tensor, nn.Parameter) else tensor.untyped_storage().nbytes()
+            held += self.size
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.size
+
+    with saved_tensors_hooks(Held, lambda held: held.tensor):
+        run()
+    return most
+
+
+def test_activations_do_not_grow_with_depth():
+    inputs, targets = batch(64)
+    bytes_of = {}
+    for depth in (4, 32):
+        network = build_network("mlp", "stagewise", image_size=SIZE, depth=depth)
+        bytes_of[depth] = held_bytes(lambda network=network: network(inputs, targets).loss.backward())
+    assert bytes_of[4] > 0 and bytes_of[32] <= 1.02 * bytes_of[4]
