@@ -70,8 +70,8 @@ def check_network(network: SIDNetwork) -> None:
     """
     if not isinstance(network, SIDNetwork):
         raise TypeError(
-            f"network must be a SIDNetwork, not {type(network).__name__}; networks that are wrapped or cut by names train"
-            " by network(inputs, targets).loss.backward()"
+            f"network must be a SIDNetwork, not {type(network).__name__}; networks that are wrapped or cut by names"
+            " train by network(inputs, targets).loss.backward()"
         )
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(

@@ -60,7 +60,9 @@ def cut(
     not certain.
     """
     settings = {"head_depth": head_depth, "hidden_dim": hidden_dim, "prior_input": prior_input}
-    if not all(isinstance(name, str) for name in at):
+    if isinstance(at, str):
+        raise ValueError(f"at must be a list of names of submodules, not {at!r}")
+    if not at or not all(isinstance(name, str) for name in at):
         if per_position or own_classifier or shift or mask or heads is not None:
             raise ValueError("at must be names of submodules for the options that only they have, not indices")
         return cut_sequential(model, at, num_classes, example, grid, channels, settings)
@@ -85,8 +87,6 @@ def cut(
             head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, grid, per_position, settings)
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
     check_logits(network, example)
-    # DistributedDataParallel waits for the gradient of every parameter, except of these.
-    network._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in network.untrained]
     return network
 
 
@@ -132,9 +132,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
         for name, *others in sorted(names[key] for key in parameters_behind(features, start) & names.keys()):
             if name in owner:
                 tied = " = ".join([name, *others])
-                raise ValueError(
-                    f"parameter {tied} is used in stages {owner[name] + 1} and {i + 1}: untie it"
-                )
+                raise ValueError(f"parameter {tied} is used in stages {owner[name] + 1} and {i + 1}: untie it")
             owner[name] = i
         start = sequence_number()
 

@@ -65,6 +65,11 @@ class CutNetwork(nn.Module):
         trained = set().union(*self.stage_parameters)
         return [name for name, _ in self.model.named_parameters() if name not in trained]
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not wait for a gradient of."""
+        return [f"model.{name}" for name in self.untrained]
+
     def parameters_of_stage(self, i: int) -> list[nn.Parameter]:
         """Return the parameters that stage i trains: of the model, then of its head."""
         own = [self.model.get_parameter(name) for name in self.stage_parameters[i]]

@@ -126,7 +126,7 @@ class LocalPass:
         if any(hasattr(leaf, "to_local") for leaf in leaves):
             gradients = backward_through_shards(heads, ahead, leaves)
         else:
-            gradients = torch.autograd.grad(heads, leaves, ahead, allow_unused=True)
+            gradients = list(torch.autograd.grad(heads, leaves, ahead, allow_unused=True))
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 continue
@@ -149,8 +149,10 @@ class LocalPass:
 def reshard(network: nn.Module) -> None:
     """Shard what `fully_shard` has left gathered after an evaluation, so that `parameters()` are the sharded ones."""
     if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
         for module in network.modules():
-            if hasattr(module, "reshard"):
+            if isinstance(module, FSDPModule):
                 module.reshard()
 
 

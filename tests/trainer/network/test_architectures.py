@@ -103,7 +103,7 @@ def test_pooling_and_heads():
     tokens = torch.randn(2, 9, 6)
     torch.testing.assert_close(FeaturePooling((9, 6))(tokens), nn.functional.layer_norm(tokens, (6,)).mean(1))
     with pytest.raises(ValueError, match=r"shape must be .*, not \(1, 2, 3, 4\)"):
-        FeaturePooling((1, 2, 3, 4))
+        FeaturePooling((1, 2, 3, 4, 5))
     for depth in range(4):
         head = StageHead(6, 3, 16, depth=depth)
         linear = [m for m in head.modules() if isinstance(m, nn.Linear)]

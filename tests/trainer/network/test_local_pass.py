@@ -168,7 +168,9 @@ def test_an_own_term_is_part_of_its_stage_and_of_no_other():
     plain.loss.backward()
     torch.testing.assert_close(with_term - trunk[1].weight.grad, 2 * trunk[1].weight.detach())
     assert torch.equal(first, trunk[0].weight.grad)
-    torch.testing.assert_close(output.stage_loss - plain.stage_loss, torch.tensor([0.0, trunk[1].weight.square().sum().item()]))
+    torch.testing.assert_close(
+        output.stage_loss - plain.stage_loss, torch.tensor([0.0, trunk[1].weight.square().sum().item()])
+    )
 
 
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
