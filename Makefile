@@ -55,7 +55,7 @@ gpu-train:
 
 # What each use needs of pyproject.toml's extras.
 EXTRAS_train = trainer
-EXTRAS_test = trainer,test
+EXTRAS_test = trainer,test,recipes
 EXTRAS_lint = trainer,lint
 EXTRAS_docs = docs
 
