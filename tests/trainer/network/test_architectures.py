@@ -102,7 +102,7 @@ def test_pooling_and_heads():
     assert FeaturePooling((6, 5, 7), 4).dim == 6 * 16 and FeaturePooling((6, 2, 3), 4).dim == 6 * 6
     tokens = torch.randn(2, 9, 6)
     torch.testing.assert_close(FeaturePooling((9, 6))(tokens), nn.functional.layer_norm(tokens, (6,)).mean(1))
-    with pytest.raises(ValueError, match=r"shape must be .*, not \(1, 2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"shape must have 1 to 4 dimensions, .*, not \(1, 2, 3, 4, 5\)"):
         FeaturePooling((1, 2, 3, 4, 5))
     for depth in range(4):
         head = StageHead(6, 3, 16, depth=depth)
