@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..network.modules import SIDNetwork, at_least_float32, call_module
+from ..network.modules import SIDNetwork, at_least_float32
 from .common import Optimizers, StepResult, autocast, check_owned, clear_gradients, forward_dtype, update
 
 
@@ -30,12 +30,12 @@ def bp_step(
     check_owned(optimizers, network)
     clear_gradients(optimizers)
     total, outputs = torch.zeros((), device=inputs.device), []
-    call = recompute_in_backward if checkpointed else call_module
+    call = [recompute_in_backward] if checkpointed else []
     parts = max(1, min(parts, len(inputs) // 2))  # batch-norm needs two examples
     with forward_dtype(inputs, dtype) as dtype:
         for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
             with autocast(inputs, dtype):
-                logits = at_least_float32(network.stage_logits(x, call)[-1])
+                logits = at_least_float32(network.stage_logits(x, *call)[-1])
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing) * (len(y) / len(targets))
             loss.backward()
             total += loss.detach()

@@ -156,7 +156,8 @@ def check_logits(network: CutNetwork, example: Any) -> None:
         for i, logits in enumerate(network.stage_logits(example)):
             if logits.shape[-1] != network.num_classes:
                 raise ValueError(
-                    f"heads must return logits (B, {network.num_classes}); head {i} returned {tuple(logits.shape)}"
+                    f"heads must return logits (B, ..., {network.num_classes}), but head {i} returned"
+                    f" {tuple(logits.shape)}"
                 )
 
 
@@ -173,6 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        model.train(modes[0][1])  # some modules drop in `train` what they keep for evaluation
         for module, training in modes:
             module.training = training
 

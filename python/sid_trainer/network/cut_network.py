@@ -86,9 +86,7 @@ class CutNetwork(nn.Module):
         def end_stage(i: int, module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal reached
             if i != reached:
-                raise RuntimeError(
-                    f"at must name modules that run once each, in this order: {self.at[i]!r} ran out of it"
-                )
+                raise RuntimeError(f"at must name modules that run once each, in this order; {self.at[i]!r} did not")
             reached += 1
             detach = visit(i, first_tensor(output))
             if reached == self.depth:
@@ -121,9 +119,8 @@ class CutNetwork(nn.Module):
         if self.per_position and logits.dim() > 3:  # as F.cross_entropy takes them
             logits = logits.movedim(1, -1)
         if logits.shape[-1] != self.num_classes:
-            raise ValueError(
-                f"num_classes is {self.num_classes}, but the model's own classifier has {logits.shape[-1]}"
-            )
+            own = logits.shape[-1]
+            raise ValueError(f"num_classes must be {own}, as the model's own classifier has, not {self.num_classes}")
         return logits
 
     def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
