@@ -32,6 +32,7 @@ TIMED_BATCHES = 40  # batches of an epoch whose times are kept for the report
 class DataStrategy(Strategy):
     """Share every batch among replicas of the network, whose gradients are averaged."""
 
+    network: SIDNetwork  # networks cut by names are for one process
     is_alone = False
 
     def __init__(self, communicator: Communicator):

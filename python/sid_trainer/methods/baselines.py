@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..network.modules import SIDNetwork, at_least_float32
+from ..network.modules import at_least_float32
+from ..network.own import Network
 from .common import Optimizers, StepResult, autocast, check_owned, clear_gradients, forward_dtype, update
 
 
 def bp_step(
-    network: SIDNetwork, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, checkpointed: bool = False,
+    network: Network, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, checkpointed: bool = False,
     parts: int = 1, label_smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
 ) -> StepResult:  # fmt: skip
     """Backpropagate the last stage's cross-entropy through the whole network.
@@ -67,7 +68,7 @@ def frozen_statistics(module: Callable[..., Any]) -> Iterator[None]:
 
 
 def deep_supervision_step(
-    network: SIDNetwork, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, label_smoothing: float = 0.0,
+    network: Network, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, label_smoothing: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> StepResult:  # fmt: skip
     """Backpropagate the sum of all heads' cross-entropies through features and beliefs.

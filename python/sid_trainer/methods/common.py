@@ -16,6 +16,7 @@ from sid_kernels.core.options import HALF
 from ..network.heads import StackedHeads
 from ..network.loss_options import StageLossOptions
 from ..network.modules import SIDNetwork, at_least_float32
+from ..network.own import Network
 
 Optimizers = Sequence[Optimizer | None]
 STEP_SCHEDULES = ("one-pass", "two-phase", "reference")
@@ -128,7 +129,7 @@ def check_parameter_dtype(network: SIDNetwork) -> None:
         )
 
 
-def check_owned(optimizers: Optimizers, network: SIDNetwork) -> None:
+def check_owned(optimizers: Optimizers, network: Network) -> None:
     """Raise ValueError if an optimizer owns a parameter that is not the network's."""
     check_sequence(optimizers)
     if not owned_parameters(optimizers) <= {id(parameter) for parameter in network.parameters()}:

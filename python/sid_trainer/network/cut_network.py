@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -60,6 +61,10 @@ class CutNetwork(nn.Module):
         """Number of stages L."""
         return len(self.at) + self.own_classifier
 
+    def uniform(self, features: Tensor) -> Tensor:
+        """Return p_0, the belief that the first stage reads: (B, C), every entry 1/C."""
+        return uniform_belief((features.shape[0], self.num_classes), features)
+
     @property
     def untrained(self) -> list[str]:
         trained = set().union(*self.stage_parameters)
@@ -89,7 +94,7 @@ class CutNetwork(nn.Module):
                 raise RuntimeError(f"at must name modules that run once each, in this order; {self.at[i]!r} did not")
             reached += 1
             detach = visit(i, first_tensor(output))
-            if reached == self.depth:
+            if reached == self.depth and not torch.compiler.is_exporting():  # the exporter follows calls to their end
                 raise EndOfLastStage
             return tree_map_only(Tensor, Tensor.detach, output) if detach else output
 

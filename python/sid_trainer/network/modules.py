@@ -62,6 +62,11 @@ class SIDNetwork(nn.Module):
         self.num_classes = num_classes
         self.loss_options = StageLossOptions()
 
+    @property
+    def depth(self) -> int:
+        """Number of stages L."""
+        return len(self.stages)
+
     def uniform(self, features: Tensor) -> Tensor:
         """Return p_0, the belief that the first stage reads: (B, C), every entry 1/C."""
         return uniform_belief((features.shape[0], self.num_classes), features)

@@ -22,6 +22,7 @@ from ..methods.common import StepOptions
 from ..methods.factory import LOCAL
 from ..network.architectures import build_network
 from ..network.modules import SIDNetwork
+from ..network.own import Network, make_own_network
 from ..training.checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint
 from ..training.config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
 from ..training.evaluation import evaluate
@@ -45,8 +46,10 @@ def make_data(run: RunConfig) -> ImageData:
     return data._replace(crop=crop, flip=data.flip if run.flip is None else run.flip)
 
 
-def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> SIDNetwork:
+def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> Network:
     """Build the network of a run with freshly drawn parameters."""
+    if run.network is not None:
+        return make_own_network(run.network, classes, in_channels, image_size)
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
         plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
@@ -75,11 +78,14 @@ def make_trainer(
     if run.parallel != "none" and run.layout == "shared" and run.head_depth == 1:
         run = replace(run, fused=False)  # replicas reduce the gradients of one stage at a time
     with communicator.raise_on_one_rank():
-        depth = len(stage_alphas(run))
+        if run.network is None:
+            stage_alphas(run)  # raises ValueError before the data are read
         data = make_data(run)
         torch.manual_seed(run.seed)
         network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    metadata = asdict(run) | {"crop": data.crop, "flip": data.flip, "depth": depth}
+    metadata = asdict(run) | {"crop": data.crop, "flip": data.flip, "depth": network.depth}
+    if run.network is not None:
+        metadata |= {"arch": run.network, "layout": "own"}
     metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
     with communicator.watch():
         strategy = make_strategy(run, network, data, communicator)
@@ -104,10 +110,11 @@ def connect(run: RunConfig, problem: str = "") -> Communicator:
     )
 
 
-def make_strategy(run: RunConfig, network: SIDNetwork, data: ImageData, communicator: Communicator) -> Strategy:
+def make_strategy(run: RunConfig, network: Network, data: ImageData, communicator: Communicator) -> Strategy:
     """Return the strategy by which this process takes part in a run."""
     if run.parallel == "none":
         return Strategy()
+    assert isinstance(network, SIDNetwork)  # a network of the user's own is for one process
     if run.parallel == "stage":
         return StageStrategy(communicator, assign_stages(run, network, data, communicator), run.in_flight)
     shards = run.parallel == "shard" and communicator.topology.replicas > 1
@@ -133,9 +140,10 @@ def stage_seconds(run: RunConfig, network: SIDNetwork, data: ImageData, replicas
     """Measure the seconds per batch of each stage on this process's device."""
     strategy = Strategy()
     config = replace(make_config(run), batch_size=-(-run.batch_size // replicas))
-    strategy.setup(copy.deepcopy(network), data, config)
+    network = copy.deepcopy(network)
+    strategy.setup(network, data, config)
     batches = chain.from_iterable(strategy.train_batches(epoch, 0) for epoch in count())
-    return measure_stage_seconds(strategy.network, batches, strategy.options, run.optimizer)
+    return measure_stage_seconds(network, batches, strategy.options, run.optimizer)
 
 
 # ---------------------------------------------------------------- runs in folders
@@ -203,7 +211,7 @@ def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
     return trainer
 
 
-def trained_network(path: Path) -> tuple[SIDNetwork, RunConfig, dict]:
+def trained_network(path: Path) -> tuple[Network, RunConfig, dict]:
     """Return a saved network on the CPU in evaluation mode, its settings, and the content of config.json."""
     run, state = saved_run(path)
     metadata = state["config"]

@@ -34,7 +34,8 @@ def compare_methods(
         run = replace(base, method=method, layout=layout, seed=seed, label_noise=noise)
         cells.append((out / name, run))
     for folder, run in cells:
-        stage_alphas(run)  # raises ValueError for alphas that do not fit the layout
+        if run.network is None:
+            stage_alphas(run)  # raises ValueError for alphas that do not fit the layout
         if has_checkpoint(folder):
             settings = asdict(run)
             names = [name for name in settings if name not in MOVABLE]

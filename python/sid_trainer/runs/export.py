@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..network.modules import SIDNetwork
+from ..network.own import Network
 from .build import trained_network
 
 FORMATS = {"torch": "network.pt2", "onnx": "network.onnx"}  # and the default names of the files
@@ -21,7 +21,7 @@ class PixelClassifier(nn.Module):
     mean: Tensor  # (C, 1, 1)
     std: Tensor
 
-    def __init__(self, network: SIDNetwork, mean: Tensor, std: Tensor):
+    def __init__(self, network: Network, mean: Tensor, std: Tensor):
         super().__init__()
         self.network = network
         self.register_buffer("mean", (mean / 255).view(-1, 1, 1).clone())
@@ -32,7 +32,7 @@ class PixelClassifier(nn.Module):
 
 
 def export_network(
-    network: SIDNetwork, mean: Tensor, std: Tensor, image_size: tuple[int, int]
+    network: Network, mean: Tensor, std: Tensor, image_size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
     """Return a network as an exported program on the CPU, for batches of any size.
 

@@ -118,6 +118,7 @@ class RunConfig(TrainConfig):
     head_depth: int = network(1, "hidden layers of each stage head")
     hidden_dim: int = network(256, "size of these hidden layers")
     grid: int = network(4, "stagewise heads read features pooled to N x N cells")
+    network: str | None = network(None, "MODULE:FUNCTION that makes a network of one's own (instead of --arch)")
     parallel: str = processes("none", "share batches, also parameters, or stages as a pipeline", choices=PARALLEL)
     replicas: int = processes(1, "pipelines side by side, which share each batch", at_least(1))
     stages_per_rank: Sequence[int] | None = processes(None, "stages of each rank (default: by their cost)", nargs="+")
@@ -129,6 +130,8 @@ class RunConfig(TrainConfig):
         if self.stages_per_rank is not None:
             object.__setattr__(self, "stages_per_rank", tuple(self.stages_per_rank))
         check_parallel(self)
+        if self.network is not None and self.parallel != "none":
+            raise ValueError(f"network is for one process, not for parallel {self.parallel!r}")
         if self.flip and self.dataset in ("digits", "mnist"):
             raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
         if self.data is not None and self.dataset == "digits":
@@ -202,7 +205,7 @@ def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[flo
 
 def is_plain(run: RunConfig) -> bool:
     """Return whether the run trains the plain backbone with one classifier."""
-    return run.layout == "stagewise" and run.method in BACKPROPAGATED
+    return run.network is None and run.layout == "stagewise" and run.method in BACKPROPAGATED
 
 
 def stage_alphas(run: RunConfig) -> list[float]:

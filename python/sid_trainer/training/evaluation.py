@@ -10,7 +10,8 @@ from torch import Tensor
 from sid_kernels import fused_local_loss
 
 from ..methods.common import StepOptions, autocast
-from ..network.modules import SIDNetwork, at_least_float32
+from ..network.modules import at_least_float32
+from ..network.own import Network
 
 # A stage that copies its prior repeats its loss to 1.4e-6 of 1 + loss (2000 images, C up to 1000, both divergences).
 ROUNDING = 2e-6
@@ -18,7 +19,7 @@ ROUNDING = 2e-6
 
 @torch.no_grad()
 def evaluate(
-    network: SIDNetwork, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions
 ) -> dict[str, list[float]]:
     """Return the means of three metrics over all images, one number per stage.
 
@@ -38,7 +39,7 @@ def evaluate(
     return means(sums, count)
 
 
-def stage_logits(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Return the logits (B, C) of every stage and the prior (B, C) of the first."""
     with autocast(inputs, dtype):
         logits = network.stage_logits(inputs)

@@ -15,7 +15,7 @@ from ..methods.capture import CapturedStep, capture
 from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
 from ..methods.streams import StageHooks, stage_streams
-from ..network.modules import SIDNetwork
+from ..network.own import Network
 from .config import DTYPES, TrainConfig, alpha_by_depth
 from .evaluation import stage_logits, sum_metrics
 from .memory import SavedBytes
@@ -32,17 +32,17 @@ class Strategy:
     handles_signals = True
     is_alone = True  # no other process takes part
 
-    def setup(self, network: SIDNetwork, data: ImageData, config: TrainConfig) -> None:
+    def setup(self, network: Network, data: ImageData, config: TrainConfig) -> None:
         """Place the network, load the data and build the step. Raises ValueError for settings that do not fit."""
         self.network, self.data, self.config = network, data, config
         self.device = pick_device(config.device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.options = StepOptions(
-            alpha_by_depth(config.alpha, len(network.stages)), config.divergence, config.label_smoothing,
+            alpha_by_depth(config.alpha, network.depth), config.divergence, config.label_smoothing,
             DTYPES[config.dtype], config.schedule, config.fused,
         )  # fmt: skip
         self.local_stages = self.assign_stages()
-        alphas = self.options.stage_alphas(len(network.stages))
+        alphas = self.options.stage_alphas(network.depth)
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])
         self.pixel_mean, self.pixel_std = pixel_statistics(data.train.images)
         splits = {"train": data.train, "test": data.test, "val": data.validation}
@@ -62,7 +62,7 @@ class Strategy:
 
     def assign_stages(self) -> range:
         """Return the stages of this process, counted from 0."""
-        return range(len(self.network.stages))
+        return range(self.network.depth)
 
     def make_batches(self, name: str, split: Any) -> Batches:
         """Return the batches of a split that this process reads."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.datasets import DataError, ImageData
 from ..files import nonempty_path
 from ..methods.common import StepResult
-from ..network.modules import SIDNetwork
+from ..network.own import Network
 from .checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
 from .config import TrainConfig
 from .cpu import denormals_as_zero
@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(
         self,
-        network: SIDNetwork,
+        network: Network,
         data: ImageData,
         config: TrainConfig,
         folder: Path | str | None = None,
@@ -73,7 +73,7 @@ class Trainer:
         self.quiet = quiet or not self.strategy.writes_run_folder
         metadata = (metadata or {}) | asdict(config)
         metadata |= {
-            "alpha": list(self.strategy.options.stage_alphas(len(network.stages))),
+            "alpha": list(self.strategy.options.stage_alphas(network.depth)),
             "num_parameters": parameters,
             "classes": data.classes,
             "in_channels": data.in_channels,

@@ -93,7 +93,7 @@ MODELS = {
     "timm-swin_tiny": timm("swin_tiny_patch4_window7_224", 56, ["layers.0", "layers.1", "layers.3"], img_size=56, depths=(1, 1, 1, 1), embed_dim=48, drop_path_rate=0.0),
     "timm-mobilenetv3_small": timm("mobilenetv3_small_100", 32, ["blocks.1", "blocks.3", "blocks.5"]),
     "timm-efficientnet_b0": timm("efficientnet_b0", 32, ["blocks.1", "blocks.3", "blocks.6"]),
-    "timm-mixer_s16": timm("mixer_s16_224", 64, ["blocks.1", "blocks.4", "blocks.7"], img_size=64),
+    "timm-mixer_s16": timm("mixer_s16_224", 64, ["blocks.0", "blocks.1", "blocks.2"], img_size=64),
     "timm-regnety_002": timm("regnety_002", 32, ["s1", "s2", "s3", "s4"]),
     "timm-densenet121": timm("densenet121", 32, ["features.denseblock1", "features.transition2", "features.denseblock4"], block_config=(2, 2, 2, 2)),
     "timm-poolformer_s12": timm("poolformer_s12", 32, STAGES_4),

@@ -1,0 +1,20 @@
+"""The step of a network cut by names: the ordinary loop around its loss."""
+
+from torch import Tensor
+
+from ..network.cut_network import CutNetwork
+from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradients, forward_dtype, update
+
+
+def drop_in_step(
+    network: CutNetwork, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
+) -> StepResult:
+    """Call the network with targets, its loss's `backward`, and the optimizers, as a loop of one's own does."""
+    network.loss_options = options
+    clear_gradients(optimizers)
+    with forward_dtype(inputs, options.dtype) as dtype:
+        with autocast(inputs, dtype):
+            output = network(inputs, targets)
+        output.loss.backward()
+        update(optimizers)
+    return StepResult(output.stage_loss, output.logits)
