@@ -1,6 +1,7 @@
 """Training networks by synergistic information distillation, over `sid_kernels`."""
 
 from .data.datasets import load_data
+from .data.own import OwnData
 from .methods.baselines import bp_step, deep_supervision_step
 from .methods.capture import CapturedStep, capture
 from .methods.common import StepResult
@@ -19,6 +20,7 @@ __all__ = [
     "CapturedStep",
     "CutNetwork",
     "LocalOutput",
+    "OwnData",
     "SIDNetwork",
     "Stage",
     "StageHead",

@@ -67,7 +67,7 @@ def introduce(trainer: Trainer) -> None:
     """Print where a resumed run continues, and what is trained on what."""
     if (trainer.epoch, trainer.step) != (1, 0):
         print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
-    run, images = trainer.metadata, [len(split.labels) for split in (trainer.data.train, trainer.data.test)]
+    run, images = trainer.metadata, [trainer.strategy.batches[name].count for name in ("train", "test")]
     print(
         f"{run['method']} on {run['dataset']}: {images[0]} training and {images[1]} test images,"
         f" {run['arch']} {run['layout']}, {run['depth']} stages, {run['num_parameters']:,} parameters,"

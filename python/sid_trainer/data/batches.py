@@ -52,6 +52,11 @@ class Batches:
     def __len__(self) -> int:
         return len(self.sizes())
 
+    @property
+    def count(self) -> int:
+        """Number of images in all batches, before they are shared."""
+        return len(self.labels)
+
     def sizes(self) -> list[int]:
         """Return the number of images in each batch, before it is shared."""
         count, size = len(self.labels), self.batch_size

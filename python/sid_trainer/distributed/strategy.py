@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches, Labels
 from ..data.datasets import Split
+from ..data.own import OwnData
 from ..methods.common import StepResult, autocast, clear_gradients
 from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
 from ..methods.step import stage_by_stage
@@ -44,8 +45,11 @@ class DataStrategy(Strategy):
     # ---------------------------------------------------------------- what is this process's
 
     def make_batches(self, name: str, split: Split) -> Batches:
+        if isinstance(self.data, OwnData):
+            self.communicator.abort_all("data must be image data for several processes, or train in a loop of your own")
         size, first = self.config.batch_size, self.topology.is_first  # later ranks of a pipeline need only the labels
         batches = super().make_batches(name, split) if first else Labels(split, size, self.device)
+        assert isinstance(batches, Batches)  # for type checkers
         method, replicas = self.config.method, self.topology.replicas
         parts = BACKPROPAGATED.get(method, {}).get("parts", 0) if name == "train" else 0
         needed = max(1, 2 * parts) * replicas  # all replicas learn from equally many parts: each is a reduction

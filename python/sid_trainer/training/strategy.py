@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.batches import Batches, pixel_statistics
 from ..data.datasets import ImageData
+from ..data.own import LoaderBatches, OwnData, example
 from ..methods.capture import CapturedStep, capture
 from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
@@ -32,7 +33,7 @@ class Strategy:
     handles_signals = True
     is_alone = True  # no other process takes part
 
-    def setup(self, network: Network, data: ImageData, config: TrainConfig) -> None:
+    def setup(self, network: Network, data: ImageData | OwnData, config: TrainConfig) -> None:
         """Place the network, load the data and build the step. Raises ValueError for settings that do not fit."""
         self.network, self.data, self.config = network, data, config
         self.device = pick_device(config.device)
@@ -44,7 +45,8 @@ class Strategy:
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(network.depth)
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])
-        self.pixel_mean, self.pixel_std = pixel_statistics(data.train.images)
+        none = torch.zeros(0), torch.ones(0)  # data of one's own are not normalized
+        self.pixel_mean, self.pixel_std = none if isinstance(data, OwnData) else pixel_statistics(data.train.images)
         splits = {"train": data.train, "test": data.test, "val": data.validation}
         self.batches = {name: self.make_batches(name, split) for name, split in splits.items() if split is not None}
         self.check_smallest_batch(min(self.batches["train"].sizes()))
@@ -64,8 +66,10 @@ class Strategy:
         """Return the stages of this process, counted from 0."""
         return range(self.network.depth)
 
-    def make_batches(self, name: str, split: Any) -> Batches:
+    def make_batches(self, name: str, split: Any) -> Batches | LoaderBatches:
         """Return the batches of a split that this process reads."""
+        if isinstance(self.data, OwnData):
+            return LoaderBatches(split, self.config.batch_size, self.device, name == "train", self.config.workers)
         return Batches(
             split, self.config.batch_size, self.device, self.pixel_mean, self.pixel_std, workers=self.config.workers,
             channels_last=self.config.channels_last,
@@ -75,10 +79,11 @@ class Strategy:
         """Raise ValueError if the network cannot train on `images` images: batch-norm needs more than one value."""
         if images > 1:
             return
-        trial = copy.deepcopy(self.network).train()
+        data, trial = self.data, copy.deepcopy(self.network).train()
+        inputs = example(data) if isinstance(data, OwnData) else torch.zeros(1, data.in_channels, *data.image_size)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                trial(torch.zeros(1, self.data.in_channels, *self.data.image_size))
+                trial(inputs)
         except ValueError as error:
             raise ValueError(
                 f"batch_size {self.config.batch_size} leaves a process a single image to train on, which is too few for"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import DataError, ImageData
+from ..data.own import OwnData
 from ..files import nonempty_path
 from ..methods.common import StepResult
 from ..network.own import Network
@@ -44,6 +45,7 @@ class Trainer:
 
     Args:
         network: What is trained, in place.
+        data: Image data, or inputs and classes of one's own as `OwnData`.
         folder: Where checkpoints, config.json, metrics.jsonl and TensorBoard events are written; None writes nothing.
         strategy: How the work is done; by default all of it in this process.
         metadata: More entries for config.json and the checkpoints.
@@ -55,7 +57,7 @@ class Trainer:
     def __init__(
         self,
         network: Network,
-        data: ImageData,
+        data: ImageData | OwnData,
         config: TrainConfig,
         folder: Path | str | None = None,
         *,
@@ -75,10 +77,10 @@ class Trainer:
         metadata |= {
             "alpha": list(self.strategy.options.stage_alphas(network.depth)),
             "num_parameters": parameters,
-            "classes": data.classes,
+            "classes": data.classes or [str(i) for i in range(network.num_classes)],
             "in_channels": data.in_channels,
             "image_size": data.image_size,
-            "train_images": len(data.train.labels),
+            "train_images": self.strategy.batches["train"].count,
             "pixel_mean": self.strategy.pixel_mean.tolist(),
             "pixel_std": self.strategy.pixel_std.tolist(),
             "threads": torch.get_num_threads(),
@@ -129,7 +131,7 @@ class Trainer:
         from tqdm import tqdm
 
         self.network.train()
-        config, strategy, images = self.config, self.strategy, len(self.data.train.labels)
+        config, strategy, images = self.config, self.strategy, self.strategy.batches["train"].count
         interval = 1 if strategy.device.type == "cpu" else 20  # steps; reading a loss waits for the device
         losses: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=strategy.device)
@@ -176,8 +178,7 @@ class Trainer:
 
     def images_done(self) -> int:
         """Return how many images of the current epoch have been trained on."""
-        images = len(self.data.train.labels)  # the last batch may be smaller or larger by one
-        return images if self.step == self.steps_per_epoch else self.step * self.config.batch_size
+        return sum(self.strategy.batches["train"].sizes()[: self.step])
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         """Update the network on one batch, then the learning rates."""
@@ -227,7 +228,7 @@ class Trainer:
         Losses are means over images, and `train_loss` also over stages. `train_accuracy` is the last stage's, on
         augmented images and before each update. `stage_*` and `certificate` are of the test split, as in `evaluate`.
         """
-        sums, images = results["sums"], len(self.data.train.labels)
+        sums, images = results["sums"], self.strategy.batches["train"].count
         losses, seconds = sums["loss"], sums["seconds"]
         test = means(*results["metrics"]["test"])
         row = {

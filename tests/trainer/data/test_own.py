@@ -1,0 +1,104 @@
+"""`OwnData`: the `Trainer` on tensors, data sets and data loaders of one's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+
+from sid_trainer import OwnData, TrainConfig, Trainer, cut
+from sid_trainer.data.own import LoaderBatches
+
+INPUTS = torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
+CLASSES = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0)
+SOURCES = {
+    "tensors": lambda: (INPUTS, CLASSES),
+    "data set": lambda: TensorDataset(INPUTS, CLASSES),
+    "items": lambda: list(zip(INPUTS, CLASSES, strict=True)),
+    "loader": lambda: DataLoader(TensorDataset(INPUTS, CLASSES), 16, shuffle=True),
+    "loader that drops": lambda: DataLoader(TensorDataset(INPUTS, CLASSES), 16, shuffle=True, drop_last=True),
+    "sampler": lambda: DataLoader(TensorDataset(INPUTS, CLASSES), 8, sampler=RandomSampler(CLASSES, num_samples=40)),
+}
+
+
+def make_network():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU()]
+    return cut(nn.Sequential(*layers), ["2", "4"], 3, INPUTS[:2])
+
+
+def make_trainer(source, folder=None, epochs=3):
+    config = TrainConfig(epochs=epochs, batch_size=16, lr=1e-2, save_every=2)
+    return Trainer(make_network(), OwnData(source, (INPUTS, CLASSES)), config, folder, quiet=True)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_network_learns_from(name):
+    trainer = make_trainer(SOURCES[name](), epochs=12)
+    rows = trainer.fit()
+    assert rows[-1]["test_accuracy"] > 0.8
+    images = {"loader that drops": 64, "sampler": 40}.get(name, 65)
+    assert trainer.strategy.batches["train"].count == images == trainer.metadata["train_images"]
+    assert rows[-1]["step"] == 12 * {"loader that drops": 4}.get(name, 5)
+
+
+@pytest.mark.parametrize("name", ["tensors", "loader"])
+def test_a_run_killed_within_an_epoch_ends_in_the_same_bits(name, tmp_path):
+    whole = make_trainer(SOURCES[name]())
+    whole.fit()
+    killed = make_trainer(SOURCES[name](), tmp_path)
+    train_step, steps = killed.train_step, iter(range(7))
+    killed.train_step = lambda *batch: (next(steps), train_step(*batch))[1]
+    with pytest.raises(RuntimeError):  # StopIteration within a generator's caller
+        try:
+            killed.fit()
+        except StopIteration as error:
+            raise RuntimeError from error
+    resumed = make_trainer(SOURCES[name](), tmp_path)
+    resumed.resume()
+    assert (resumed.epoch, resumed.step) == (2, 2)
+    resumed.fit()
+    for own, its in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(own, its)
+
+
+def test_epochs_have_different_orders_that_depend_on_the_seed():
+    batches = LoaderBatches((INPUTS, torch.arange(65)), 16, torch.device("cpu"), True)
+
+    def order(seed, epoch, start=0):
+        return torch.cat([classes for _, classes in batches.shuffle(seed, epoch, 0, False, start)]).tolist()
+
+    state = torch.get_rng_state()
+    assert order(0, 1) == order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+    assert order(0, 1, start=2) == order(0, 1)[32:]
+    assert torch.equal(state, torch.get_rng_state())  # dropout draws what it would have drawn
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from zip(INPUTS, CLASSES, strict=True)
+
+
+REFUSED = {
+    "a stream": (
+        lambda: DataLoader(Stream(), 16),
+        "data must be a DataLoader with a batch size and a data set of known",
+    ),
+    "no batches": (
+        lambda: DataLoader(TensorDataset(INPUTS, CLASSES), None),
+        "data must be a DataLoader with a batch size",
+    ),
+    "a number": (lambda: 3, "data must be .*, not int"),
+    "soft targets": (
+        lambda: (INPUTS, INPUTS.softmax(1)),
+        r"data must give batches \(inputs, classes \(B,\) int64\), not",
+    ),
+    "three parts": (lambda: TensorDataset(INPUTS, INPUTS, CLASSES), "data must give batches"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        make_trainer(make()).fit()
+    assert "\n" not in str(caught.value)
