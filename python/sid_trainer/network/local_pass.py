@@ -167,6 +167,8 @@ def backward_through_shards(
     gradients = [leaf.grad for leaf in leaves]
     for leaf, gradient in zip(leaves, kept, strict=True):
         leaf.grad = gradient
+    if all(gradient is None for gradient in gradients):
+        raise RuntimeError("set_requires_gradient_sync must be True: a pass reduces the gradients of its stages itself")
     return gradients
 
 

@@ -53,6 +53,8 @@ class SIDNetwork(nn.Module):
         loss_options: What the stages learn in a call with targets, `StageLossOptions`.
     """
 
+    accepts_loss_kwargs = False  # tells the Trainer of transformers to divide the loss when it accumulates gradients
+
     def __init__(self, extractor: nn.Module, stages: Iterable[nn.Module] | StackedHeads, num_classes: int):
         super().__init__()
         self.extractor = extractor
@@ -105,8 +107,11 @@ class SIDNetwork(nn.Module):
         """Return the belief of every stage, (L, B, C)."""
         return at_least_float32(torch.stack(self.stage_logits(inputs))).softmax(dim=2)
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor | LocalOutput:
-        """Return the last stage's logits (B, C), or with targets (B,) or (B, C) the losses and gradients."""
+    def forward(
+        self, inputs: Tensor, targets: Tensor | None = None, *, labels: Tensor | None = None
+    ) -> Tensor | LocalOutput:
+        """Return the last stage's logits (B, C), or with targets (B,) or (B, C) (or `labels`) a `LocalOutput`."""
+        targets = labels if targets is None else targets
         return self.stage_logits(inputs)[-1] if targets is None else self.learn(inputs, targets)
 
     def learn(self, inputs: Tensor, targets: Tensor) -> LocalOutput:
