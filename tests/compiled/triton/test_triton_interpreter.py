@@ -33,8 +33,11 @@ CASES = {
     "triton_head_cases.py": (60, 0),
     "triton_step_cases.py": (49, 0),
 }
+IN_SHORT = ("triton_head_cases.py", "not slow")  # `make test-triton` runs the others
 SELECTED = [
-    pytest.param(file, marker, count, id=f"{file}-{marker}", marks=[pytest.mark.slow] if marker == "slow" else [])
+    pytest.param(
+        file, marker, count, id=f"{file}-{marker}", marks=[] if (file, marker) == IN_SHORT else [pytest.mark.slow]
+    )
     for file, counts in CASES.items()
     for marker, count in zip(("not slow", "slow"), counts, strict=True)
     if count

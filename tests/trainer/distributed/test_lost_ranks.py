@@ -50,7 +50,8 @@ def restarted(run, gone):
     return found if len(found) == 2 and not gone & set(found.values()) else None
 
 
-@pytest.mark.parametrize("how", ["stage", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stage", "data"])
 def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     """SIGKILL to rank 0, 1, 0, ...: soon after its start, or some time after it has saved something."""
     words = [*SMALL, *RUNS[how]]
@@ -92,6 +93,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
     assert not list(folder.glob(".last.pt.*"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
     """Then 1 process goes on until a signal, and 3 to the end."""
     words = [*SMALL, "--epochs", "8", *RUNS["stage"]]
@@ -110,6 +112,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
     assert_same_run(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
     """Three runs side by side: all of them mostly wait."""
     timeout, runs = 20, {}
@@ -133,8 +136,10 @@ def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
         assert (state["epoch"], state["step"]) in ((2, 6), (3, 0))  # of 9 steps an epoch; what was sent on was learned
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize(
+    ("how", "lost"),
+    [pytest.param(how, lost, marks=[] if lost else [pytest.mark.slow]) for how in RUNS for lost in (0, 1)],
+)
 def test_a_rank_that_is_gone_is_noticed_at_once_and_the_run_can_go_on(tmp_path, how, lost):
     folder = tmp_path / "run"
     words = ["train", *SMALL, "--epochs", 3, *RUNS[how], "--out"]
@@ -160,9 +165,8 @@ def test_an_infinite_loss_names_the_stage_by_its_number_in_the_whole_network(tmp
     ), said
 
 
-@pytest.mark.parametrize(
-    ("count", "meeting"), [(2, ["--standalone"]), pytest.param(1, ["--rdzv-id=another"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "meeting"), [(2, ["--standalone"]), (1, ["--rdzv-id=another"])])
+@pytest.mark.slow
 def test_a_restart_resumes_the_run_of_its_launch_only(tmp_path, count, meeting):
     """torchrun starts again what was refused because the folder holds a run: that must not become resuming it."""
     words = ["train", *SMALL, "--epochs", "1", *(RUNS["stage"] if count > 1 else []), "--out", tmp_path / "run"]

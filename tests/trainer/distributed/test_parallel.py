@@ -56,8 +56,20 @@ def check_close(one: Path, other: Path) -> None:
             assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie
 
 
+IN_SHORT = (("data", "mlp"), ("data", "shared"), ("shard", "mlp"))  # the others are slow
+
+
 @pytest.mark.parametrize(
-    ("how", "name"), [*(("data", name) for name in RUNS), ("shard", "mlp"), ("shard", "shared"), ("shard", "two-phase")]
+    ("how", "name"),
+    [
+        pytest.param(how, name, marks=[] if (how, name) in IN_SHORT else [pytest.mark.slow])
+        for how, name in [
+            *(("data", name) for name in RUNS),
+            ("shard", "mlp"),
+            ("shard", "shared"),
+            ("shard", "two-phase"),
+        ]
+    ],
 )
 def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, how, name):
     words = [*SMALL.split(), *RUNS[name].split()]

@@ -53,10 +53,13 @@ def words_of(name):
     return [*SMALL.split(), *RUNS[name].split()]
 
 
+IN_SHORT = (("mlp", 3), ("batch-norm", 2))  # the others are slow
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        pytest.param(name, count, marks=[] if count == 2 or name == "mlp" else [pytest.mark.slow])
+        pytest.param(name, count, marks=[] if (name, count) in IN_SHORT else [pytest.mark.slow])
         for name in RUNS
         for count in (2, 3)
     ],

@@ -12,7 +12,13 @@ from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, make_lr_schedul
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
 from sid_trainer.training.config import TrainConfig
 
-CELLS = [pytest.param(a, b, m, id=f"{a}-{b}-{m}") for a in TRUNKS for b in LAYOUTS for m in METHODS]
+# Every method on a small network, two methods on the others; the rest is slow.
+CELLS = [
+    pytest.param(a, b, m, id=f"{a}-{b}-{m}", marks=[] if a == "mlp" or m in ("sid", "bp") else [pytest.mark.slow])
+    for a in TRUNKS
+    for b in LAYOUTS
+    for m in METHODS
+]
 
 
 def make(arch, layout, method="sid", **options):

@@ -54,8 +54,10 @@ def resume(folder, place=None, **options):
     [
         ((STEP, 4), (1, 2)),  # in the first epoch, between two saves
         pytest.param((STEP, 5), (1, 4), marks=pytest.mark.slow),  # just after a save
-        (("sid_trainer.training.strategy.Strategy.evaluate", 1), (1, 6)),  # during the first evaluation
-        ((STEP, 8), (2, 0)),  # the first step of an epoch
+        pytest.param(
+            ("sid_trainer.training.strategy.Strategy.evaluate", 1), (1, 6), marks=pytest.mark.slow
+        ),  # during the first evaluation
+        pytest.param((STEP, 8), (2, 0), marks=pytest.mark.slow),  # the first step of an epoch
         pytest.param((STEP, 12), (2, 4), marks=pytest.mark.slow),  # in the middle of the second epoch
         pytest.param(
             ("sid_trainer.training.logs.Log.add", 2), (3, 0), marks=pytest.mark.slow
@@ -102,7 +104,10 @@ def test_killed_before_anything_was_saved(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("step", "where"), [(3, "epoch 1 after step 3"), (14, "epoch 2 after step 7")])
+@pytest.mark.parametrize(
+    ("step", "where"),
+    [pytest.param(3, "epoch 1 after step 3", marks=pytest.mark.slow), (14, "epoch 2 after step 7")],
+)
 def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(run, tmp_path, number, step, where):
     words, alone = run
     folder = tmp_path / "stopped"
@@ -143,6 +148,7 @@ def test_resumed_from_the_checkpoint_before_the_last(run, tmp_path):
     check_same(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_process_killed_from_outside(run, tmp_path):
     """The command as a user starts it, killed at whatever step it happens to be in."""
     words, alone = run
