@@ -241,10 +241,22 @@ def held_bytes(run):
     return most
 
 
-def test_activations_do_not_grow_with_depth():
+def deep_network(kind, depth):
+    if kind == "stages":
+        return build_network("mlp", "stagewise", image_size=SIZE, depth=depth)
+    layers = [nn.Flatten()]
+    for i in range(depth):
+        layers += [nn.Linear(192 if i == 0 else 256, 256), nn.ReLU(inplace=True)]
+    return cut(nn.Sequential(*layers), [str(2 * i + 2) for i in range(depth)], 10, batch(2)[0])
+
+
+@pytest.mark.parametrize("kind", ["stages", "names"])
+def test_activations_do_not_grow_with_depth(kind):
     inputs, targets = batch(64)
     bytes_of = {}
     for depth in (4, 32):
-        network = build_network("mlp", "stagewise", image_size=SIZE, depth=depth)
+        network = deep_network(kind, depth)
         bytes_of[depth] = held_bytes(lambda network=network: network(inputs, targets).loss.backward())
     assert bytes_of[4] > 0 and bytes_of[32] <= 1.02 * bytes_of[4]
+    step = build_network("mlp", "stagewise", image_size=SIZE, depth=4)
+    assert bytes_of[4] <= 1.02 * held_bytes(lambda: sid_step(step, inputs, targets))
