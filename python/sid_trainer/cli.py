@@ -126,13 +126,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
     metrics = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
     print_stages(metrics["accuracy"], metrics["kl"], metrics["certificate"], f"on {metrics['images']} test images")
+    for name, meaning in (("plain", "trunk and last head alone"), ("averaged", "mean of the stages' log-beliefs")):
+        if name in metrics:
+            print(f"{name} {metrics[name]:.2%}   ({meaning})")
 
 
 def export(args: argparse.Namespace) -> None:
     """Write a trained network as a program that does not need this package."""
     from .runs.export import export_run
 
-    print(f"written: {export_run(args.run_folder, args.out, args.format)}")
+    print(f"written: {export_run(args.run_folder, args.out, args.format, plain=args.plain)}")
 
 
 def fail(command: str, message: str, status: int) -> int:

@@ -68,6 +68,9 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add = parsers["export"].add_argument
     add("run_folder", **run_folder)
     add("--format", choices=("torch", "onnx"), default="torch", help="torch is for torch.export.load (default: torch)")
+    add(
+        "--plain", action="store_true", default=False, help="the trunk and the last head alone, without the other heads"
+    )
     add("--out", metavar="FILE", type=path, default=None, help="(default: network.pt2 or .onnx in the run's folder)")
     return top
 

@@ -5,23 +5,25 @@ trunk is the extractor, and all stages read the same features. A plain network i
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from .cut import block_features, stagewise
-from .heads import FeaturePooling, LinearClassifier, StackedHeads, StageHead
+from .cut import block_features, make_head, stagewise
+from .heads import FeaturePooling, HeadOptions, LinearClassifier, StackedHeads, StageHead
 from .modules import SIDNetwork, Stage
 
 SHARED_DEPTH = 10  # belief stages, as in the public implementation
-Trunk = Callable[[int, tuple[int, int], int], Sequence[nn.Module]]  # (in_channels, image_size, stages) -> blocks
+# (in_channels, image_size, stages, norm) -> blocks; networks that normalise in any case do not use `norm`
+Trunk = Callable[[int, tuple[int, int], int, bool], Sequence[nn.Module]]
 
 
 # ---------------------------------------------------------------- trunks
 
 
-def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
+def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> list[nn.Module]:
     """Return the convolutions of the public implementation, one per block: 32, 64 (pooled), 128, 128 (pooled).
 
     Each ReLU follows its pooling and runs on a quarter of the elements. The bits are those of the other order: the
@@ -33,12 +35,13 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int) -> li
 
     def block(before: int, after: int, pooled: bool) -> nn.Sequential:
         pooling = [nn.MaxPool2d(2)] if pooled else []
-        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), *pooling, nn.ReLU(inplace=True))
+        normalise = [nn.BatchNorm2d(after)] if norm else []
+        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), *normalise, *pooling, nn.ReLU(inplace=True))
 
     return [block(in_channels, 32, False), block(32, 64, True), block(64, 128, False), block(128, 128, True)]
 
 
-def vgg11(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
+def vgg11(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> list[nn.Module]:
     """Return torchvision's VGG-11 features with batch-norm, cut after each pooling, which rounds up (8x8 images)."""
     from torchvision.models.vgg import cfgs, make_layers
 
@@ -57,7 +60,7 @@ def vgg11(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn
     return [nn.Sequential(*block) for block in blocks if block]
 
 
-def resnet18(in_channels: int, image_size: tuple[int, int], stages: int) -> list[nn.Module]:
+def resnet18(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> list[nn.Module]:
     """Return torchvision's ResNet-18 in 4 or 8 blocks, with a 3x3 stem and no first pooling, for small images."""
     from torchvision.models import resnet18
 
@@ -81,7 +84,7 @@ class PatchEmbedding(nn.Module):
         return self.project(images).flatten(2).transpose(1, 2) + self.position
 
 
-def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int) -> Sequence[nn.Module]:
+def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> Sequence[nn.Module]:
     """Return 12 of torchvision's encoder blocks (dimension 192, 3 heads, about 8x8 patches) in `stages` groups.
 
     The stage heads read the mean of the tokens; there is no class token.
@@ -101,10 +104,12 @@ def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int) -> Sequ
     return groups
 
 
-def mlp(in_channels: int, image_size: tuple[int, int], stages: int) -> Sequence[nn.Module]:
+def mlp(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> Sequence[nn.Module]:
     """Return hidden layers of 256 units, one per block."""
     dims = [in_channels * image_size[0] * image_size[1]] + [256] * stages
     blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in pairwise(dims)]
+    for block in blocks if norm else ():
+        block.insert(1, nn.BatchNorm1d(256))
     blocks[0].insert(0, nn.Flatten())
     return blocks
 
@@ -118,6 +123,7 @@ TRUNKS: dict[str, tuple[Trunk, Sequence[int]]] = {
     "mlp": (mlp, (4, *range(1, 4), *range(5, 129))),
 }
 LAYOUTS = ("shared", "stagewise")
+CLASSIFIERS = ("linear", "mlp")
 
 
 def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
@@ -139,7 +145,8 @@ def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
 def build_network(
     arch: str = "simple_cnn", layout: str = "shared", *, num_classes: int = 10, in_channels: int = 3,
     image_size: tuple[int, int] = (32, 32), depth: int | None = None, plain: bool = False, head_depth: int = 1,
-    hidden_dim: int = 256, grid: int = 4, fused: bool = True,
+    hidden_dim: int = 256, grid: int = 4, fused: bool = True, norm: bool = False, tail: int = 0,
+    prior_input: bool = True, prior_dropout: float = 0.0, classifier: str = "linear",
 ) -> SIDNetwork:  # fmt: skip
     """Return a network with new parameters, drawn as PyTorch and torchvision do, from the global generator.
 
@@ -154,25 +161,37 @@ def build_network(
         grid: Stagewise heads and the plain classifier read image features pooled to grid x grid cells.
         fused: Build the shared layout's heads as `StackedHeads` if `head_depth` is 1. Otherwise `network.stages` is a
             ModuleList of `Stage(StageHead(...))`. The drawn parameters are the same.
+        norm: Add batch-norm to the trunks that have none (simple_cnn, mlp) and to the hidden layers of stagewise heads.
+        tail: Stagewise heads read the features through this number of blocks of their own, made as the trunk's
+            following ones. The last stage has none left.
+        prior_input, prior_dropout: As in `HeadOptions`, for stagewise heads.
+        classifier: Of a plain stagewise network: "linear", or "mlp" as the last stage's head, which reads no belief.
 
     Raises ValueError for an unknown name and for sizes that make no network.
     """
     depth = stage_count(arch, layout, depth)
     trunk, depths = TRUNKS[arch]
-    lowest = {"num_classes": 2, "in_channels": 1, "head_depth": 0, "hidden_dim": 1, "grid": 1}
-    given = (num_classes, in_channels, head_depth, hidden_dim, grid)
-    for (name, least), value in zip(lowest.items(), given, strict=True):
+    for name, value, least in (("num_classes", num_classes, 2), ("in_channels", in_channels, 1), ("tail", tail, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, not {classifier!r}")
+    options = HeadOptions(head_depth, hidden_dim, grid, norm, prior_input, prior_dropout)
+    if layout == "shared" and (tail or prior_dropout or not prior_input):
+        raise ValueError("tail, prior_input and prior_dropout are for layout 'stagewise', not for 'shared'")
     example = torch.zeros(1, in_channels, *image_size)
-    blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0])
+    blocks = trunk(in_channels, image_size, depth if layout == "stagewise" else depths[0], norm)
     if layout == "stagewise" and not plain:
-        return stagewise(blocks, num_classes, example, head_depth, hidden_dim, grid)
+        tails = [trunk(in_channels, image_size, depth, norm)[i + 1 :][:tail] if tail else () for i in range(depth)]
+        return stagewise(blocks, num_classes, example, options, tails)
     shape = block_features(blocks, example)[-1].tensor.shape[1:]
     pooling = FeaturePooling(tuple(shape), grid if layout == "stagewise" else 1)
     if layout == "stagewise":
-        classifier = LinearClassifier(pooling.dim, num_classes, pooling)
-        return SIDNetwork(nn.Sequential(*blocks), [Stage(classifier)], num_classes)
+        head: nn.Module = LinearClassifier(pooling.dim, num_classes, pooling)
+        if classifier == "mlp":
+            channels = "first" if len(shape) > 2 else "last"
+            head = make_head(tuple(shape), channels, num_classes, replace(options, prior_input=False))
+        return SIDNetwork(nn.Sequential(*blocks), [Stage(head)], num_classes)
     if arch == "simple_cnn":  # the public implementation ends its extractor with a linear layer
         pooling.append(nn.Linear(pooling.dim, pooling.dim))
     extractor = nn.Sequential(*blocks, pooling)

@@ -4,6 +4,7 @@ import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .channels import infer_channels, recorded
 from .cut_network import CutNetwork, as_arguments, first_tensor
-from .heads import FeaturePooling, PositionHead, StageHead
+from .heads import FeaturePooling, HeadOptions, PositionHead, StageHead
 from .modules import SIDNetwork, Stage
 
 Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module]
@@ -27,7 +28,7 @@ class Features(NamedTuple):
 
 def cut(
     model: nn.Module, at: Sequence[int] | Sequence[str], num_classes: int, example: Any, *, head_depth: int = 1,
-    hidden_dim: int = 256, grid: int = 4, prior_input: bool = True, channels: str | None = None,
+    hidden_dim: int = 256, grid: int = 4, norm: bool = False, prior_input: bool = True, channels: str | None = None,
     heads: Heads | None = None, own_classifier: bool = False, per_position: bool = False, shift: bool = False,
     mask: str | None = None,
 ) -> Any:  # fmt: skip
@@ -45,6 +46,7 @@ def cut(
             They run through the model in evaluation mode, to find the features and each stage's parameters.
         head_depth, hidden_dim: Number and size of the hidden layers of each head; 0 makes it linear.
         grid: The heads read features of images, series and volumes pooled to `grid` cells a dimension.
+        norm: Normalise the hidden layers of the heads: batch-norm, and layer-norm with `per_position`.
         prior_input: Whether the heads read the preceding belief. It is part of the loss in either case.
         channels: "first" or "last", where the features have their channels; None: told from the model's layers.
         heads: The heads, or a function (stage counted from 0, features of the example) -> head. A head is called as
@@ -59,13 +61,13 @@ def cut(
     have or does not reach in this order, for parameters used in more than one stage, and for features whose layout is
     not certain.
     """
-    settings = {"head_depth": head_depth, "hidden_dim": hidden_dim, "prior_input": prior_input}
+    options = HeadOptions(head_depth, hidden_dim, grid, norm, prior_input)
     if isinstance(at, str):
         raise ValueError(f"at must be a list of names of submodules, not {at!r}")
     if not at or not all(isinstance(name, str) for name in at):
         if per_position or own_classifier or shift or mask or heads is not None:
             raise ValueError("at must be names of submodules for the options that only they have, not indices")
-        return cut_sequential(model, at, num_classes, example, grid, channels, settings)
+        return cut_sequential(model, at, num_classes, example, options, channels)
     check_names(model, [str(name) for name in at])
     if mask is None and isinstance(example, Mapping) and "attention_mask" in example and not per_position:
         mask = "attention_mask"
@@ -84,22 +86,24 @@ def cut(
                     f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of {at[i]!r}:"
                     " the model's layers do not tell"
                 )
-            head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, grid, per_position, settings)
+            head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, options, per_position=per_position)
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
     check_logits(network, example)
     return network
 
 
 def make_head(
-    shape: tuple[int, ...], channels: str, num_classes: int, grid: int, per_position: bool, settings: Mapping[str, Any]
-) -> nn.Module:
-    """Return a head for features of one shape without the batch; `settings` are three of the arguments of `cut`."""
-    depth, hidden_dim, prior_input = settings["head_depth"], settings["hidden_dim"], settings["prior_input"]
-    options = {"num_classes": num_classes, "hidden_dim": hidden_dim, "depth": depth, "prior_input": prior_input}
+    shape: tuple[int, ...], channels: str, num_classes: int, options: HeadOptions, *, per_position: bool = False,
+    tail: Sequence[nn.Module] = (),
+) -> nn.Module:  # fmt: skip
+    """Return a head for features of one shape without the batch, behind the modules of `tail`."""
+    common = asdict(options)
+    grid = common.pop("grid")
     if per_position:
-        return PositionHead(shape, channels, **options)
+        return PositionHead(shape, channels, num_classes=num_classes, **common)
     pooling = FeaturePooling(shape, grid, channels)
-    return StageHead(pooling.dim, pooling=pooling, **options)
+    dim = pooling.dim
+    return StageHead(dim, num_classes, pooling=nn.Sequential(*tail, pooling) if tail else pooling, **common)
 
 
 def check_names(model: nn.Module, at: Sequence[str]) -> None:
@@ -205,9 +209,8 @@ def parameters_behind(output: Tensor, start: int) -> set[int]:
 
 
 def cut_sequential(
-    trunk: nn.Module, at: Sequence[Any], num_classes: int, example: Tensor, grid: int, channels: str | None,
-    settings: Mapping[str, Any],
-) -> SIDNetwork:  # fmt: skip
+    trunk: nn.Module, at: Sequence[Any], num_classes: int, example: Tensor, options: HeadOptions, channels: str | None
+) -> SIDNetwork:
     """Cut an `nn.Sequential` before the layers with the indices `at`. The other arguments are those of `cut`."""
     if not isinstance(trunk, nn.Sequential):
         raise ValueError(f"at must be names of submodules for a {type(trunk).__name__}; indices are for nn.Sequential")
@@ -222,7 +225,7 @@ def cut_sequential(
                 f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of stage {i + 1}:"
                 " their layers do not tell"
             )
-        head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, grid, False, settings)
+        head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, options)
         heads.append(head.to(features.tensor.device, features.tensor.dtype))
     return SIDNetwork(nn.Identity(), map(Stage, heads, bodies), num_classes)
 
@@ -240,14 +243,18 @@ def block_features(blocks: Sequence[nn.Module], example: Tensor) -> list[Feature
 
 
 def stagewise(
-    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, head_depth: int, hidden_dim: int, grid: int
-) -> SIDNetwork:
-    """Return a network with one stage per block: images with their channels first, tokens with them last."""
-    settings = {"head_depth": head_depth, "hidden_dim": hidden_dim, "prior_input": True}
+    blocks: Sequence[nn.Module], num_classes: int, example: Tensor, options: HeadOptions,
+    tails: Sequence[Sequence[nn.Module]] | None = None,
+) -> SIDNetwork:  # fmt: skip
+    """Return a network with one stage per block: images with their channels first, tokens with them last.
+
+    `tails` has for each stage the modules between its features and its head's pooling.
+    """
     stages = []
-    for block, features in zip(blocks, block_features(blocks, example), strict=True):
-        shape = tuple(features.tensor.shape[1:])
-        stages.append(
-            Stage(make_head(shape, "first" if len(shape) > 2 else "last", num_classes, grid, False, settings), block)
-        )
+    tails = tails or [()] * len(blocks)
+    for block, tail, features in zip(blocks, tails, block_features(blocks, example), strict=True):
+        read = block_features(tail, features.tensor)[-1] if tail else features
+        shape = tuple(read.tensor.shape[1:])
+        head = make_head(shape, "first" if len(shape) > 2 else "last", num_classes, options, tail=tail)
+        stages.append(Stage(head, block))
     return SIDNetwork(nn.Identity(), stages, num_classes)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -78,32 +79,71 @@ class MoveDim(nn.Module):
         return inputs.movedim(self.source, self.destination)
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the heads of a network are made. Raises ValueError for a value that is not allowed.
+
+    Args:
+        depth, hidden_dim: Number and size of the hidden layers; depth 0 makes the head linear.
+        grid: Features of images, series and volumes are pooled to `grid` cells a dimension.
+        norm: Normalise hidden layers before their ReLU: batch-norm, and layer-norm for a head per position.
+        prior_input: Whether the head reads the preceding belief. It is part of the loss in either case.
+        prior_dropout: Share of the examples for which the head reads the uniform belief instead, in training.
+    """
+
+    depth: int = 1
+    hidden_dim: int = 256
+    grid: int = 4
+    norm: bool = False
+    prior_input: bool = True
+    prior_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("depth", 0), ("hidden_dim", 1), ("grid", 1)):
+            if getattr(self, name) < least:
+                name, value = {"depth": "head_depth"}.get(name, name), getattr(self, name)
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not 0 <= self.prior_dropout <= 1:
+            raise ValueError(f"prior_dropout must be in [0, 1], not {self.prior_dropout}")
+
+
 class StageHead(nn.Module):
     """An MLP on concat(belief, pooling(features)) that returns the logits of one stage.
 
     It has `depth` hidden layers of `hidden_dim` units with ReLU: 1 as in the public implementation; 0 makes it linear.
-    With prior_input=False the belief is not an input, only part of the loss.
+    `norm`, `prior_input` and `prior_dropout` are those of `HeadOptions`.
     """
+
+    norm_type: Callable[[int], nn.Module] = nn.BatchNorm1d
 
     def __init__(
         self, feature_dim: int, num_classes: int, hidden_dim: int = 256, *, depth: int = 1,
-        pooling: nn.Module | None = None, prior_input: bool = True,
+        pooling: nn.Module | None = None, norm: bool = False, prior_input: bool = True, prior_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.pooling = nn.Identity() if pooling is None else pooling
-        self.prior_input = prior_input
+        self.prior_input, self.prior_dropout = prior_input, prior_dropout
         input_dim = feature_dim + (num_classes if prior_input else 0)
-        self.hidden = nn.Linear(input_dim, hidden_dim) if depth else nn.Identity()
-        self.relu = nn.ReLU(inplace=True) if depth else nn.Identity()
+        self.hidden: nn.Module = nn.Linear(input_dim, hidden_dim) if depth else nn.Identity()
+        self.relu: nn.Module = nn.ReLU(inplace=True) if depth else nn.Identity()
         self.deeper = nn.Sequential()
         for _ in range(depth - 1):
             self.deeper.extend([nn.Linear(hidden_dim, hidden_dim), nn.ReLU(inplace=True)])
         self.logits = nn.Linear(hidden_dim if depth else input_dim, num_classes)
+        if norm and depth:
+            norms = [type(self).norm_type(hidden_dim) for _ in range(depth)]
+            self.relu = nn.Sequential(norms[0], self.relu)
+            for i, layer in enumerate(norms[1:]):
+                self.deeper.insert(3 * i + 1, layer)
 
     def forward(self, features: Tensor, prior: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits (B, C) for features (B, ...), the prior belief (B, C) and the mask of the pooling."""
-        pooled = self.pooling(features) if mask is None else self.pooling(features, mask)
-        inputs = torch.cat((prior, pooled), dim=-1) if self.prior_input else pooled
+        inputs = self.pooling(features) if mask is None else self.pooling(features, mask)
+        if self.prior_input:
+            if self.training and self.prior_dropout:
+                dropped = torch.rand(len(prior), device=prior.device) < self.prior_dropout
+                prior = prior.masked_fill(dropped.view(-1, *[1] * (prior.dim() - 1)), 1 / prior.shape[-1])
+            inputs = torch.cat((prior, inputs), dim=-1)
         return self.logits(self.deeper(self.relu(self.hidden(inputs.to(self.logits.weight.dtype)))))
 
 
@@ -115,8 +155,10 @@ class PositionHead(StageHead):
     Args:
         shape: Shape of one example's features, as for `FeaturePooling`.
         channels: "first" or "last".
-        options: `num_classes`, `hidden_dim`, `depth` and `prior_input` of `StageHead`.
+        options: More arguments of `StageHead`, except `pooling`.
     """
+
+    norm_type = nn.LayerNorm
 
     def __init__(self, shape: tuple[int, ...], channels: str, **options: Any):
         width = shape[0] if channels == "first" else shape[-1]

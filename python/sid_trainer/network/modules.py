@@ -103,6 +103,22 @@ class SIDNetwork(nn.Module):
             stage_logits.append(logits)
         return stage_logits
 
+    def plain(self, stage: int = -1) -> "SIDNetwork":
+        """Return the trunk up to one stage and that stage's head, which reads the uniform belief.
+
+        It shares its modules with this network and needs no other head. Raises ValueError for `StackedHeads`.
+        """
+        if isinstance(self.stages, StackedHeads):
+            raise ValueError("plain inference is for networks of separate stages: the heads of others are the network")
+        *before, last = list(self.stages)[: len(self.stages) if stage == -1 else stage + 1]
+        trunk = nn.Sequential(self.extractor, *(module.get_submodule("body") for module in before))
+        return SIDNetwork(trunk, [last], self.num_classes).train(self.training)
+
+    def averaged(self, inputs: Tensor) -> Tensor:
+        """Return the mean over the stages of the logarithms of their beliefs (B, C); its argmax is a prediction."""
+        logs = [at_least_float32(logits).log_softmax(dim=1) for logits in self.stage_logits(inputs)]
+        return torch.stack(logs).mean(0)
+
     def beliefs(self, inputs: Tensor) -> Tensor:
         """Return the belief of every stage, (L, B, C)."""
         return at_least_float32(torch.stack(self.stage_logits(inputs))).softmax(dim=2)

@@ -21,11 +21,12 @@ from ..files import CONFIG, PICTURE, PIPELINE
 from ..methods.common import StepOptions
 from ..methods.factory import LOCAL
 from ..network.architectures import build_network
+from ..network.heads import StackedHeads
 from ..network.modules import SIDNetwork
 from ..network.own import Network, make_own_network
 from ..training.checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint
 from ..training.config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
-from ..training.evaluation import evaluate
+from ..training.evaluation import accuracy, evaluate
 from ..training.strategy import Strategy, pick_device
 from ..training.trainer import Trainer
 
@@ -53,7 +54,8 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
         plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
-        fused=run.fused and run.method in LOCAL and run.schedule == "one-pass",
+        fused=run.fused and run.method in LOCAL and run.schedule == "one-pass", norm=run.norm, tail=run.tail,
+        prior_input=run.prior_input, prior_dropout=run.prior_dropout, classifier=run.classifier,
     )  # fmt: skip
 
 
@@ -223,7 +225,9 @@ def trained_network(path: Path) -> tuple[Network, RunConfig, dict]:
 def evaluate_run(path: Path, **moved: Any) -> dict:
     """Return the metrics of a saved network on its test images as `evaluate` does, and the number of `images`.
 
-    `moved` replaces settings, such as `data`. Raises ValueError if other classes or sizes of images are found there.
+    For a network of separate stages also the accuracy of `plain` inference, by the trunk and the last head alone, and
+    of the `averaged` beliefs. `moved` replaces settings, such as `data`. Raises ValueError if other classes or sizes of
+    images are found there.
     """
     network, run, metadata = trained_network(path)
     run = replace(run, **{name: value for name, value in moved.items() if value is not None})
@@ -233,4 +237,8 @@ def evaluate_run(path: Path, **moved: Any) -> dict:
     mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
     options = StepOptions(metadata["alpha"], metadata["divergence"], run.label_smoothing, DTYPES[run.dtype])
-    return evaluate(network, batches.in_order(), options) | {"images": len(data.test.labels)}
+    metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), "images": len(data.test.labels)}
+    if isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
+        metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)
+        metrics["averaged"] = accuracy(network.averaged, batches.in_order(), options)
+    return metrics

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..network.modules import SIDNetwork
 from ..network.own import Network
 from .build import trained_network
 
@@ -65,9 +66,16 @@ def write_program(program: torch.export.ExportedProgram, classes: Sequence[str],
     write_atomically(file, lambda out: out.write(buffer.getvalue()))
 
 
-def export_run(path: Path, file: Path | None, format: str) -> Path:
-    """Export the network of a saved run to `file`, by default into the run's folder, and return that file."""
+def export_run(path: Path, file: Path | None, format: str, *, plain: bool = False) -> Path:
+    """Export the network of a saved run to `file`, by default into the run's folder, and return that file.
+
+    With `plain` it is the trunk and the last head alone. Raises ValueError if the network has no stages of its own.
+    """
     network, _, metadata = trained_network(path)
+    if plain:
+        if not isinstance(network, SIDNetwork):
+            raise ValueError("plain is for the networks of --arch; of a network cut by names export `network.model`")
+        network = network.plain()
     file = file or (path if path.is_dir() else path.parent) / FORMATS.get(format, "")
     mean, std = (torch.tensor(metadata[name]) for name in ("pixel_mean", "pixel_std"))
     program = export_network(network, mean, std, tuple(metadata["image_size"]))

@@ -17,7 +17,7 @@ from sid_kernels.core.options import DIVERGENCES
 from ..data.datasets import DATASETS
 from ..methods.common import STEP_SCHEDULES
 from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
-from ..network.architectures import LAYOUTS, TRUNKS, stage_count
+from ..network.architectures import CLASSIFIERS, LAYOUTS, TRUNKS, stage_count
 
 PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,6 +118,11 @@ class RunConfig(TrainConfig):
     head_depth: int = network(1, "hidden layers of each stage head")
     hidden_dim: int = network(256, "size of these hidden layers")
     grid: int = network(4, "stagewise heads read features pooled to N x N cells")
+    norm: bool = network(False, "batch-norm in simple_cnn and mlp, and in the hidden layers of stagewise heads")
+    tail: int = network(0, "blocks of its own through which each stagewise head reads the features", at_least(0))
+    prior_input: bool = network(True, "stagewise heads read the preceding belief; otherwise only their loss does")
+    prior_dropout: float = network(0.0, "share of images for which a head reads the uniform belief", SHARE)
+    classifier: str = network("linear", "of a plain network for backpropagation", choices=CLASSIFIERS)
     network: str | None = network(None, "MODULE:FUNCTION that makes a network of one's own (instead of --arch)")
     parallel: str = processes("none", "share batches, also parameters, or stages as a pipeline", choices=PARALLEL)
     replicas: int = processes(1, "pipelines side by side, which share each batch", at_least(1))

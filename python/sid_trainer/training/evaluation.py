@@ -39,6 +39,19 @@ def evaluate(
     return means(sums, count)
 
 
+@torch.no_grad()
+def accuracy(
+    classify: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions
+) -> float:
+    """Return the share of images for which the largest of the logits (B, C) of classify(images) is the label's."""
+    correct = count = 0
+    for inputs, targets in batches:
+        with autocast(inputs, options.dtype):
+            correct += int((classify(inputs).argmax(dim=1) == targets).sum())
+        count += len(targets)
+    return correct / count
+
+
 def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Return the logits (B, C) of every stage and the prior (B, C) of the first."""
     with autocast(inputs, dtype):

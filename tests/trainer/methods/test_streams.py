@@ -19,6 +19,7 @@ from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import make_optimizers
 from sid_trainer.methods.streams import StageHooks, StageStreams, stage_streams
 from sid_trainer.network.cut import stagewise
+from sid_trainer.network.heads import HeadOptions
 
 
 class Stream:
@@ -240,7 +241,7 @@ def residual_network(depth=4):
 
     widths = [3, 64, 16, 64, 32][: depth + 1]
     blocks = [Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    return stagewise(blocks, 10, torch.zeros(1, 3, 32, 32), head_depth=1, hidden_dim=256, grid=4)
+    return stagewise(blocks, 10, torch.zeros(1, 3, 32, 32), HeadOptions())
 
 
 def shared_network(depth=4):

@@ -147,3 +147,98 @@ def test_alpha_by_depth():
     for wrong in ("a", "0.9:0.5:0.1", "2", "", "0.5,", "0.9:0.5,0.1"):
         with pytest.raises(ValueError, match="alpha must be a number in"):
             alpha_by_depth(wrong, 4)
+
+
+# ---------------------------------------------------------------- norms, tails, priors, plain inference
+
+IMPROVED = {
+    "norm and tail": {"norm": True, "tail": 1},
+    "long tail": {"tail": 9},
+    "no prior input": {"norm": True, "prior_input": False},
+    "prior dropout": {"prior_dropout": 0.5},
+    "deep heads": {"norm": True, "head_depth": 3},
+}
+
+
+@pytest.mark.parametrize("name", IMPROVED)
+@pytest.mark.parametrize("arch", TRUNKS)
+def test_no_gradient_crosses_a_stage_with(arch, name):
+    torch.manual_seed(0)
+    network = build_network(arch, "stagewise", image_size=(8, 8), **IMPROVED[name])
+    inputs, targets, depth = torch.randn(4, 3, 8, 8), torch.arange(4), network.depth
+    gradients = []
+    for last in (0.0, 1.0):
+        torch.manual_seed(1)
+        network.zero_grad()
+        sid_step(network, inputs, targets, [0.5] * (depth - 1) + [last])
+        gradients.append([[p.grad.clone() for p in stage.parameters()] for stage in network.stages])
+    for before, after in zip(gradients[0][:-1], gradients[1][:-1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(gradients[0][-1], gradients[1][-1], strict=True))
+    if "norm" not in name and "deep" not in name and "prior input" not in name:
+        return
+    norms = [sum(isinstance(m, nn.BatchNorm1d) for m in stage.head.modules()) for stage in network.stages]
+    in_tails = sum(isinstance(m, nn.BatchNorm1d) for s in network.stages for m in s.head.pooling.modules())
+    assert sum(norms) - in_tails == depth * IMPROVED[name].get("head_depth", 1)
+
+
+def test_tails_are_new_blocks_shaped_as_the_following_ones():
+    network = build_network("simple_cnn", "stagewise", tail=2)
+    channels = [[m.out_channels for m in s.head.pooling.modules() if isinstance(m, nn.Conv2d)] for s in network.stages]
+    assert channels == [[64, 128], [128, 128], [128], []]
+    parameters = [parameter for stage in network.stages for parameter in stage.parameters()]
+    assert len({id(parameter) for parameter in parameters}) == len(parameters)
+
+
+def test_prior_dropout_gives_some_examples_the_uniform_belief_in_training_only():
+    torch.manual_seed(0)
+    head = StageHead(4, 3, prior_dropout=0.5)
+    features, prior = torch.randn(1000, 4), torch.tensor([0.7, 0.2, 0.1]).repeat(1000, 1)
+    kept, dropped = (head.eval()(features, p) for p in (prior, torch.full((1000, 3), 1 / 3)))
+    found = head.train()(features, prior)
+    is_dropped = (found == dropped).all(1)
+    assert 400 < is_dropped.sum() < 600 and torch.equal(found[~is_dropped], kept[~is_dropped])
+
+
+def test_a_head_without_the_prior_as_input_ignores_it():
+    head = StageHead(4, 3, prior_input=False)
+    features = torch.randn(5, 4)
+    assert torch.equal(head(features, torch.rand(5, 3)), head(features, torch.rand(5, 3)))
+
+
+@pytest.mark.parametrize("arch", TRUNKS)
+def test_the_plain_network_is_the_trunk_and_one_head(arch):
+    network = build_network(arch, "stagewise", image_size=(8, 8), norm=True, tail=1, prior_input=False).eval()
+    images = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(network.plain()(images), network(images))  # no head reads the belief
+    torch.testing.assert_close(network.plain(0)(images), network.stage_logits(images)[0])
+    whole, plain = (sum(p.numel() for p in n.parameters()) for n in (network, network.plain()))
+    assert plain < whole
+    expected = network.beliefs(images).log().mean(0)
+    torch.testing.assert_close(network.averaged(images), expected)
+
+
+def test_plain_inference_of_stacked_heads_is_refused():
+    with pytest.raises(ValueError, match="plain inference is for networks of separate stages"):
+        build_network("mlp", image_size=(8, 8), depth=2).plain()
+
+
+def test_a_plain_network_may_have_the_head_of_the_last_stage():
+    plain = build_network("simple_cnn", "stagewise", plain=True, classifier="mlp", norm=True)
+    last = build_network("simple_cnn", "stagewise", norm=True, prior_input=False).stages[-1].head
+    shapes = [{name: p.shape for name, p in head.named_parameters()} for head in (plain.stages[0].head, last)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tail": -1}, "tail must be at least 0, not -1"),
+        ({"prior_dropout": 1.5}, r"prior_dropout must be in \[0, 1\], not 1.5"),
+        ({"classifier": "svm"}, "classifier must be one of linear, mlp, not 'svm'"),
+        ({"layout": "shared", "tail": 1}, "tail, prior_input and prior_dropout are for layout 'stagewise'"),
+    ],
+)
+def test_options_that_are_not_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_network("mlp", **{"layout": "stagewise"} | options)
