@@ -22,8 +22,12 @@ def measured():
     return measure(METHODS, [4, 32], [16], quiet=True)
 
 
+SLOW_CASES = [("shared", "simple_cnn", UNFUSED), ("stagewise", "mlp", "greedy")]
+
+
 @pytest.mark.parametrize(("layout", "arch", "method"), [
-    ("shared", "simple_cnn", UNFUSED), ("shared", "mlp", UNFUSED), ("stagewise", "mlp", "sid"), ("stagewise", "mlp", "greedy"),
+    ("shared", "mlp", UNFUSED), ("stagewise", "mlp", "sid"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
 ])  # fmt: skip
 def test_sid_holds_one_stage_at_any_depth(measured, layout, arch, method):
     few, many = by_depth(measured, layout, arch, method, "saved_bytes")

@@ -55,7 +55,10 @@ def test_every_example_is_checked():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CHECKS)
 
 
-@pytest.mark.parametrize("script", CHECKS)
+SLOW = ("sid_and_bp.py", "export_network.py")
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in CHECKS])
 def test_example(script, tmp_path):
     if script in NEEDS_TRAINER and importlib.util.find_spec("sklearn") is None:
         pytest.skip("needs the trainer's dependencies: pip install -e '.[trainer]'")

@@ -326,6 +326,7 @@ def test_what_the_host_reports():
     assert memory.equal((torch.arange(64) ^ 1).float())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(simt.ADDRESS_SANITIZER, reason="this is the run under AddressSanitizer")
 def test_under_address_sanitizer():
     """Repeat the tests above in a process with AddressSanitizer."""

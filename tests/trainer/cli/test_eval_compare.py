@@ -133,13 +133,17 @@ def test_compare_trains_every_cell_and_writes_table_and_report(uninterrupted):
     assert seeds == [0, 1, 0, 1]
 
 
+def rare(*place):
+    return pytest.param(place, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("place", [
-    ("sid_trainer.training.trainer.Trainer.train_step", 3),  # in the first run's first epoch, before anything was saved
-    ("sid_trainer.training.trainer.Trainer.train_step", 6),  # in its second epoch
+    rare("sid_trainer.training.trainer.Trainer.train_step", 3),  # in the first run's first epoch, before a save
+    rare("sid_trainer.training.trainer.Trainer.train_step", 6),  # in its second epoch
     ("sid_trainer.training.trainer.Trainer.train_step", 18),  # in the third run
-    ("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, but not saved
+    rare("sid_trainer.training.trainer.Trainer.save", 4),  # the second run is trained, but not saved
     ("sid_trainer.training.logs.Log.add", 4),  # ... saved, but not in metrics.jsonl
-    ("sid_trainer.runs.compare.write_table", 1),
+    rare("sid_trainer.runs.compare.write_table", 1),
 ])  # fmt: skip
 def test_a_killed_comparison_continues(uninterrupted, tmp_path, place):
     out = tmp_path / "killed"

@@ -14,17 +14,18 @@ from sid_trainer.report.results import load_runs
 from sid_trainer.training.config import RunConfig
 
 SETTINGS = (
-    "alpha arch batch-size cache channels-last crop data dataset depth device divergence download dtype epochs flip fused"
-    " graph grid head-depth hidden-dim image-size in-flight label-noise label-smoothing lr lr-schedule optimizer parallel"
-    " replicas save-every schedule stages-per-rank stream streams timeout train-images val weight-decay workers"
+    "alpha arch batch-size cache channels-last classifier crop data dataset depth device divergence download dtype epochs flip fused"
+    " graph grid head-depth hidden-dim image-size in-flight label-noise label-smoothing lr lr-schedule network norm"
+    " optimizer parallel prior-dropout prior-input"
+    " replicas save-every schedule stages-per-rank stream streams tail timeout train-images val weight-decay workers"
 )
-SWITCHES = "channels-last download flip fused graph stream streams"  # each has a --no-...
+SWITCHES = "channels-last download flip fused graph norm prior-input stream streams"  # each has a --no-...
 FLAGS = {
     "train": f"{SETTINGS} layout method out overwrite resume seed",
     "compare": f"{SETTINGS} layouts methods out seeds",
     "report": "out",
     "eval": "cache data",
-    "export": "format out",
+    "export": "format out plain",
 }
 TRAINER_PACKAGES = [
     "jinja2",
@@ -59,7 +60,7 @@ def test_flags_are_frozen(command):
 def test_every_setting_has_a_flag_and_shows_its_default():
     flags = {action.dest: action.help for action in parsers()["train"]._actions}
     for setting in fields(RunConfig):
-        assert "(default: " in flags[setting.name] or setting.name == "data", setting.name
+        assert "(default: " in flags[setting.name] or setting.name in ("data", "network"), setting.name
     assert "(default: 256)" in flags["hidden_dim"] and "(default: yes)" in flags["streams"]
 
 

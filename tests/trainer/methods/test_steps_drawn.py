@@ -82,7 +82,7 @@ ON_ANY = """
 """
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2"])
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_the_cascade_on_every_instruction_set(level):
     """The other tests run on the processor's best."""
     order = ("baseline", "avx2", "avx512")

@@ -114,7 +114,7 @@ MODELS = {
 }  # fmt: skip
 LANGUAGE = ("transformers-gpt2", "transformers-llama")
 HEAVY = (
-    "timm-resnet50", "timm-poolformer_s12", "timm-vgg11_bn", "timm-efficientnet_b0", "torchvision-resnet50",
+    "timm-resnet18", "timm-mixer_s16", "timm-resnet50", "timm-poolformer_s12", "timm-vgg11_bn", "timm-efficientnet_b0", "torchvision-resnet50",
     "torchvision-convnext_tiny", "torchvision-efficientnet_b0",
 )  # fmt: skip
 
