@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .local_pass import LocalOutput, LocalPass, at_least_float32, reshard, shift_labels, uniform_belief
 from .loss_options import StageLossOptions
@@ -55,6 +55,7 @@ class CutNetwork(nn.Module):
         self.shift, self.mask = shift, mask
         self.loss_options = StageLossOptions()
         self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
+        self.known = [name for name, _ in model.named_parameters()]
 
     @property
     def depth(self) -> int:
@@ -79,6 +80,12 @@ class CutNetwork(nn.Module):
         """Return the parameters that stage i trains: of the model, then of its head."""
         own = [self.model.get_parameter(name) for name in self.stage_parameters[i]]
         return own + (list(self.heads[i].parameters()) if i < len(self.heads) else [])
+
+    def check_parameters(self) -> None:
+        """Raise ValueError if the model has other parameters than when it was cut: no stage would train new ones."""
+        names = [name for name, _ in self.model.named_parameters()]
+        if names != self.known and (changed := sorted(set(names) ^ set(self.known))):
+            raise ValueError(f"model has other parameters than when it was cut, such as {changed[0]}: cut it again")
 
     def run(self, inputs: Any, keywords: Mapping[str, Any], visit: Visit) -> Any:
         """Run the model and call visit(i, features) at the end of stage i; features of what it returns go on.
@@ -128,14 +135,17 @@ class CutNetwork(nn.Module):
             raise ValueError(f"num_classes must be {own}, as the model's own classifier has, not {self.num_classes}")
         return logits
 
-    def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
+    def first_prior(self, features: Tensor, given: Any, targets: Tensor | None) -> Tensor:
         """Return the uniform belief (B, C), or (B, T, C) or (B, H, W, C) with a prediction per position."""
         shape = features.shape[:1]
         if self.per_position and features.dim() == 3:
             shape = features.shape[:2]
-        elif self.per_position:
-            labels = targets is not None and not targets.is_floating_point()
-            shape = targets.shape if labels else shape + first_tensor(inputs).shape[2:]  # type: ignore[union-attr]
+        elif self.per_position and targets is not None:
+            shape = targets.shape[:-1] if targets.is_floating_point() else targets.shape
+        elif self.per_position:  # as many as the first input of these dimensions has
+            shape += next(
+                x.shape[2:] for x in tree_leaves(given) if getattr(x, "shape", ())[:1] == shape and x.dim() > 3
+            )
         return uniform_belief((*shape, self.num_classes), features)
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
@@ -144,7 +154,11 @@ class CutNetwork(nn.Module):
         found: list[Tensor] = []
 
         def visit(i: int, features: Tensor) -> bool:
-            prior = self.first_prior(features, inputs, None) if i == 0 else at_least_float32(found[-1]).softmax(-1)
+            prior = (
+                self.first_prior(features, (inputs, keywords), None)
+                if i == 0
+                else at_least_float32(found[-1]).softmax(-1)
+            )
             found.append(self.head_logits(i, features, prior, keywords.get(self.mask or "")))
             return False
 
@@ -173,10 +187,11 @@ class CutNetwork(nn.Module):
         def visit(i: int, features: Tensor) -> bool:
             nonlocal prior
             if prior is None:
-                prior = self.first_prior(features, inputs, targets)
+                prior = self.first_prior(features, (inputs, keywords), targets)
             learn(i, self.head_logits(i, features, prior, keywords.get(self.mask or "")))
             return True
 
+        self.check_parameters()
         reshard(self)
         parameters = [self.parameters_of_stage(i) for i in range(self.depth)]
         with LocalPass(targets, self.loss_options, self.depth) as local:

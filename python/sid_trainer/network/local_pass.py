@@ -221,7 +221,9 @@ def uniform_belief(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
-    """Return the labels (B, T) of the next tokens; the last position is ignored."""
+    """Return the labels (B, T) of the next tokens; the last one is ignored. Raises ValueError for other targets."""
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ValueError(f"targets must be labels (B, T) with shift, not {tuple(labels.shape)} {labels.dtype}")
     return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 

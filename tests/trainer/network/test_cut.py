@@ -263,6 +263,8 @@ def test_a_unet_learns_pixels_with_its_skips_and_its_own_classifier(monkeypatch)
     network.train()
     first, last = train(network, inputs, targets, 60, lr=1e-2)
     assert (last < 0.8 * first).all()
+    soft = F.one_hot(targets.clamp(min=0), CLASSES).float()
+    assert network(inputs, soft).loss.isfinite() and network.eval()({"x": inputs}).shape == (BATCH, CLASSES, 16, 16)
     output = network(inputs, targets)
     assert output.logits.shape == network.eval()(inputs).shape == (BATCH, CLASSES, 16, 16) == model(inputs).shape
 
@@ -425,6 +427,16 @@ def test_one_line_says_what_is_wrong(case):
     with pytest.raises(kind, match=message) as caught:
         cut(model, at, CLASSES, torch.randn(2, 8), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_that_are_added_after_the_cut_are_not_left_untrained_in_silence():
+    trunk = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    network = cut(trunk, ["0", "2"], CLASSES, torch.randn(2, 8))
+    trunk[1] = nn.PReLU()
+    with pytest.raises(
+        ValueError, match=r"model has other parameters than when it was cut, such as 1.weight: cut it again"
+    ):
+        network(torch.randn(2, 8), torch.tensor([0, 1]))
 
 
 def test_the_step_says_how_a_network_cut_by_names_is_trained():
