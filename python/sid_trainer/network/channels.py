@@ -2,21 +2,31 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 FIRST = ("Conv1d", "Conv2d", "Conv3d", "BatchNorm", "GroupNorm", "InstanceNorm", "Pool1d", "Pool2d", "Pool3d")
+ELEMENTWISE = ("ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "LeakyReLU", "Hardswish", "Tanh", "Dropout", "Identity")
 LAST = ("Linear", "Embedding", "Conv1D")  # Conv1D: the linear layer of GPT-2
 
 
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, tuple[int, ...]]]]:
-    """Yield a list to which every module that runs within the context adds itself and its output's shape."""
-    outputs: list[tuple[nn.Module, tuple[int, ...]]] = []
+class Output(NamedTuple):
+    """What a module returned when it ran."""
 
-    def add(module: nn.Module, inputs: object, output: object) -> None:
+    module: nn.Module
+    input: object  # its first argument
+    tensor: Tensor
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Output]]:
+    """Yield a list to which every module that runs within the context adds its output, if that is a tensor."""
+    outputs: list[Output] = []
+
+    def add(module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor):
-            outputs.append((module, tuple(output.shape)))
+            outputs.append(Output(module, inputs[0] if inputs else None, output))
 
     handles = [module.register_forward_hook(add) for module in model.modules()]
     try:
@@ -26,22 +36,39 @@ def recorded(model: nn.Module) -> Iterator[list[tuple[nn.Module, tuple[int, ...]
             handle.remove()
 
 
-def infer_channels(outputs: list[tuple[nn.Module, tuple[int, ...]]], shape: tuple[int, ...]) -> str | None:
-    """Return "first" or "last" for features of `shape` (B, ...), or None if the layers do not tell.
+def infer_channels(outputs: list[Output], features: Tensor) -> str | None:
+    """Return "first" or "last" for features (B, ...), or None if the layers do not tell.
 
     Layers whose output has the features' shape tell it: convolutions, pooling and batch-norm "first", linear layers
     "last", other norms by the size of their weight. They must agree. If there are none, layers tell it whose output
-    differs from the features in the number of channels alone, as where features are concatenated.
+    differs from the features in the number of channels alone, as where features are concatenated. If the first and the
+    last size are equal, a permutation would not show: then only the layer counts that made the features.
     """
+    shape = tuple(features.shape)
     if len(shape) == 2:
         return "last"
-    votes = {channels_of(module, shape) for module, output in outputs if output == shape} - {None}
+    if shape[1] == shape[-1]:
+        return channels_of_maker(outputs, features)
+    shapes = [(output.module, tuple(output.tensor.shape)) for output in outputs if output.tensor.dim() == len(shape)]
+    votes = {channels_of(module, shape) for module, its in shapes if its == shape} - {None}
     if not votes:
-        like = [(module, output) for module, output in outputs if len(output) == len(shape)]
-        first = any(o[2:] == shape[2:] and channels_of(module, o) == "first" for module, o in like)
-        last = any(o[:-1] == shape[:-1] and channels_of(module, o) == "last" for module, o in like)
+        first = any(its[2:] == shape[2:] and channels_of(module, its) == "first" for module, its in shapes)
+        last = any(its[:-1] == shape[:-1] and channels_of(module, its) == "last" for module, its in shapes)
         votes = {"first"} if first and not last else {"last"} if last and not first else set()
     return votes.pop() if len(votes) == 1 else None
+
+
+def channels_of_maker(outputs: list[Output], features: Tensor) -> str | None:
+    """Return what the layer tells that made these features, before activations and dropout; None without one."""
+    tensor: object = features
+    for output in reversed(outputs):
+        if output.tensor is tensor and not list(output.module.children()):
+            if told := channels_of(output.module, tuple(features.shape)):
+                return told
+            if not any(kind.__name__ in ELEMENTWISE for kind in type(output.module).__mro__):
+                return None
+            tensor = output.input
+    return None
 
 
 def channels_of(module: nn.Module, shape: tuple[int, ...]) -> str | None:

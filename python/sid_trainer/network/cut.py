@@ -143,7 +143,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
     with evaluating(network.model), recorded(network.model) as outputs, torch.enable_grad():
 
         def visit(i: int, features: Tensor) -> bool:
-            finish_stage(i, features, infer_channels(outputs, tuple(features.shape)))
+            finish_stage(i, features, infer_channels(outputs, features))
             outputs.clear()
             return True
 
@@ -238,7 +238,7 @@ def block_features(blocks: Sequence[nn.Module], example: Tensor) -> list[Feature
         trial = copy.deepcopy(block).eval()
         with recorded(trial) as outputs:
             example = first_tensor(trial(example))
-        features.append(Features(example, infer_channels(outputs, tuple(example.shape))))
+        features.append(Features(example, infer_channels(outputs, example)))
     return features
 
 
