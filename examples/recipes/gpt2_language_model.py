@@ -17,7 +17,7 @@ def main(steps: int = 60) -> float:
     tokens = torch.tensor([VOCABULARY.index(character) for character in TEXT * 4])
     config = GPT2Config(
         vocab_size=len(VOCABULARY), n_positions=64, n_embd=48, n_layer=4, n_head=3, bos_token_id=0, eos_token_id=None,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
 

@@ -36,8 +36,12 @@ def test_eval_equals_the_last_epoch(words, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1] == "stage   accuracy   KL(y|p)   certificate   on 360 test images"
-    assert len(printed) == 2 + len(row["stage_kl"])
-    for stage, line in enumerate(printed[2:]):
+    depth = len(row["stage_kl"])
+    ways = [line.split()[0] for line in printed[2 + depth :]]
+    assert ways == (["plain", "averaged"] if "plain" in found else [])
+    assert ("plain" in found) == ("stagewise" in words and depth > 1)
+    assert all(f"{found[line.split()[0]]:.2%}" in line for line in printed[2 + depth :])
+    for stage, line in enumerate(printed[2 : 2 + depth]):
         number, accuracy, kl, certificate = line.split()
         assert int(number) == stage + 1 and accuracy == f"{row['stage_accuracy'][stage]:.2%}"
         assert float(kl) == pytest.approx(row["stage_kl"][stage], abs=1.1e-4) and certificate.endswith("%")
@@ -53,7 +57,7 @@ def test_eval_on_a_moved_data_set(tmp_path, capsys):
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"sid eval: error: {data}: no such folder\n"
     assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "moved"), *cache]) == 0
-    accuracy = capsys.readouterr().out.splitlines()[-1].split()[1]
+    accuracy = capsys.readouterr().out.splitlines()[3].split()[1]  # of the second stage, the last
     assert accuracy == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}"
 
 
