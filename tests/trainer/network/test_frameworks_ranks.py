@@ -5,6 +5,7 @@ One start makes all comparisons of a file's part: importing the frameworks takes
 
 import contextlib
 import importlib.util
+import itertools
 import os
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from helpers.drop_in import BATCH, STEPS, assert_same_weights, data, make, train
-from helpers.ranks import finish, start
+from helpers.ranks import finish, free_port, start
 
 pytestmark = pytest.mark.processes
 
@@ -146,12 +147,13 @@ def test_two_processes(comparison):
 # ---------------------------------------------------------------- frameworks
 
 
-def compare_frameworks(folder: str) -> None:
+def compare_frameworks(folder: str, ports: list[int]) -> None:
+    """Every comparison makes a process group of its own. On one port a rank could still meet the store before."""
     os.environ["LOCAL_WORLD_SIZE"] = str(WORLD)
-    for kind in KINDS:
-        compare_lightning(kind)
-        compare_accelerate(kind)
-        compare_transformers(kind, folder)
+    comparisons = [compare_lightning, compare_accelerate, lambda kind: compare_transformers(kind, folder)]
+    for (kind, compare), port in zip(itertools.product(KINDS, comparisons), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        compare(kind)
 
 
 def compare_lightning(kind) -> None:
@@ -234,9 +236,11 @@ def compare_transformers(kind, folder) -> None:
     GradientState._reset_state()
 
 
+@pytest.mark.slow
 def test_frameworks_in_two_processes(tmp_path):
     """Lightning's ddp, Accelerate and transformers' Trainer, with accumulation and clipping in the latter two."""
     for package in ("lightning", "accelerate", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}: pip install -e '.[recipes]'")
-    assert finish(start([(compare_frameworks, (str(tmp_path),))] * WORLD)) == [0] * WORLD
+    arguments = str(tmp_path), [free_port() for _ in range(3 * len(KINDS))]
+    assert finish(start([(compare_frameworks, arguments)] * WORLD)) == [0] * WORLD
