@@ -121,6 +121,7 @@ def check_names(model: nn.Module, at: Sequence[str]) -> None:
 # ---------------------------------------------------------------- what the model does with the example
 
 
+@torch.enable_grad()
 def inspect(network: CutNetwork, example: Any) -> list[Features]:
     """Run the example, set `network.stage_parameters`, and return the features of every stage."""
     names: dict[int, list[str]] = {}
@@ -140,7 +141,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
             owner[name] = i
         start = sequence_number()
 
-    with evaluating(network.model), recorded(network.model) as outputs, torch.enable_grad():
+    with evaluating(network.model), recorded(network.model) as outputs:
 
         def visit(i: int, features: Tensor) -> bool:
             finish_stage(i, features, infer_channels(outputs, features))

@@ -52,12 +52,12 @@ class LocalPass:
 
     def __enter__(self) -> "LocalPass":
         global extra_losses
-        extra_losses = []
+        self.outer_losses, extra_losses = extra_losses, []
         return self
 
     def __exit__(self, *_: object) -> None:
         global extra_losses
-        extra_losses = None
+        extra_losses = self.outer_losses
 
     def learn(
         self, logits: Tensor, prior: Tensor, parameters: Iterable[Tensor], features: Tensor | None = None

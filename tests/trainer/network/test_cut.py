@@ -461,6 +461,23 @@ def test_parameters_that_are_added_after_the_cut_are_not_left_untrained_in_silen
         network(torch.randn(2, 8), torch.tensor([0, 1]))
 
 
+def test_a_cut_without_gradients_and_a_network_in_a_network():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.block = inner, nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.inner(x, torch.zeros(len(x), dtype=torch.long))
+            return self.block(x)
+
+    with torch.no_grad():
+        inner = cut(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["0", "1"], CLASSES, torch.randn(2, 8))
+    assert [len(names) for names in inner.stage_parameters] == [2, 2]
+    network = cut(Outer(inner), ["block"], CLASSES, torch.randn(2, 8))
+    assert network(torch.randn(2, 8), torch.tensor([0, 1])).loss.isfinite()
+
+
 def test_the_step_says_how_a_network_cut_by_names_is_trained():
     network = cut(TRUNK, ["0", "2"], CLASSES, torch.randn(2, 8))
     with pytest.raises(
