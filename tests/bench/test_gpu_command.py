@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import gpu
-from helpers.processes import wait_until
+from helpers.processes import forked, wait_until
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -240,7 +240,7 @@ def test_no_cuda_is_one_line_and_status_2():
         f"import sys, torch; sys.path.insert(0, {str(BENCH.parent)!r}); torch.cuda.is_available = lambda: False; "
         "from bench.gpu import gpu; "
     )
-    done = subprocess.run([sys.executable, "-c", code + "sys.exit(gpu.main([]))"], capture_output=True, text=True)
+    done = forked(code + "sys.exit(gpu.main([]))")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("gpu: ")]
     assert len(lines) == 1 and "missing: a GPU that PyTorch sees" in lines[0]

@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.processes import forked
 
 EXAMPLES = Path(os.environ.get("SID_EXAMPLES", Path(__file__).parents[2] / "examples"))
 NEEDS_TRAINER = {"cut_network.py", "sid_and_bp.py", "export_network.py"}
@@ -62,8 +62,6 @@ SLOW = ("sid_and_bp.py", "export_network.py")
 def test_example(script, tmp_path):
     if script in NEEDS_TRAINER and importlib.util.find_spec("sklearn") is None:
         pytest.skip("needs the trainer's dependencies: pip install -e '.[trainer]'")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script)], cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
+    done = forked(f"import runpy; runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     CHECKS[script](done.stdout.splitlines())

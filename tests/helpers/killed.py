@@ -27,7 +27,12 @@ _context.set_forkserver_preload(
         "sklearn.model_selection",
         "matplotlib.pyplot",
     ]
-    + ["torch.utils.tensorboard", "torch._dynamo", "tqdm"]  # _dynamo: the first optimizer imports it, in 2 seconds
+    + [
+        "torch.utils.tensorboard",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "tqdm",
+    ]  # _dynamo: the first optimizer imports it, in 2 seconds
 )
 
 

@@ -137,6 +137,7 @@ def test_examples(python, tmp_path):
     """The tests of examples/ pass with the installed packages. The files are copied away from the checkout."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copy(ROOT / "tests/examples/test_examples.py", tmp_path)
+    shutil.copytree(ROOT / "tests/helpers", tmp_path / "helpers")
     command = [python, "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path]
     command += [tmp_path / "test_examples.py"]
     output = run(command, tmp_path, SID_EXAMPLES=str(tmp_path / "examples"), OMP_NUM_THREADS="1")

@@ -96,7 +96,7 @@ ALL_KINDS = """
 """
 
 
-@pytest.mark.parametrize("level", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_every_instruction_set(level):
     highest = fresh_process("from sid_kernels.core import cpu; print(cpu.instruction_set())")
     order = ("baseline", "avx2", "avx512")

@@ -10,14 +10,8 @@ import textwrap
 
 import pytest
 
+from helpers.processes import PATIENCE, forked
 from sid_kernels.core import backends, native
-
-
-def python(code, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *(arguments or ("-c", textwrap.dedent(code)))], capture_output=True, text=True, timeout=120,
-        env=os.environ | environment,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,7 +25,7 @@ def python(code, *arguments, **environment):
     ),
 )
 def test_import_leaves_the_function_callable(statement):
-    done = python(
+    done = forked(
         f"""
         {statement}
         import torch
@@ -53,7 +47,7 @@ WITHOUT = """
 
 
 def test_without_the_compiled_modules_the_reference_runs():
-    done = python(
+    done = forked(
         WITHOUT
         + """
     import torch
@@ -77,7 +71,7 @@ def test_without_the_compiled_modules_the_reference_runs():
 
 
 def test_info_says_which_backends_are_usable_and_why_not():
-    done = python(None, "-m", "sid_kernels.info")
+    done = forked("import runpy; runpy.run_module('sid_kernels.info', run_name='__main__')")
     assert done.returncode == 0, done.stderr
     lines = {line[:20].strip(): line[21:] for line in done.stdout.splitlines()}
     for name in backends.BACKENDS:
@@ -90,14 +84,17 @@ def test_info_says_which_backends_are_usable_and_why_not():
 
 
 def test_info_without_the_compiled_modules():
-    done = python(WITHOUT + "    import runpy; runpy.run_module('sid_kernels.info', run_name='__main__')")
+    done = forked(WITHOUT + "    import runpy; runpy.run_module('sid_kernels.info', run_name='__main__')")
     assert "backend cpu          not usable: " in done.stdout, done.stderr
     assert "backend reference    usable" in done.stdout
 
 
 def test_import_reads_no_environment_it_should_not():
     """Each call reads SID_KERNELS_DEBUG; the import prints nothing and warns of nothing."""
-    done = python("import sid_kernels", SID_KERNELS_DEBUG="1", PYTHONWARNINGS="error::UserWarning")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sid_kernels"], capture_output=True, text=True, timeout=PATIENCE,
+        env=os.environ | {"SID_KERNELS_DEBUG": "1", "PYTHONWARNINGS": "error::UserWarning"},
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -121,7 +118,7 @@ def copy_package(folder, compiled=None):
 
 def warned(*folders):
     """Return the lines of warnings if `folders` come first on the path, without the hooks of editable installations."""
-    done = python(
+    done = forked(
         f"import sys; sys.path[:0] = {[str(x) for x in folders]}\n"
         "sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in str(x)]" + textwrap.dedent(CALL)
     )

@@ -1,50 +1,23 @@
 """Tests of DTensors in two and four processes: the values and gradients of one process, for every placement."""
 
-import os
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.processes import PATIENCE
-from helpers.ranks import environments, free_port
+from helpers.ranks import finish, start
 from sid_kernels import BeliefHead, CascadeWeights, PriorHead, fused_belief_head, fused_local_loss, refine_cascade
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 ROWS, CLASSES, HIDDEN_DIM = 7, 11, 6  # divided by neither two nor four
 
 
-def run_ranks(function: str, count: int) -> None:
-    """Run a function of this file in `count` processes."""
-    code = textwrap.dedent(
-        f"""
-        import torch, torch.distributed as dist
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        import sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_sharded
-        test_sharded.{function}()
-        dist.destroy_process_group()
-        """
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | environment, stderr=subprocess.PIPE, text=True,
-            cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
-        )
-        for environment in environments(count, free_port(), {})
-    ]  # fmt: skip
-    try:
-        ends = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, printed in zip(ranks, ends, strict=True):
-        assert rank.returncode == 0, printed[-3000:]
+def call_as_a_rank(function: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    function()
+    dist.destroy_process_group()
 
 
 def draw():
@@ -145,7 +118,8 @@ def head_of_every_placement():
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("function", "count"),
-    [("loss_of_every_placement", 2), ("loss_of_every_placement", 4), ("head_of_every_placement", 2)],
+    [(loss_of_every_placement, 2), (loss_of_every_placement, 4), (head_of_every_placement, 2)],
 )
 def test_of_ranks(function, count):
-    run_ranks(function, count)
+    """What a rank raises is printed with the captured output."""
+    assert finish(start([(call_as_a_rank, (function,))] * count)) == [0] * count

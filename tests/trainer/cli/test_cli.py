@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from helpers.image_sets import write_image_folder, write_mnist
+from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import find_dataset, main
 from sid_trainer.data.datasets import ImageData, Split
@@ -219,7 +219,7 @@ def test_help_and_module_entry():
         ["compare", "--help"],
     ):
         assert main(arguments) == 0
-    wrong = subprocess.run([sys.executable, "-m", "sid_trainer", "train", "--no"], capture_output=True, text=True)
+    wrong = forked("import runpy; runpy.run_module('sid_trainer', run_name='__main__')", "train", "--no")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
 
 
@@ -314,4 +314,4 @@ def test_importing_needs_only_torch_and_numpy():
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'sklearn', 'torchvision', 'tqdm', 'PIL']));"
         "from sid_trainer import build_network, sid_step, Trainer; import sid_trainer.cli"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+    assert forked(code).stderr == ""

@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.image_sets import write_image_folder
+from helpers.processes import forked
 from sid_trainer import build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import load_digits
@@ -66,9 +65,7 @@ def test_a_program_runs_without_this_package(run, tmp_path, capsys):
     images = pixels()
     np.save(tmp_path / "pixels.npy", images.numpy())
     arguments = [str(run / "network.pt2"), str(tmp_path / "pixels.npy"), str(tmp_path / "logits.npz")]
-    elsewhere = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_US, *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
+    elsewhere = forked(WITHOUT_US, *arguments, cwd=tmp_path)
     assert elsewhere.returncode == 0, elsewhere.stderr
     classes, ours = json.loads(elsewhere.stdout.splitlines()[-1])
     assert classes == [str(i) for i in range(10)]
@@ -181,7 +178,7 @@ def test_failed_exports_give_one_line(tmp_path, run, capsys):
 def test_a_missing_onnx_package_is_named(tmp_path, run):
     code = "import sys; sys.modules.update(onnxscript=None); from sid_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["export", str(run), "--format", "onnx", "--out", str(tmp_path / "x.onnx")]
-    without = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    without = forked(code, *words)
     assert without.returncode == 2 and os.listdir(tmp_path) == []
     assert without.stderr.endswith(
         "sid export: error: 'onnxscript' cannot be imported; install it: pip install -e \".[onnx]\"\n"

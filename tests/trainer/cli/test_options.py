@@ -1,12 +1,11 @@
 """The flags of `sid` are a frozen list. Empty paths and missing packages give one line."""
 
 import argparse
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 
+from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network, load_data
 from sid_trainer.cli import main
 from sid_trainer.options import make_parser
@@ -109,6 +108,6 @@ def test_empty_paths_are_refused_in_python():
 def test_missing_dependencies_give_one_line(words, tmp_path):
     block = f"import sys; sys.modules.update(dict.fromkeys({TRAINER_PACKAGES}));"
     code = block + "from sid_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
-    run = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path)
+    run = forked(code, *words.split(), cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == "" and not list(tmp_path.iterdir())
     assert run.stderr.count("\n") == 1 and run.stderr.endswith('install it: pip install -e ".[trainer]"\n')

@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.image_sets import write_image_folder
+from helpers.processes import forked
 from sid_trainer.data import batches as trainer_batches
 from sid_trainer.data.batches import Batches, crop_and_flip, pixel_statistics
 from sid_trainer.data.datasets import DataError, Split, load_data
@@ -164,7 +163,7 @@ except DataError as error:
 
 
 def test_a_killed_worker_is_an_error_on_one_line(folder):
-    ran = subprocess.run([sys.executable, "-c", KILLED_WORKER, str(folder)], capture_output=True, text=True)
+    ran = forked(KILLED_WORKER, folder)
     assert ran.stdout.startswith("a process that decodes images died (DataLoader worker"), ran.stderr
     assert ran.returncode == 0 and ran.stdout.count("\n") == 1 and ran.stderr == ""
 

@@ -3,14 +3,13 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.killed import assert_same, rows_of, state_of
+from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import ImageData, Split
@@ -263,7 +262,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_what_was_saved(run, fi
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.suffix in (".pt", ".json", ".jsonl")}
     size = (run / "last.pt").stat().st_size
     resume = ["train", "--resume", str(run / "previous.pt")]
-    limited = subprocess.run([sys.executable, "-c", LIMITED, str(size // 2), *resume], capture_output=True, text=True)
+    limited = forked(LIMITED, size // 2, *resume)
     assert limited.returncode == 2
     assert limited.stderr == f"sid train: error: [Errno 27] File too large: '{run / 'last.pt'}'\n"
     after = {file.name: file.read_bytes() for file in run.iterdir() if file.suffix in (".pt", ".json", ".jsonl")}

@@ -1,11 +1,9 @@
 """Numbers too small to be worth their time are zero while a trainer trains, and only then."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.cpu import denormals_as_zero
@@ -39,8 +37,7 @@ print((small / 2).count_nonzero().item())
 
 @pytest.mark.parametrize(("call", "left"), [("torch.set_flush_denormal(True)", 0), ("", 3_000_000)])
 def test_a_process_that_only_trains_flushes_in_all_threads(call, left):
-    fresh = [sys.executable, "-c", THREADS.format(call=call)]
-    assert int(subprocess.run(fresh, capture_output=True, text=True, check=True).stdout) == left
+    assert int(forked(THREADS.format(call=call)).stdout) == left
 
 
 @pytest.mark.parametrize("method", ["sid", "bp"])
