@@ -1,6 +1,6 @@
-"""A run's checkpoints: last.pt and, from the save before it, previous.pt. They hold tensors, numbers and text only.
+"""Checkpoints of a run: last.pt, and previous.pt from the save before it. They hold only tensors, numbers and text.
 
-They are read with `weights_only`, so that a file from elsewhere runs no code, and only if every checksum is right.
+Reading checks every checksum and uses `weights_only`, so that an untrusted file runs no code.
 """
 
 import itertools
@@ -19,9 +19,9 @@ FIELDS = ("config", "epoch", "step", "network", "optimizers", "schedulers", "ran
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write last.pt completely or not at all; the file that was there becomes previous.pt.
+    """Write last.pt completely or not at all; the old last.pt becomes previous.pt. Raises OSError.
 
-    Temporary files that killed runs left are removed, so only one run may save in a folder at a time.
+    This removes the temporary files of killed runs, so only one run may save to a folder at a time.
     """
     for temporary in folder.glob(f".{LAST}.*"):
         temporary.unlink(missing_ok=True)
@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     def write(file: BinaryIO) -> None:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # closing the archive after a failed write hides the first error
+        except RuntimeError as error:  # closing the archive after a failed write hides its OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -42,18 +42,17 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run's folder holds a checkpoint."""
+    """Return whether the folder of a run holds a checkpoint."""
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Return the state saved in a file, or in the last checkpoint of a run's folder.
+    """Return the state in a checkpoint file, or in the last checkpoint of a run's folder.
 
-    Raises ValueError with one line if the file is damaged or no checkpoint. If previous.pt is undamaged, the message
-    offers it.
+    Raises ValueError if the file is missing, damaged or not a checkpoint; the message names an undamaged previous.pt.
     """
     file = path
-    if path.is_dir():  # a kill between two renames leaves previous.pt alone
+    if path.is_dir():  # a run killed between the two renames of a save leaves only previous.pt
         file = next((path / name for name in (LAST, PREVIOUS) if (path / name).exists()), path / LAST)
         if not file.exists():
             raise ValueError(f"{path}: holds no checkpoint ({LAST})")
@@ -67,12 +66,12 @@ def load_checkpoint(path: Path) -> dict:
             before = read_checkpoint(previous)
         except ValueError:
             raise error from None
-        offer = f"{previous}, of epoch {before['epoch']} step {before['step']}, is whole: it can be given in its place"
+        offer = f"{previous}, of epoch {before['epoch']} step {before['step']}, is undamaged: resume from it instead"
         raise ValueError(f"{error}; {offer}") from error
 
 
 def set_aside_damaged(folder: Path) -> Path | None:
-    """Rename a damaged last.pt, so that no save turns it into previous.pt, and return its new name."""
+    """Rename a damaged last.pt, which the next save would make previous.pt; return the new path, or None."""
     last = folder / LAST
     if not last.exists():
         return None
@@ -85,20 +84,20 @@ def set_aside_damaged(folder: Path) -> Path | None:
 
 
 def check_same(path: Path, saved: dict, own: dict, names: Iterable[str]) -> None:
-    """Raise ValueError for the first of `names` that differs between what was saved at `path` and `own`."""
+    """Raise ValueError for the first of `names` with different values in `saved`, read from `path`, and `own`."""
     for name in names:
         there, here = saved.get(name), own[name]
         if there == here:
             continue
-        if name == "classes" and there:  # there may be hundreds
+        if name == "classes" and there:  # name only the first class that differs
             first = len(os.path.commonprefix([there, here]))
             name = f"class {first}"
             there, here = (next(iter(classes[first:]), None) for classes in (there, here))
-        raise ValueError(f"{path}: is of a run with {name} {there!r}, not {here!r}")
+        raise ValueError(f"{path}: saved by a run with {name} {there!r}, not {here!r}")
 
 
 def read_checkpoint(file: Path) -> dict:
-    """Return the state in a file. Raises ValueError if it is missing, damaged or no checkpoint."""
+    """Return the state in a checkpoint file. Raises ValueError if it is missing, damaged or not a checkpoint."""
     try:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
@@ -106,9 +105,9 @@ def read_checkpoint(file: Path) -> dict:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file") from error
-    except Exception as error:  # a damaged archive makes its readers raise errors of many types
+    except Exception as error:  # a damaged archive raises errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: not a whole checkpoint ({reason})") from error
+        raise ValueError(f"{file}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or not state.keys() >= set(FIELDS):
-        raise ValueError(f"{file}: not a checkpoint of a run of sid_trainer")
+        raise ValueError(f"{file}: not a checkpoint of sid_trainer")
     return state

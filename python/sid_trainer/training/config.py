@@ -1,7 +1,7 @@
-"""The settings of a run: `TrainConfig` says how to train, `RunConfig` also which network and which data.
+"""The settings of a run: `TrainConfig` holds those of training, `RunConfig` adds network, data and processes.
 
 Each setting is declared once, with its default, help text and limits; `options.py` turns it into a flag of `sid`.
-Values are checked before anything is read or built.
+Values are checked before any data are read.
 """
 
 import math
@@ -22,14 +22,14 @@ from ..network.architectures import CLASSIFIERS, LAYOUTS, TRUNKS, stage_count
 PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Limit = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
+Limit = tuple[str, Callable[[Any], bool]]  # what a value must be: a description and a test
 SHARE: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE: Limit = ("a positive number", lambda value: 0 < value < math.inf)
 
 
 def at_least(lowest: float) -> Limit:
-    """Return the limit of a finite number with a lowest value."""
+    """Return the limit "finite and at least `lowest`"."""
     return f"at least {lowest}", lambda value: lowest <= value < math.inf
 
 
@@ -38,9 +38,9 @@ def setting(group: str, default: Any, help: str, limit: Limit | None = None, **f
 
     Args:
         group: The heading of its flag in the help of `sid`.
-        help: The help text of its flag, which adds the default unless the text names it.
-        limit: The values that are allowed besides None.
-        flag: More arguments of its flag for `add_argument`. `choices` limit the values, too.
+        help: The help text of its flag; the default is appended unless the text contains "(default".
+        limit: The allowed values; None is always allowed.
+        flag: More arguments for `add_argument`. `choices` also limit the values of the field.
     """
     return field(default=default, metadata={"group": group, "help": help, "limit": limit, "flag": flag})
 
@@ -52,11 +52,11 @@ BY_RECIPE = "(default: the network's recipe)"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train, whatever the network and the data. Raises ValueError for a value that is not allowed.
+    """The settings of training, for any network and data. Raises ValueError for a value that is not allowed.
 
-    `sid train --help` describes every setting under the flag of the same name. alpha is a number in [0, 1]; one number
-    per stage, as a sequence or as text "0.9,0.5,..."; or text "FIRST:LAST", which is linear over depth. Methods other
-    than "sid" train with cross-entropy and ignore alpha and divergence.
+    `sid train --help` describes every setting under the flag of the same name. alpha is a number in [0, 1], one number
+    per stage (a sequence or the text "0.9,0.5,..."), or the text "FIRST:LAST", which interpolates linearly over depth.
+    Methods other than "sid" train with cross-entropy and ignore alpha and divergence.
     """
 
     method: str = training("sid", "how gradients are computed", choices=METHODS)
@@ -70,9 +70,9 @@ class TrainConfig:
     lr_schedule: str = training("constant", f"learning rate over the steps {BY_RECIPE}", choices=LR_SCHEDULES)
     alpha: float | str | Sequence[float] = loss(0.5, "weight of fidelity: A, FIRST:LAST, or A,B,... with one per stage")
     divergence: str = loss("forward", "direction of the KL divergence to the teacher", choices=DIVERGENCES)
-    label_smoothing: float = loss(0.0, "share of a label that is spread over all classes", SHARE_BELOW_1)
+    label_smoothing: float = loss(0.0, "share of each label's mass that is spread over all classes", SHARE_BELOW_1)
     seed: int = training(0, "seed of initial parameters, order, crops, flips and label noise", at_least(0))
-    dtype: str = machine("float32", "bfloat16 is by autocast", choices=tuple(DTYPES))
+    dtype: str = machine("float32", "dtype of forward passes; bfloat16 uses autocast", choices=tuple(DTYPES))
     device: str = machine("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
     channels_last: bool = machine(True, "memory format of images and features")
     streams: bool = machine(True, "on a GPU, run each stage on a CUDA stream of its own")
@@ -99,7 +99,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """All settings of a run: those of `TrainConfig`, the data, the network and the processes that share the work."""
+    """The settings of a run: those of `TrainConfig`, and of data, network and processes. Raises ValueError."""
 
     dataset: str = images("digits", "data set (default: what --data holds; without --data, digits)", choices=DATASETS)
     data: str | None = images(None, "folder of the data set, or one with train/CLASS/... and test/CLASS/...")
@@ -111,7 +111,7 @@ class RunConfig(TrainConfig):
     val: float = images(0.0, "share of the training images to hold out for validation", SHARE_BELOW_1)
     label_noise: float = images(0.0, "share of the training labels to replace by wrong ones", SHARE)
     crop: int | None = images(None, "pixels to pad by before random crops (default: by data set)", at_least(0))
-    flip: bool | None = images(None, "mirror images at random (default: by data set)")
+    flip: bool | None = images(None, "flip images horizontally at random (default: by data set)")
     arch: str = network("simple_cnn", "backbone", choices=tuple(TRUNKS))
     layout: str = network("shared", "one trunk for all stages, or the trunk cut into stages", choices=LAYOUTS)
     depth: int | None = network(None, "number of stages (default: 10 if shared, otherwise the backbone's own)")
@@ -119,15 +119,15 @@ class RunConfig(TrainConfig):
     hidden_dim: int = network(256, "size of these hidden layers")
     grid: int = network(4, "stagewise heads read features pooled to N x N cells")
     norm: bool = network(False, "batch-norm in simple_cnn and mlp, and in the hidden layers of stagewise heads")
-    tail: int = network(0, "blocks of its own through which each stagewise head reads the features", at_least(0))
-    prior_input: bool = network(True, "stagewise heads read the preceding belief; otherwise only their loss does")
-    prior_dropout: float = network(0.0, "share of images for which a head reads the uniform belief", SHARE)
-    classifier: str = network("linear", "of a plain network for backpropagation", choices=CLASSIFIERS)
-    network: str | None = network(None, "MODULE:FUNCTION that makes a network of one's own (instead of --arch)")
-    parallel: str = processes("none", "share batches, also parameters, or stages as a pipeline", choices=PARALLEL)
-    replicas: int = processes(1, "pipelines side by side, which share each batch", at_least(1))
+    tail: int = network(0, "additional blocks in each stagewise head, before pooling", at_least(0))
+    prior_input: bool = network(True, "stagewise heads take the prior as input; otherwise only their loss uses it")
+    prior_dropout: float = network(0.0, "share of images whose prior a head replaces by the uniform belief", SHARE)
+    classifier: str = network("linear", "classifier of a plain network trained by backpropagation", choices=CLASSIFIERS)
+    network: str | None = network(None, "MODULE:FUNCTION that returns your own network (instead of --arch)")
+    parallel: str = processes("none", "share batches, also parameters, or stages among processes", choices=PARALLEL)
+    replicas: int = processes(1, "number of pipelines that share each batch", at_least(1))
     stages_per_rank: Sequence[int] | None = processes(None, "stages of each rank (default: by their cost)", nargs="+")
-    in_flight: int = processes(2, "batches on their way between two ranks", at_least(1))
+    in_flight: int = processes(2, "batches in flight between two ranks", at_least(1))
     timeout: float = processes(600.0, "seconds of silence after which a rank counts as lost", at_least(1))
 
     def __post_init__(self) -> None:
@@ -140,11 +140,11 @@ class RunConfig(TrainConfig):
         if self.flip and self.dataset in ("digits", "mnist"):
             raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
         if self.data is not None and self.dataset == "digits":
-            raise ValueError("data means nothing for digits; the other data sets read files")
+            raise ValueError("data must not be given for digits, which are part of scikit-learn")
 
 
 def check_parallel(run: RunConfig) -> None:
-    """Raise ValueError if processes cannot share the run."""
+    """Raise ValueError for settings that do not fit `parallel`."""
     parallel = f"parallel {run.parallel!r}"
     for name in ("download", "graph"):
         if run.parallel != "none" and getattr(run, name):
@@ -161,11 +161,11 @@ def check_parallel(run: RunConfig) -> None:
         raise ValueError(f"{parallel} needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'")
 
 
-# Settings that may change when a run is resumed: the places of its files, and the processes that train it.
+# Settings that may change when a run is resumed: paths of files, and the processes that train it.
 PROCESSES = tuple(declared.name for declared in fields(RunConfig) if declared.metadata["group"] == GROUPS[-1])
 MOVABLE = ("data", "cache", "download", "device", "workers", "save_every", *PROCESSES)
 
-# A strong recipe for backpropagation on each network, and the same for every method that is compared with it.
+# Strong recipes for backpropagation; every method compared with it uses the same ones.
 RECIPES: dict[str, dict[str, Any]] = {
     "simple_cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 5e-4},
     "vgg11": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
@@ -176,7 +176,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def run_config(**given: Any) -> RunConfig:
-    """Return the settings of a run. Those not given, or None, come from the network's recipe, then the defaults."""
+    """Return the settings of a run; those missing or None come from the network's recipe, then from the defaults."""
     given = {name: value for name, value in given.items() if value is not None}
     common = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5, "lr_schedule": "one-cycle"}
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
@@ -197,7 +197,7 @@ def parse_alpha(alpha: float | str | Sequence[float]) -> float | str | tuple[flo
 
 
 def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
-    """Return one alpha for each of `depth` stages. Raises ValueError for another number of values."""
+    """Return one alpha for each of `depth` stages. Raises ValueError if the number of values differs."""
     alpha = parse_alpha(alpha)
     if isinstance(alpha, str):
         first, last = map(float, alpha.split(":"))
@@ -209,11 +209,11 @@ def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[flo
 
 
 def is_plain(run: RunConfig) -> bool:
-    """Return whether the run trains the plain backbone with one classifier."""
+    """Return whether the run trains a plain backbone with a single classifier."""
     return run.network is None and run.layout == "stagewise" and run.method in BACKPROPAGATED
 
 
 def stage_alphas(run: RunConfig) -> list[float]:
-    """Return alpha for each stage of the run's network. Raises ValueError for a depth or number it cannot have."""
+    """Return alpha for each stage of the run's network. Raises ValueError if depth or alpha does not fit."""
     depth = stage_count(run.arch, run.layout, run.depth)
     return alpha_by_depth(run.alpha, 1 if is_plain(run) else depth)

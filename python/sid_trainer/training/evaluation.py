@@ -1,4 +1,4 @@
-"""What every stage knows of a split: accuracy, distance to the truth, and how often the descent certificate holds."""
+"""Metrics of every stage on a split: accuracy, KL divergence to the labels, and the descent certificate."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +13,8 @@ from ..methods.common import StepOptions, autocast
 from ..network.modules import at_least_float32
 from ..network.own import Network
 
-# A stage that copies its prior repeats its loss to 1.4e-6 of 1 + loss (2000 images, C up to 1000, both divergences).
+# Relative to 1 + loss. A stage that copies its prior repeats its loss to 1.4e-6, measured on 2,000 images with C up to
+# 1,000 and both divergences.
 ROUNDING = 2e-6
 
 
@@ -23,10 +24,11 @@ def evaluate(
 ) -> dict[str, list[float]]:
     """Return the means of three metrics over all images, one number per stage.
 
-    `accuracy`: of belief p_i. `kl`: KL(y || p_i) = -log p_i[y], in nats. `certificate`: the share of images for which
-    stage i has no larger SID loss than a copy of its prior q would have, L_i(p_i) <= L_i(q), up to rounding. For these,
-    KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i): depth can only help (arXiv 2510.03273). The network
-    is left in evaluation mode. Raises ValueError, which names the stage, if a metric is infinite or NaN.
+    `accuracy` is that of belief p_i. `kl` is KL(y || p_i) = -log p_i[y], in nats. `certificate` is the share of images
+    for which stage i has at most the SID loss of a copy of its prior q: L_i(p_i) <= L_i(q), up to rounding. For these,
+    KL(y || p_i) <= KL(y || q) - (1 - alpha) / alpha * KL(q || p_i), so depth can only help (arXiv 2510.03273).
+
+    The network stays in evaluation mode. Raises ValueError with the stage's number if a metric is infinite or NaN.
 
     Args:
         batches: Pairs of inputs (B, ...) and labels (B,).
@@ -43,7 +45,7 @@ def evaluate(
 def accuracy(
     classify: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions
 ) -> float:
-    """Return the share of images for which the largest of the logits (B, C) of classify(images) is the label's."""
+    """Return the accuracy of `classify`, which maps inputs (B, ...) to logits (B, C)."""
     correct = count = 0
     for inputs, targets in batches:
         with autocast(inputs, options.dtype):
@@ -53,7 +55,7 @@ def accuracy(
 
 
 def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Return the logits (B, C) of every stage and the prior (B, C) of the first."""
+    """Return the logits (B, C) of every stage and the prior (B, C) of the first stage."""
     with autocast(inputs, dtype):
         logits = network.stage_logits(inputs)
     return logits, network.uniform(at_least_float32(logits[0]))
@@ -66,7 +68,7 @@ def sum_metrics(
 ) -> tuple[Tensor, int]:
     """Return the sums (3, L), float64, of the metrics of `evaluate`, and the number of images.
 
-    `run_stages` takes the inputs of a batch and returns what `stage_logits` does.
+    `run_stages` maps the inputs of a batch to the logits of L stages and the first prior, as in `stage_logits`.
     """
     sums, count = torch.zeros(()), 0
     for inputs, targets in batches:
@@ -76,7 +78,7 @@ def sum_metrics(
 
 
 def first_non_finite_stage(sums: Tensor) -> int | None:
-    """Return the first column of `sums` (3, L) with an infinite or NaN entry, or None."""
+    """Return the first stage, from 0, whose column of `sums` (3, L) has an infinite or NaN entry, or None."""
     bad = (~sums.isfinite()).any(0).nonzero()
     return int(bad[0]) if len(bad) else None
 
@@ -91,7 +93,7 @@ def stage_metrics(logits: Sequence[Tensor], prior: Tensor, targets: Tensor, opti
 
     Args:
         logits: (B, C) for each of the L stages.
-        prior: (B, C), the belief that the first of them reads.
+        prior: (B, C), the prior of the first stage.
     """
     columns = []
     for z, alpha in zip(map(at_least_float32, logits), options.stage_alphas(len(logits)), strict=True):
@@ -102,5 +104,5 @@ def stage_metrics(logits: Sequence[Tensor], prior: Tensor, targets: Tensor, opti
         correct = z.argmax(dim=1) == targets
         certified = loss <= copy_loss + ROUNDING * (1 + copy_loss)
         columns.append(torch.stack([metric.double().sum() for metric in (correct, kl, certified)]))
-        prior = z.softmax(dim=1)  # as the next stage's head reads it
+        prior = z.softmax(dim=1)  # the prior of the next stage
     return torch.stack(columns, dim=1)

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: config.json, metrics.jsonl and TensorBoard events, and the rows of a table."""
+"""The log of a run: config.json, metrics.jsonl, TensorBoard events and a printed table."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ HEADER = "epoch   train loss   first stage   last stage   KL(y|p_L)   certificat
 
 
 class Log:
-    """Write one row per epoch to a run's folder, and print it unless `quiet`.
+    """A context that writes one row per epoch to a run's folder, and prints it unless `quiet`.
 
-    `rows` are those that a resumed run already has. Without a folder nothing is written, and without the package
-    tensorboard no events.
+    `rows` holds the epochs before a resume. A folder of None writes nothing. TensorBoard events need the package
+    tensorboard.
     """
 
     def __init__(self, folder: Path | None, metadata: dict, rows: list[dict], quiet: bool):
@@ -47,7 +47,7 @@ class Log:
         self.write(METRICS, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
 
     def write_pipeline(self, pipeline: dict | None) -> dict:
-        """Write how the ranks spent the epoch, and return the part for its row: without the times of single batches."""
+        """Write the times of the ranks to pipeline.json; return them for the epoch's row, without single batches."""
         if pipeline is None:
             return {}
         self.write(PIPELINE, json.dumps(pipeline, allow_nan=False))
@@ -55,7 +55,7 @@ class Log:
         return {"pipeline": pipeline | {"ranks": ranks}}
 
     def add(self, row: dict) -> None:
-        """Write and print the row of an epoch."""
+        """Append the row of an epoch: write it, and print it unless quiet."""
         self.rows.append(row)
         self.write_rows()
         if self.board:

@@ -1,4 +1,4 @@
-"""Measure the memory that a step and the process hold."""
+"""Measure the memory that a step holds for backward, and the peak of the process."""
 
 import sys
 import weakref
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 class SavedBytes:
-    """Measure the bytes that autograd holds for backward within this context; `peak` is the most at any one time.
+    """A context that measures the bytes held for backward: `alive` now, and `peak` at most.
 
-    Each storage counts once. `parameters` do not count.
+    Each storage counts once, as a whole. The storages of `parameters` do not count.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()):
         local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
         storages = [parameter.untyped_storage() for parameter in local]
-        # Holding them keeps an activation from getting the address of a parameter that moved.
+        # Keep them alive: an activation must not get the address of a parameter that moved.
         self.ignored = {storage.data_ptr(): storage for storage in storages}
         self.alive, self.peak = 0, 0
         self.holders: Counter[int] = Counter()
@@ -49,14 +49,14 @@ class SavedBytes:
 
 
 class SavedTensor:
-    """A tensor that autograd holds; autograd drops this object when it frees the graph."""
+    """A tensor held for backward. Autograd deletes this object when it frees the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start `peak_memory` again from what is held now, if the system allows it."""
+    """Reset `peak_memory` to what is held now, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -67,7 +67,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held at once: by PyTorch's allocator on a GPU, else by the whole process."""
+    """Return the peak memory in bytes: of PyTorch's allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

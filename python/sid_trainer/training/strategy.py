@@ -1,4 +1,4 @@
-"""How a trainer's work is done: `Strategy` does all of it in this process; subclasses share it among processes."""
+"""Where a trainer's work runs: `Strategy` uses this process alone; its subclasses share the work among processes."""
 
 import copy
 from collections.abc import Generator, Iterator
@@ -23,10 +23,10 @@ from .memory import SavedBytes
 
 
 class Strategy:
-    """Train the whole network in this process.
+    """The strategy of a single process, which trains the whole network.
 
-    A `Trainer` calls `setup` once; `optimizers`, `schedulers`, `batches` (by split) and `local_stages`, the stages that
-    learn here, exist from then on. `stop_signals` are the signals received that ask for an end.
+    `Trainer` calls `setup` once. It creates `optimizers`, `schedulers`, `batches` (by split) and `local_stages`, the
+    stages that this process trains. `stop_signals` lists the signals received that ask the run to stop.
     """
 
     writes_run_folder = True
@@ -45,7 +45,7 @@ class Strategy:
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(network.depth)
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])
-        none = torch.zeros(0), torch.ones(0)  # data of one's own are not normalized
+        none = torch.zeros(0), torch.ones(0)  # OwnData is not normalized
         self.pixel_mean, self.pixel_std = none if isinstance(data, OwnData) else pixel_statistics(data.train.images)
         splits = {"train": data.train, "test": data.test, "val": data.validation}
         self.batches = {name: self.make_batches(name, split) for name, split in splits.items() if split is not None}
@@ -59,15 +59,15 @@ class Strategy:
         self.schedulers = [make_lr_scheduler(o, config.lr_schedule, config.lr, steps) for o in self.optimizers if o]
         self.step = self.make_step()
         self.captured_step: CapturedStep | None = None
-        self.activation_bytes: int | None = None  # held for backward by the first step of the run
+        self.activation_bytes: int | None = None  # held for backward in the first step of the run
         self.stop_signals: list[int] = []
 
     def assign_stages(self) -> range:
-        """Return the stages of this process, counted from 0."""
+        """Return the stages that this process trains, counted from 0."""
         return range(self.network.depth)
 
     def make_batches(self, name: str, split: Any) -> Batches | LoaderBatches:
-        """Return the batches of a split that this process reads."""
+        """Return this process's batches of a split."""
         if isinstance(self.data, OwnData):
             return LoaderBatches(split, self.config.batch_size, self.device, name == "train", self.config.workers)
         return Batches(
@@ -76,7 +76,7 @@ class Strategy:
         )  # fmt: skip
 
     def check_smallest_batch(self, images: int) -> None:
-        """Raise ValueError if the network cannot train on `images` images: batch-norm needs more than one value."""
+        """Raise ValueError if the smallest batch has one image and the network's batch-norm cannot train on it."""
         if images > 1:
             return
         data, trial = self.data, copy.deepcopy(self.network).train()
@@ -95,7 +95,7 @@ class Strategy:
         self.network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from the stubs
 
     def make_step(self) -> Any:
-        """Return the function that updates the network from inputs (B, ...) and targets (B,)."""
+        """Return the function that updates the network on inputs (B, ...) and targets (B,)."""
         return make_step(self.config.method, self.network, self.optimizers, self.options, self.make_hooks())
 
     def make_hooks(self) -> StageHooks:
@@ -105,15 +105,15 @@ class Strategy:
     # ---------------------------------------------------------------- an epoch
 
     def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
-        """Yield the training batches of an epoch from step `first_step` on, counted from 0."""
+        """Yield the training batches of an epoch, starting at step `first_step`, counted from 0."""
         data, batches = self.data, self.batches["train"]
         yield from batches.shuffle(self.config.seed, epoch, data.crop, data.flip, first_step)
 
     def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
         """Update the network on one batch.
 
-        The first step of a run measures `activation_bytes`. With the setting `graph`, the next one on a GPU is captured
-        and replayed for every batch of its size.
+        The first step of a run measures `activation_bytes`. With `graph` on a GPU, a later step on a
+        full batch is captured, and replayed for every full batch.
         """
         if self.activation_bytes is None:
             with SavedBytes(self.network.parameters()) as saved:
@@ -129,12 +129,12 @@ class Strategy:
         return self.captured_step(inputs, targets)
 
     def should_stop(self) -> bool:
-        """Return whether the run ends after the current step."""
+        """Return whether the run stops after the current step."""
         return bool(self.stop_signals)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, tuple[Tensor, int]]:
-        """Return `sum_metrics` of the local stages for each split but "train"."""
+        """Return the results of `sum_metrics` for the local stages, by split; "train" is left out."""
         self.network.eval()
         splits = [name for name in self.batches if name != "train"]
         return {
@@ -146,7 +146,7 @@ class Strategy:
         return self.batches[name].in_order()
 
     def stage_logits(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
-        """Return the logits (B, C) of each local stage and the prior (B, C) of the first."""
+        """Return the logits (B, C) of each local stage and the prior (B, C) of the first of them."""
         return stage_logits(self.network, inputs, self.options.dtype)
 
     def running(self) -> AbstractContextManager[None]:
@@ -156,15 +156,15 @@ class Strategy:
     # ---------------------------------------------------------------- results and checkpoints
 
     def gather_epoch(self, results: dict) -> dict | None:
-        """Combine the results of all processes. Returns None if another process writes the run's folder."""
+        """Return the combined results of all processes, or None if another process writes the run's folder."""
         return results
 
     def gather_state(self, state: dict) -> dict | None:
-        """Combine the states of all processes to a checkpoint. Returns None if another process writes it."""
+        """Return the checkpoint combined from the states of all processes, or None if another process writes it."""
         return state
 
     def state_dict(self) -> dict:
-        """Return the state of network, optimizers and learning rates in this process."""
+        """Return the state of network, optimizers and schedulers in this process."""
         return {
             "network": self.network.state_dict(),
             "optimizers": [optimizer and optimizer.state_dict() for optimizer in self.optimizers],
@@ -172,7 +172,7 @@ class Strategy:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer:
@@ -185,15 +185,15 @@ class Strategy:
         return state
 
     def raise_on_one_rank(self) -> AbstractContextManager[None]:
-        """Return a context whose errors end all processes with one message."""
+        """Return a context in which a ValueError or OSError on one rank ends all processes with one message."""
         return nullcontext()
 
     def check_same(self, values: dict) -> None:
-        """Raise ValueError unless all processes have the same values."""
+        """Raise ValueError if the processes have different values."""
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the GPU, or the CPU without one. Raises ValueError if it is missing."""
+    """Return the device called `name`; "auto" is a GPU if there is one, else the CPU. Raises ValueError if unusable."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""The training loop around a method's step: epochs, evaluation, checkpoints. It holds no algorithm."""
+"""The training loop around a method's step: epochs, evaluation and checkpoints, but no algorithm."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from ..data.own import OwnData
 from ..files import nonempty_path
 from ..methods.common import StepResult
 from ..network.own import Network
-from .checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
+from .checkpoint import LAST, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
 from .config import TrainConfig
 from .cpu import denormals_as_zero
 from .evaluation import first_non_finite_stage, means
@@ -25,30 +25,30 @@ from .logs import Log
 from .memory import peak_memory, reset_peak_memory
 from .strategy import Strategy
 
-# A run can only be resumed on data with the same values of these.
+# A run resumes only on data for which these are equal.
 DATA_FIELDS = ("classes", "in_channels", "image_size", "train_images", "pixel_mean")
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or a saved tensor is infinite or NaN; the message names stage, epoch, step and learning rate."""
+    """Raised if a loss, metric or parameter is infinite or NaN; names stage, epoch, step and learning rate."""
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal between two steps, after it was saved."""
+    """Raised after a signal stopped the run between two steps; the run is saved if it has a folder."""
 
 
 class Trainer:
     """Train a network for the epochs that `config` sets.
 
-    `metrics` holds one dict per epoch, the lines of metrics.jsonl. On a CPU, a run that was stopped or killed and then
-    resumed ends with the same bits as an undisturbed one, given the same number of threads and the same PyTorch.
+    `metrics` holds one dict per epoch, the lines of metrics.jsonl. On a CPU, a stopped or killed run that is resumed
+    ends with the same bits as an uninterrupted one, given the same number of threads and the same PyTorch version.
 
     Args:
-        network: What is trained, in place.
-        data: Image data, or inputs and classes of one's own as `OwnData`.
-        folder: Where checkpoints, config.json, metrics.jsonl and TensorBoard events are written; None writes nothing.
-        strategy: How the work is done; by default all of it in this process.
-        metadata: More entries for config.json and the checkpoints.
+        network: The network, trained in place.
+        data: Image data, or your own inputs and classes as `OwnData`.
+        folder: Folder for checkpoints, config.json, metrics.jsonl and TensorBoard events; None writes nothing.
+        strategy: Where the work runs; None is this process alone.
+        metadata: Additional entries for config.json and the checkpoints.
         quiet: Print no progress bar and no table.
 
     Raises ValueError for settings that do not fit the network, the data or the device.
@@ -67,7 +67,7 @@ class Trainer:
     ):
         self.network, self.data, self.config = network, data, config
         self.folder = None if folder is None else nonempty_path(folder, "folder")
-        # A mask may be infinite from the start; everything else must stay finite.
+        # A tensor that is infinite from the start, such as a mask, may stay so.
         self.finite_names = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         parameters = sum(parameter.numel() for parameter in network.parameters())
         self.strategy = strategy or Strategy()
@@ -97,9 +97,9 @@ class Trainer:
         return len(self.strategy.batches["train"])
 
     def fit(self) -> list[dict]:
-        """Train the epochs that are left and return `metrics`.
+        """Train the remaining epochs and return `metrics`.
 
-        Raises NonFiniteLoss, Interrupted if SIGINT or SIGTERM asked for an end, and DataError if images cannot be read.
+        Raises NonFiniteLoss, Interrupted after SIGINT or SIGTERM, and DataError if images cannot be read.
         """
         strategy = self.strategy
         reset_peak_memory(strategy.device)
@@ -116,18 +116,18 @@ class Trainer:
                     {"sums": self.sums, "metrics": metrics, "memory": peak_memory(strategy.device)}
                     | {"activation_bytes": strategy.activation_bytes}
                 )
-                row = self.summarize_epoch(results) if results else None
-                self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-                if results and row:
-                    row |= log.write_pipeline(results.get("pipeline"))
+                row = None
+                if results is not None:
+                    row = self.summarize_epoch(results) | log.write_pipeline(results.get("pipeline"))
                     self.metrics.append(row)
-                self.save()  # before the log: an epoch in metrics.jsonl is also in the checkpoint
-                if row:
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+                self.save()  # before the log: every epoch in metrics.jsonl is in a checkpoint
+                if row is not None:
                     log.add(row)
         return self.metrics
 
     def train_epoch(self) -> None:
-        """Train on the images that are left of the current epoch, and add to `sums`."""
+        """Train on the remaining images of the current epoch and update `sums`."""
         from tqdm import tqdm
 
         self.network.train()
@@ -156,10 +156,8 @@ class Trainer:
                     self.step += 1
                     losses.append(result.stage_loss.detach() * len(targets))
                     correct += (result.logits.argmax(dim=1) == targets).sum()
-                    saves, stops = (
-                        bool(config.save_every) and self.step % config.save_every == 0,
-                        strategy.should_stop(),
-                    )
+                    saves = config.save_every > 0 and self.step % config.save_every == 0
+                    stops = strategy.should_stop()
                     if self.step % interval == 0 or self.step == self.steps_per_epoch or saves or stops:
                         read_losses()
                         memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if targets.is_cuda else ""
@@ -169,7 +167,7 @@ class Trainer:
                     if stops or (saves and self.step < self.steps_per_epoch):
                         self.save()
                     if stops:
-                        resume = f"; sid train --resume {self.folder} goes on" if self.folder else ""
+                        resume = f"; sid train --resume {self.folder} continues it" if self.folder else ""
                         raise Interrupted(f"stopped in epoch {self.epoch} after step {self.step}{resume}")
             except DataError:
                 if losses:
@@ -177,11 +175,11 @@ class Trainer:
                 raise
 
     def images_done(self) -> int:
-        """Return how many images of the current epoch have been trained on."""
+        """Return the number of images processed in the current epoch."""
         return sum(self.strategy.batches["train"].sizes()[: self.step])
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        """Update the network on one batch, then the learning rates."""
+        """Update the network on one batch, then step the schedulers."""
         result = self.strategy.run_step(inputs, targets)
         self.lr = self.strategy.schedulers[0].get_last_lr()[0]
         for scheduler in self.strategy.schedulers:
@@ -189,9 +187,9 @@ class Trainer:
         return result
 
     def add_losses(self, losses: Tensor, correct: int, seconds: float) -> None:
-        """Add the losses (steps, L) of the last steps to `sums`, in order: when they are read makes no difference.
+        """Add the losses (steps, L) of the last steps, their correct answers and seconds to `sums`.
 
-        Raises NonFiniteLoss.
+        Steps are added one by one, so the sums do not depend on how often this is called. Raises NonFiniteLoss.
         """
         losses = losses.double().cpu()
         if not losses.isfinite().all():
@@ -208,25 +206,26 @@ class Trainer:
         self.sums = sums | added | {"lr": float(self.lr)}
 
     def evaluate(self) -> dict[str, tuple[Tensor, int]]:
-        """Return the sums of the metrics of the local stages for each split. Raises NonFiniteLoss."""
+        """Return the results of `sum_metrics` for the local stages, by split. Raises NonFiniteLoss."""
         metrics = self.strategy.evaluate()
         for split, (sums, _) in metrics.items():
             if (column := first_non_finite_stage(sums)) is not None:
-                self.state_dict()  # raises the error that names a parameter, if one is not finite
+                self.state_dict()  # raises an error that names the parameter, if one is not finite
                 stage = self.strategy.local_stages[column] + 1
                 raise self.non_finite(f"stage {stage} is not finite on the {split} images after epoch {self.epoch}")
         return metrics
 
     def non_finite(self, problem: str) -> NonFiniteLoss:
-        saved = self.folder and any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+        saved = self.folder and has_checkpoint(self.folder)
         kept = "the last good checkpoint is kept" if saved else "nothing was saved yet"
         return NonFiniteLoss(f"{problem} (learning rate {float(self.lr):g}, {self.config.dtype}); {kept}")
 
     def summarize_epoch(self, results: dict) -> dict:
         """Return the row of metrics.jsonl for the current epoch.
 
-        Losses are means over images, and `train_loss` also over stages. `train_accuracy` is the last stage's, on
-        augmented images and before each update. `stage_*` and `certificate` are of the test split, as in `evaluate`.
+        Losses are means over images, and `train_loss` also over stages. `train_accuracy` is the last stage's, before
+        each update and on augmented images. `stage_accuracy`, `stage_kl` and `certificate` are those of `evaluate` on
+        the test split.
         """
         sums, images = results["sums"], self.strategy.batches["train"].count
         losses, seconds = sums["loss"], sums["seconds"]
@@ -254,7 +253,7 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint to the run's folder, if there is one. Raises NonFiniteLoss and then writes nothing."""
+        """Write a checkpoint if the trainer has a folder. Raises NonFiniteLoss before anything is written."""
         if self.folder is None:
             return
         state = self.strategy.gather_state(self.state_dict())
@@ -262,16 +261,16 @@ class Trainer:
             save_checkpoint(self.folder, state)
 
     def save_after(self, error: DataError) -> DataError:
-        """Save the finished steps, if this is the only process, and return the error with how to resume."""
+        """Save the finished steps if this is the only process; return the error with how to resume the run."""
         if self.folder is None or not self.strategy.is_alone:
             return error
-        if self.step:  # else the last checkpoint has them all
+        if self.step:  # otherwise the last checkpoint contains every step
             self.save()
         saved = has_checkpoint(self.folder)
-        return DataError(f"{error}; sid train --resume {self.folder} goes on") if saved else error
+        return DataError(f"{error}; sid train --resume {self.folder} continues it") if saved else error
 
     def state_dict(self) -> dict:
-        """Return what this process adds to a checkpoint. Raises NonFiniteLoss if a tensor is infinite or NaN."""
+        """Return this process's part of a checkpoint. Raises NonFiniteLoss if a tensor is infinite or NaN."""
         state = self.strategy.state_dict()
         for name, value in state["network"].items():
             if name in self.finite_names and not value.is_meta and not value.isfinite().all():
@@ -290,16 +289,16 @@ class Trainer:
         }
 
     def resume(self, path: Path | str | None = None) -> None:
-        """Continue from a checkpoint of this run: the file `path`, or the last one in the run's folder.
+        """Load a checkpoint of this run: the file or folder `path`, or None for the last one in the trainer's folder.
 
-        Raises ValueError if there is none, it is damaged, or it belongs to another network or other settings.
+        Raises ValueError if it is missing or damaged, or if its settings, data or network differ.
         """
         path = self.folder if path is None else nonempty_path(path, "path")
         if path is None:
             raise ValueError("path must be given for a trainer without a folder")
         with self.strategy.raise_on_one_rank():
             state = self.load_matching(path)
-        self.strategy.check_same({name: state[name] for name in ("epoch", "step")})  # a rank may have an old copy
+        self.strategy.check_same({name: state[name] for name in ("epoch", "step")})  # a rank may have an older file
         state = self.strategy.local_state(state)
         self.strategy.load_state_dict(state)
         torch.set_rng_state(state["random"]["cpu"])
@@ -309,24 +308,24 @@ class Trainer:
         self.metrics, self.strategy.activation_bytes = json.loads(state["metrics"])
 
     def load_matching(self, path: Path) -> dict:
-        """Return the state in a checkpoint if its settings, data and network are this run's. Raises ValueError."""
+        """Return the state in a checkpoint. Raises ValueError if its settings, data or network differ."""
         state = load_checkpoint(path)
         settings = [name for name in asdict(self.config) if name not in ("device", "workers", "save_every")]
         check_same(path, state["config"], self.metadata, (*settings, *DATA_FIELDS))
         if difference := compare_shapes(state["network"], self.network.state_dict()):
-            raise ValueError(f"{path}: is of another network ({difference})")
+            raise ValueError(f"{path}: saved by another network ({difference})")
         for name in ("threads", "torch"):
             then, now = state["config"].get(name), self.metadata[name]
             if then != now and not self.quiet:
-                print(f"{name}: {then} then, {now} now: the bits will not be the same")
+                print(f"{name}: {now} instead of {then}, so results will not have the same bits")
         if self.strategy.writes_run_folder and self.folder and path != self.folder:
             if (damaged := set_aside_damaged(self.folder)) and not self.quiet:
-                print(f"{self.folder / LAST} is damaged and is now {damaged.name}")
+                print(f"{self.folder / LAST} is damaged; renamed to {damaged.name}")
         return state
 
 
 def parameter_place(name: str, value: Tensor) -> str:
-    """Name an entry of a state dict that is not finite, for example "body.0.weight of stage 2"."""
+    """Return the name of a non-finite entry of a state dict for an error, for example "body.0.weight of stage 2"."""
     kind, _, rest = name.partition(".")
     number, _, parameter = rest.partition(".")
     if kind != "stages":
@@ -342,15 +341,15 @@ def compare_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str | No
     for name in [*own, *saved]:
         there, here = (tuple(state[name].shape) if name in state else "nothing" for state in (saved, own))
         if there != here:
-            return f"{name} is {there} there and {here} here"
+            return f"{name} is {there} in the checkpoint and {here} in the network"
     return None
 
 
 @contextlib.contextmanager
 def stop_requests(announce: bool = True) -> Iterator[list[int]]:
-    """Append SIGINT and SIGTERM to the yielded list instead of handling them, so that a run ends between two steps.
+    """Collect SIGINT and SIGTERM in the yielded list, so that a run can stop between two steps.
 
-    A second SIGINT raises KeyboardInterrupt. Signals stay as they are if this is not the main thread.
+    A SIGINT after another signal raises KeyboardInterrupt. Outside the main thread no signal is collected.
     """
     received: list[int] = []
 

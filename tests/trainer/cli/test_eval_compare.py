@@ -82,7 +82,7 @@ def test_eval_and_resume_refuse_another_data_set(tmp_path, capsys, other, differ
         if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
             assert status == 0  # eval accepts other images of the same classes and size
         else:
-            line = f"sid {command[0]}: error: {tmp_path / 'run'}: is of a run with {difference}"
+            line = f"sid {command[0]}: error: {tmp_path / 'run'}: saved by a run with {difference}"
             assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
     assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
@@ -202,7 +202,7 @@ def test_runs_with_other_settings_are_refused_before_training(
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     asked_for = ["compare", "--methods", "greedy", "sid", *COMPARE[4:], *words.split()]  # there is no run of greedy yet
     assert main([*asked_for, "--out", str(out)]) == 2
-    line = f"{out / NAMES[0]}: is of a run with {name} {saved}, not {asked}"
+    line = f"{out / NAMES[0]}: saved by a run with {name} {saved}, not {asked}"
     assert capsys.readouterr().err == f"sid compare: error: {line}\n"
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
 

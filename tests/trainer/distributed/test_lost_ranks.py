@@ -228,7 +228,7 @@ def without(name, state):
     ("change", "message"),
     [
         (None, "rank 1: {folder}: holds no checkpoint (last.pt)"),
-        (partial(without, "pixel_mean"), "rank 1: {folder}: is of a run with pixel_mean None, not "),
+        (partial(without, "pixel_mean"), "rank 1: {folder}: saved by a run with pixel_mean None, not "),
         (
             lambda state: state | {"epoch": 1, "step": 3},
             "epoch is 1 on rank 1 and 2 on rank 0: all processes need the same settings, data and run",
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_one_rank(tmp_path):
     status, said = ranks("train", "--resume", folder, "--parallel", "stage", count=2, out=folder)
     assert status == [2, 2] and len("".join(said).splitlines()) == 1 and "previous.pt" in "".join(said), said
     status, said = ranks("train", "--resume", folder / "previous.pt", "--parallel", "stage", count=2, out=folder)
-    assert status == [0, 0] and "".join(said).count("is damaged and is now last.pt.damaged") == 1, said
+    assert status == [0, 0] and "".join(said).count("is damaged; renamed to last.pt.damaged") == 1, said
     assert_same_run(folder, alone)
 
 

@@ -265,7 +265,7 @@ def test_a_run_saved_by_another_layout_of_processes(tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     why = {
         "stage": "parallel 'stage' needs layout 'stagewise', not 'shared'; a shared network takes parallel 'data'",
-        "data": f"{folder}: is of a run with fused True, not False",
+        "data": f"{folder}: saved by a run with fused True, not False",
     }
     for how, message in why.items():
         status, said = ranks("train", "--resume", folder, "--parallel", how, count=2, out=tmp_path / "again")

@@ -54,8 +54,8 @@ def damage(file, position):
 def test_a_flipped_byte_is_refused_and_the_one_before_offered_and_taken(run, finished, capsys):
     damage(run / "last.pt", 0.5)
     line = refused(["train", "--resume", run], capsys)
-    assert line.startswith(f"sid train: error: {run / 'last.pt'}: not a whole checkpoint (checksum of ")
-    offer = f"; {run / 'previous.pt'}, of epoch 2 step 0, is whole: it can be given in its place"
+    assert line.startswith(f"sid train: error: {run / 'last.pt'}: damaged or not a checkpoint (checksum of ")
+    offer = f"; {run / 'previous.pt'}, of epoch 2 step 0, is undamaged: resume from it instead"
     assert line.endswith(offer)
     for command in ("eval", "export"):
         assert refused([command, run], capsys).endswith(offer)
@@ -76,7 +76,7 @@ def test_wherever_a_byte_is_flipped_the_file_is_refused_or_means_the_same(run, f
         try:
             assert_same(load_checkpoint(run), whole)
         except ValueError as error:
-            assert "not a whole checkpoint" in str(error) and "\n" not in str(error)
+            assert "damaged or not a checkpoint" in str(error) and "\n" not in str(error)
             caught += 1
         (run / "last.pt").write_bytes(content)
     assert caught > 150
@@ -87,7 +87,7 @@ def test_a_truncated_one_is_refused(run, share, capsys):
     size = (run / "last.pt").stat().st_size
     os.truncate(run / "last.pt", int(share * size))
     line = refused(["train", "--resume", run], capsys)
-    assert f"{run / 'last.pt'}: not a whole checkpoint (File is not a zip file); {run / 'previous.pt'}, of" in line
+    assert f"{run / 'last.pt'}: damaged or not a checkpoint (File is not a zip file); {run / 'previous.pt'}, of" in line
 
 
 def test_a_damaged_one_is_set_aside_and_never_takes_the_place_of_the_whole_one_before(run, monkeypatch, capsys):
@@ -103,7 +103,7 @@ def test_a_damaged_one_is_set_aside_and_never_takes_the_place_of_the_whole_one_b
 
     monkeypatch.setattr(os, "replace", killed_at_the_second)
     assert main(["train", "--resume", str(run / "previous.pt")]) == 130
-    assert f"{run / 'last.pt'} is damaged and is now last.pt.damaged2\n" in capsys.readouterr().out
+    assert f"{run / 'last.pt'} is damaged; renamed to last.pt.damaged2\n" in capsys.readouterr().out
     assert_same(load_checkpoint(run), before)
     assert (run / "last.pt.damaged2").read_bytes() == damaged
     assert (run / "last.pt.damaged").read_text() == "of another time"
@@ -113,9 +113,9 @@ def test_with_both_damaged_nothing_is_offered(run, capsys):
     damage(run / "last.pt", 0.4)
     damage(run / "previous.pt", 0.6)
     line = refused(["train", "--resume", run], capsys)
-    assert f"{run / 'last.pt'}: not a whole checkpoint" in line and "previous.pt" not in line
+    assert f"{run / 'last.pt'}: damaged or not a checkpoint" in line and "previous.pt" not in line
     line = refused(["train", "--resume", run / "previous.pt"], capsys)
-    assert f"{run / 'previous.pt'}: not a whole checkpoint" in line and "can be given" not in line
+    assert f"{run / 'previous.pt'}: damaged or not a checkpoint" in line and "resume from it" not in line
 
 
 def test_what_is_no_checkpoint_is_named(run, tmp_path, capsys):
@@ -123,9 +123,9 @@ def test_what_is_no_checkpoint_is_named(run, tmp_path, capsys):
     assert f"{tmp_path}: holds no checkpoint (last.pt)" in refused(["train", "--resume", tmp_path], capsys)
     (run / "previous.pt").unlink()
     (run / "last.pt").write_text("words")
-    assert "last.pt: not a whole checkpoint (File is not a zip file)" in refused(["eval", run], capsys)
+    assert "last.pt: damaged or not a checkpoint (File is not a zip file)" in refused(["eval", run], capsys)
     torch.save({"network": {}}, run / "last.pt")
-    assert refused(["eval", run], capsys).endswith("last.pt: not a checkpoint of a run of sid_trainer")
+    assert refused(["eval", run], capsys).endswith("last.pt: not a checkpoint of sid_trainer")
     torch.save(dict.fromkeys(checkpoint.FIELDS, {}), run / "last.pt")
     assert "was not saved by `sid train` of this version ('run')" in refused(["eval", run], capsys)
 
@@ -144,7 +144,7 @@ def test_a_file_from_elsewhere_runs_no_code(run, tmp_path, as_archive, capsys):
     state = dict.fromkeys(checkpoint.FIELDS, {}) | {"network": Malicious(touched)}
     torch.save(state, run / "last.pt", _use_new_zipfile_serialization=as_archive)
     for words in (["train", "--resume", run], ["eval", run], ["export", run]):
-        assert f"{run / 'last.pt'}: not a whole checkpoint" in refused(words, capsys)
+        assert f"{run / 'last.pt'}: damaged or not a checkpoint" in refused(words, capsys)
     assert not touched.exists()
     torch.load(run / "last.pt", weights_only=False)
     assert touched.exists()  # or it would have been harmless anyway
@@ -178,7 +178,7 @@ def test_a_run_with_another_setting_is_refused_by_its_name(tmp_path):
         other = trainer(tmp_path, **{name: value})
         before = [p.clone() for p in other.network.parameters()]
         own = [value] * 2 if name == "alpha" else value
-        with pytest.raises(ValueError, match=rf": is of a run with {name} ") as error:
+        with pytest.raises(ValueError, match=rf": saved by a run with {name} ") as error:
             other.resume()
         assert str(error.value).endswith(f"not {own!r}") and str(tmp_path) in str(error.value)
         assert all(torch.equal(a, b) for a, b in zip(before, other.network.parameters(), strict=True))
@@ -188,7 +188,7 @@ def test_a_run_with_another_setting_is_refused_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(("network", "difference"), [
-    ({"hidden_dim": 9}, "stages.0.head.hidden.weight is (8, 259) there and (9, 259) here"),
+    ({"hidden_dim": 9}, "stages.0.head.hidden.weight is (8, 259) in the checkpoint and (9, 259) in the network"),
     ({"depth": 3, "alpha": [0.5] * 3}, "alpha [0.5, 0.5], not [0.5, 0.5, 0.5]"),
 ])  # fmt: skip
 def test_another_network_is_refused_by_its_difference(tmp_path, network, difference):

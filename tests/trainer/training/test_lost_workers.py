@@ -47,7 +47,7 @@ def test_a_killed_worker_is_one_line_and_a_checkpoint(words, alone, tmp_path, pl
     saves = ["--save-every", "4"] if place[0].endswith("save") else []
     status, printed = sid(*words, *saves, "--out", out, out=out, kill=place, number=number, worker=True)
     lines = [line for line in printed.splitlines() if not line.startswith(("sid on", "epoch"))]
-    assert status == 2 and re.search(rf"{LOST}; [^\n]*; sid train --resume {out} goes on\n\Z", printed), printed
+    assert status == 2 and re.search(rf"{LOST}; [^\n]*; sid train --resume {out} continues it\n\Z", printed), printed
     assert "Traceback" not in printed and "bus error" not in printed and len(lines) <= 4, printed
     state = load_checkpoint(out)
     assert (state["epoch"], state["step"] > 0) == (where, True)

@@ -113,7 +113,7 @@ def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(run, tmp_path, numb
     folder = tmp_path / "stopped"
     status, printed = sid(*words, "--out", folder, out=folder, kill=(STEP, step), number=number)
     assert status == 130 and "Traceback" not in printed
-    assert printed.endswith(f"sid train: stopped in {where}; sid train --resume {folder} goes on\n")
+    assert printed.endswith(f"sid train: stopped in {where}; sid train --resume {folder} continues it\n")
     assert f"resumed in {where}" in resume(folder)
     check_same(folder, alone)
 
