@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--total", type=float, default=TOTAL, help="seconds for all steps together (default: %(default)s)"
     )
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="run these steps only (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -296,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         capability = "".join(map(str, torch.cuda.get_device_capability(0)))
         steps = make_steps(Path(scratch), capability, out.resolve().with_suffix(".tests.jsonl"))
+        steps = [step for step in steps if not args.steps or step.name in args.steps]
         outcomes = run_steps(steps, args.total - (time.monotonic() - began), save)
     for outcome in outcomes:
         if "result" in outcome:

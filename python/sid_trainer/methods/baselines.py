@@ -1,6 +1,6 @@
 """Backpropagation and deep supervision: what SID is compared with on the same network, data and optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -68,19 +68,24 @@ def frozen_statistics(module: Callable[..., Any]) -> Iterator[None]:
 
 
 def deep_supervision_step(
-    network: Network, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *, label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    network: Network, inputs: Tensor, targets: Tensor, optimizers: Optimizers = (), *,
+    label_smoothing: float | Sequence[float] = 0.0, dtype: torch.dtype = torch.float32,
 ) -> StepResult:  # fmt: skip
     """Backpropagate the sum of all heads' cross-entropies through features and beliefs.
 
-    The arguments are those of `bp_step`. Returns the losses (L,) and the last logits (B, C).
+    The arguments are those of `bp_step`, and label smoothing may be one number per stage. Returns the
+    losses (L,) and the last logits (B, C).
     """
     check_owned(optimizers, network)
     clear_gradients(optimizers)
     with forward_dtype(inputs, dtype) as dtype:
         with autocast(inputs, dtype):
             stage_logits = [at_least_float32(logits) for logits in network.stage_logits(inputs)]
-        losses = [F.cross_entropy(logits, targets, label_smoothing=label_smoothing) for logits in stage_logits]
+        smoothing = label_smoothing if isinstance(label_smoothing, Sequence) else [label_smoothing] * len(stage_logits)
+        losses = [
+            F.cross_entropy(logits, targets, label_smoothing=share)
+            for logits, share in zip(stage_logits, smoothing, strict=True)
+        ]
         stage_loss = torch.stack(losses)
         stage_loss.sum().backward()
         update(optimizers)

@@ -43,7 +43,8 @@ class StepOptions(StageLossOptions):
     @property
     def trains_at_once(self) -> bool:
         """Whether a step trains all stages of `StackedHeads` at once, not one by one."""
-        return self.fused and self.step_schedule == "one-pass"
+        one_smoothing = not isinstance(self.label_smoothing, Sequence)
+        return self.fused and self.step_schedule == "one-pass" and one_smoothing
 
 
 def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:

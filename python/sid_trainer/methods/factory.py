@@ -51,10 +51,11 @@ def make_step(
         if isinstance(network, CutNetwork):
             return partial(drop_in_step, network, options=options, optimizers=optimizers or ())
         return partial(local_step, network, options=options, optimizers=optimizers or (), hooks=hooks)
-    common: dict[str, Any] = {"label_smoothing": options.label_smoothing, "dtype": options.dtype}
+    common: dict[str, Any] = {"optimizers": optimizers, "dtype": options.dtype}
     if method == "deep-supervision":
-        return partial(deep_supervision_step, network, optimizers=optimizers, **common)
-    return partial(bp_step, network, optimizers=optimizers, **BACKPROPAGATED[method], **common)
+        return partial(deep_supervision_step, network, label_smoothing=options.label_smoothing, **common)
+    last = options.loss_of_stage(-1)["label_smoothing"]
+    return partial(bp_step, network, label_smoothing=last, **BACKPROPAGATED[method], **common)
 
 
 def cascade_bytes(network: Network, method: str, rows: int, options: StepOptions) -> int:

@@ -39,14 +39,15 @@ def reference_step(
         plain &= bool(((labels >= 0) & (labels < network.num_classes)).all())  # else a row is ignored, or an error
     rows = F.one_hot(labels, network.num_classes) if plain and labels is not None else soft  # (B, C)
     losses = []
-    for logits, prior, alpha in zip(stage_logits, priors, options.stage_alphas(len(priors)), strict=True):
+    alphas = options.stage_alphas(len(priors))
+    for i, (logits, prior, alpha) in enumerate(zip(stage_logits, priors, alphas, strict=True)):
         if plain and rows is not None:
             log_belief = F.log_softmax(at_least_float32(logits), dim=1)
             fidelity = F.kl_div(log_belief, rows.to(log_belief.dtype), reduction="batchmean")
             consistency = F.kl_div(log_belief, prior, reduction="batchmean")
             losses.append(alpha * fidelity + (1 - alpha) * consistency)
         else:
-            losses.append(fused_local_loss(logits, prior, targets, alpha, **options.loss).loss)
+            losses.append(fused_local_loss(logits, prior, targets, alpha, **options.loss_of_stage(i)).loss)
     stage_loss = torch.stack(losses)
     if stage_loss.requires_grad:
         stage_loss.sum().backward()

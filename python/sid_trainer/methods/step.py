@@ -37,8 +37,9 @@ from .streams import StageHooks
 
 def sid_step(
     network: SIDNetwork, inputs: Tensor, targets: Tensor, alpha: Alpha = 0.5, optimizers: Optimizers | None = None, *,
-    schedule: str = "one-pass", fused: bool = True, divergence: str = "forward", label_smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32, streams: StageHooks | None = None,
+    schedule: str = "one-pass", fused: bool = True, divergence: str = "forward",
+    label_smoothing: float | Sequence[float] = 0.0, dtype: torch.dtype = torch.float32,
+    streams: StageHooks | None = None,
 ) -> StepResult:  # fmt: skip
     """Train every stage by its own loss, and the extractor by the sum of the stages' gradients.
 
@@ -55,7 +56,7 @@ def sid_step(
             numbers or keeps statistics.
         fused: Train `StackedHeads` at once with `sid_kernels.refine_cascade` in the schedule "one-pass": the same
             numbers in less time, with at most 16 MiB (or one stage, if that is more) held.
-        divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`.
+        divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`; smoothing also as one number per stage.
         dtype: Forward passes run under autocast to this dtype; for float32, under the caller's autocast, if any.
         streams: Hooks around stages that run one by one, for example `StageStreams`.
 
@@ -120,7 +121,7 @@ def stage_by_stage(
             with autocast(features, options.dtype):
                 outputs, logits = stage(features, prior)  # its features, (B, C)
             # p_0 is passed as the tensor that the head reads, not as None, so that the belief is float32 like it.
-            result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss)
+            result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss_of_stage(i))
             assert result.belief is not None  # for type checkers: it was not asked to leave it out
             hooks.outputs_ready(outputs, result.belief)
             if logits.requires_grad:  # False if the stage is frozen

@@ -46,7 +46,7 @@ class LocalPass:
 
     def __init__(self, targets: Tensor, options: StageLossOptions, depth: int):
         self.targets, self.options = targets, options
-        self.alphas = options.stage_alphas(depth)
+        options.stage_alphas(depth)  # raises ValueError
         self.losses: list[Tensor] = []
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameter, gradient
 
@@ -77,7 +77,7 @@ class LocalPass:
         with torch.autocast(logits.device.type, enabled=False):
             scale = FLOAT16_SCALE if logits.dtype is torch.float16 else 1.0
             logits = logits.float() if logits.dtype is torch.float16 else logits
-            loss, belief, dlogits = stage_loss(logits, prior, self.targets, self.alphas[len(self.losses)], self.options)
+            loss, belief, dlogits = stage_loss(logits, prior, self.targets, len(self.losses), self.options)
             for term in extra:
                 loss = loss + term.detach().to(loss.dtype)
             self.losses.append(loss)
@@ -173,14 +173,17 @@ def backward_through_shards(
 
 
 def stage_loss(
-    logits: Tensor, prior: Tensor, targets: Tensor, alpha: float | Tensor, options: StageLossOptions
+    logits: Tensor, prior: Tensor, targets: Tensor, stage: int, options: StageLossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss () of a stage, its belief (..., C), and the gradient of its logits (..., C)."""
+    alpha = options.alpha[stage] if isinstance(options.alpha, Sequence) else options.alpha
     if options.class_weight is None:
-        result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, **options.loss)
+        result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, **options.loss_of_stage(stage))
         assert result.belief is not None  # for type checkers
         return result.loss, result.belief, dlogits
-    result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, reduction="none", **options.loss)
+    result, dlogits = local_loss_and_grad(
+        logits, prior, targets, alpha, reduction="none", **options.loss_of_stage(stage)
+    )
     weight = options.class_weight.to(result.loss)
     if targets.is_floating_point():
         weights = targets.to(weight.dtype) @ weight

@@ -18,38 +18,48 @@ class StageLossOptions:
 
     Args:
         alpha: Weight of fidelity against consistency in [0, 1]; one number or one per stage.
-        divergence, label_smoothing: As in `sid_kernels.local_loss_and_grad`.
+        divergence: As in `sid_kernels.local_loss_and_grad`.
+        label_smoothing: As there; one number or one per stage. Stages trained at once share one number.
         ignore_index: Examples, tokens or pixels with this label have no loss.
         class_weight: (C,), the weight of each class. The loss is the weighted mean, as in `F.cross_entropy`.
     """
 
     alpha: Alpha = 0.5
     divergence: str = "forward"
-    label_smoothing: float = 0.0
+    label_smoothing: float | Sequence[float] = 0.0
     ignore_index: int = field(default=-100, kw_only=True)
     class_weight: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.divergence!r}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], not {self.label_smoothing}")
+        smoothing = self.label_smoothing
+        for share in smoothing if isinstance(smoothing, Sequence) else [smoothing]:
+            if not 0 <= share <= 1:
+                raise ValueError(f"label_smoothing must be in [0, 1], not {share}")
         for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
             if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in [0, 1], not {alpha}")
 
     @property
     def loss(self) -> dict[str, Any]:
-        """The keyword arguments of `local_loss_and_grad`."""
-        smoothing = self.label_smoothing
+        """The keyword arguments of `local_loss_and_grad` for all stages. Raises ValueError if they differ by stage."""
+        if isinstance(self.label_smoothing, Sequence):
+            raise ValueError("label_smoothing must be one number for StackedHeads; build the network with fused=False")
+        return self.loss_of_stage(0)
+
+    def loss_of_stage(self, i: int) -> dict[str, Any]:
+        """Return the keyword arguments of `local_loss_and_grad` for stage i, counted from 0."""
+        smoothing = self.label_smoothing[i] if isinstance(self.label_smoothing, Sequence) else self.label_smoothing
         return {"divergence": self.divergence, "label_smoothing": smoothing, "ignore_index": self.ignore_index}
 
     def stage_alphas(self, depth: int) -> Sequence[float | Tensor]:
-        """Return one alpha per stage. Raises ValueError if another number of them was given."""
-        alphas = self.alpha if isinstance(self.alpha, Sequence) else [self.alpha] * depth
-        if len(alphas) != depth:
-            raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
-        return alphas
+        """Return one alpha per stage. Raises ValueError if another number of alphas or label smoothings was given."""
+        for name in ("alpha", "label_smoothing"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and len(value) != depth:
+                raise ValueError(f"{name} must be one number or one for each of the {depth} stages, not {len(value)}")
+        return self.alpha if isinstance(self.alpha, Sequence) else [self.alpha] * depth
 
     def cascade_alpha(self, depth: int, features: Tensor) -> Tensor | list[float]:
         """Return one alpha per stage, as a tensor (L,) on the features' device if any of them is a tensor."""

@@ -126,24 +126,30 @@ def ideal_of(config: dict[str, Any], stages: int) -> list[float] | None:
 
 
 def ideal_kl(
-    alpha: float | Sequence[float], num_classes: int, depth: int, label_smoothing: float = 0.0,
+    alpha: float | Sequence[float], num_classes: int, depth: int, label_smoothing: float | Sequence[float] = 0.0,
     divergence: str = "forward",
 ) -> list[float]:  # fmt: skip
     """Return KL(y || p_i) in nats for hard y of the ideal cascade: each stage at its minimum, given the one before.
 
-    With u uniform, t the smoothed target and r_i the product of (1 - alpha_j) over j <= i, the minimum is
-    p_i = (1 - r_i) t + r_i u (forward) or p_i proportional to t^(1 - r_i) (reverse).
+    With t_i the smoothed target, the minimum is p_i = alpha_i t_i + (1 - alpha_i) p_(i-1) (forward) or proportional to
+    t_i^alpha_i p_(i-1)^(1 - alpha_i) (reverse).
     """
-    alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha] * depth
-    if len(alphas) != depth:
+    alphas, smoothing = (
+        list(value) if isinstance(value, Sequence) else [value] * depth for value in (alpha, label_smoothing)
+    )
+    if len(alphas) != depth or len(smoothing) != depth:
         raise ValueError(f"alpha must have one value a stage ({depth}), not {len(alphas)}")
-    kept = [math.prod(1 - a for a in alphas[: i + 1]) for i in range(depth)]  # r_i, what is left of the uniform prior
-    if divergence == "forward":
-        return [-math.log1p(-(1 - (1 - r) * (1 - label_smoothing)) * (1 - 1 / num_classes)) for r in kept]
-    if label_smoothing == 0:
-        return [0.0] * depth
-    odds = math.log1p(num_classes * (1 - label_smoothing) / label_smoothing)  # log(t_y / t_other)
-    return [math.log1p((num_classes - 1) * math.exp(-(1 - r) * odds)) for r in kept]
+    spread, odds, ideal = 1.0, 0.0, []  # p_i = spread * u + (1 - spread) * y; or log(p_i[y] / p_i[other])
+    for a, s in zip(alphas, smoothing, strict=True):
+        if divergence == "forward":
+            spread = a * s + (1 - a) * spread
+            ideal.append(-math.log1p(-spread * (1 - 1 / num_classes)))
+        elif s == 0:
+            ideal.append(0.0)
+        else:
+            odds = a * math.log1p(num_classes * (1 - s) / s) + (1 - a) * odds
+            ideal.append(math.log1p((num_classes - 1) * math.exp(-odds)))
+    return ideal
 
 
 # ---------------------------------------------------------------- files
@@ -190,7 +196,8 @@ def read_config(file: Path) -> dict[str, Any]:
     """Return the settings in config.json, which have those that the report needs."""
     with reading(file):
         config = json.loads(file.read_text(encoding="utf-8"))
-        shares = [*np.atleast_1d(config["alpha"]), *(config.get(k) or 0.0 for k in ("label_noise", "label_smoothing"))]
+        shares = [*np.atleast_1d(config["alpha"]), *np.atleast_1d(config.get("label_smoothing") or 0.0)]
+        shares.append(config.get("label_noise") or 0.0)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError("a share is not in [0, 1]")
         names = [config["method"], *(config.get(key) or "" for key in ("arch", "layout"))]

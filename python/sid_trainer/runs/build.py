@@ -236,7 +236,9 @@ def evaluate_run(path: Path, **moved: Any) -> dict:
     check_same(path, metadata, properties, properties)
     mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
-    options = StepOptions(metadata["alpha"], metadata["divergence"], run.label_smoothing, DTYPES[run.dtype])
+    options = StepOptions(
+        metadata["alpha"], metadata["divergence"], metadata["label_smoothing"], DTYPES[run.dtype]
+    )  # fmt: skip
     metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), "images": len(data.test.labels)}
     if isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
         metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)

@@ -70,7 +70,10 @@ class TrainConfig:
     lr_schedule: str = training("constant", f"learning rate over the steps {BY_RECIPE}", choices=LR_SCHEDULES)
     alpha: float | str | Sequence[float] = loss(0.5, "weight of fidelity: A, FIRST:LAST, or A,B,... with one per stage")
     divergence: str = loss("forward", "direction of the KL divergence to the teacher", choices=DIVERGENCES)
-    label_smoothing: float = loss(0.0, "share of each label's mass that is spread over all classes", SHARE_BELOW_1)
+    label_smoothing: float | str | Sequence[float] = loss(
+        0.0, "share of each label's mass that is spread over all classes: X, FIRST:LAST, or X,Y,... with one per stage",
+        SHARE_BELOW_1,
+    )  # fmt: skip
     seed: int = training(0, "seed of initial parameters, order, crops, flips and label noise", at_least(0))
     dtype: str = machine("float32", "dtype of forward passes; bfloat16 uses autocast", choices=tuple(DTYPES))
     device: str = machine("auto", "cpu, cuda, cuda:N, or auto for a GPU if there is one")
@@ -81,17 +84,19 @@ class TrainConfig:
     save_every: int = machine(0, "also save after this many steps (default: after each epoch only)", at_least(0))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", parse_alpha(self.alpha))
+        for name in ("alpha", "label_smoothing"):
+            object.__setattr__(self, name, parse_by_depth(name, getattr(self, name)))
         for declared in fields(self):
             name, value, limit = declared.name, getattr(self, declared.name), declared.metadata["limit"]
             choices = declared.metadata["flag"].get("choices", (value,))
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-            if limit and value is not None and not limit[1](value):
+            numbers = value if isinstance(value, tuple) else () if isinstance(value, str) else (value,)
+            if limit and value is not None and not all(map(limit[1], numbers)):
                 raise ValueError(f"{name} must be {limit[0]}, not {value}")
             if value == "":
                 raise ValueError(f"{name} must not be empty")
-        if self.divergence == "reverse" and not self.label_smoothing:
+        if self.divergence == "reverse" and not min(by_depth("label_smoothing", self.label_smoothing)):
             raise ValueError("divergence 'reverse' needs label_smoothing above 0: labels must have full support")
         for name, value in CROSS_ENTROPY.items() if self.method != "sid" else ():
             object.__setattr__(self, name, value)
@@ -182,30 +187,30 @@ def run_config(**given: Any) -> RunConfig:
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 
 
-def parse_alpha(alpha: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
-    """Return alpha as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError."""
-    linear = ":" in str(alpha)
-    parts = alpha.replace(":", ",").split(",") if isinstance(alpha, str) else alpha
+def parse_by_depth(name: str, value: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
+    """Return a setting in [0, 1] as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError."""
+    linear = ":" in str(value)
+    parts = value.replace(":", ",").split(",") if isinstance(value, str) else value
     try:
         numbers = tuple(map(float, parts)) if isinstance(parts, Sequence) else (float(parts),)
     except ValueError:
         numbers = ()
     if not numbers or (linear and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
         allowed = "a number in [0, 1], FIRST:LAST, or one number per stage (0.9,0.5,...)"
-        raise ValueError(f"alpha must be {allowed}, not {alpha!r}")
-    return str(alpha) if linear else numbers[0] if len(numbers) == 1 else numbers
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+    return str(value) if linear else numbers[0] if len(numbers) == 1 else numbers
 
 
-def alpha_by_depth(alpha: float | str | Sequence[float], depth: int) -> list[float]:
-    """Return one alpha for each of `depth` stages. Raises ValueError if the number of values differs."""
-    alpha = parse_alpha(alpha)
-    if isinstance(alpha, str):
-        first, last = map(float, alpha.split(":"))
-        return torch.linspace(first, last, depth, dtype=torch.float64).tolist()
-    alphas = [alpha] * depth if isinstance(alpha, float) else list(alpha)
-    if len(alphas) != depth:
-        raise ValueError(f"alpha must be one number or one for each of the {depth} stages, not {len(alphas)}")
-    return alphas
+def by_depth(name: str, value: float | str | Sequence[float], depth: int | None = None) -> list[float]:
+    """Return one number for each of `depth` stages (None: as many as given). Raises ValueError for another number."""
+    value = parse_by_depth(name, value)
+    if isinstance(value, str):
+        first, last = map(float, value.split(":"))
+        return torch.linspace(first, last, depth or 2, dtype=torch.float64).tolist()
+    numbers = [value] * (depth or 1) if isinstance(value, float) else list(value)
+    if len(numbers) != (depth or len(numbers)):
+        raise ValueError(f"{name} must be one number or one for each of the {depth} stages, not {len(numbers)}")
+    return numbers
 
 
 def is_plain(run: RunConfig) -> bool:
@@ -216,4 +221,6 @@ def is_plain(run: RunConfig) -> bool:
 def stage_alphas(run: RunConfig) -> list[float]:
     """Return alpha for each stage of the run's network. Raises ValueError if depth or alpha does not fit."""
     depth = stage_count(run.arch, run.layout, run.depth)
-    return alpha_by_depth(run.alpha, 1 if is_plain(run) else depth)
+    depth = 1 if is_plain(run) else depth
+    by_depth("label_smoothing", run.label_smoothing, depth)
+    return by_depth("alpha", run.alpha, depth)

@@ -96,10 +96,12 @@ def stage_metrics(logits: Sequence[Tensor], prior: Tensor, targets: Tensor, opti
         prior: (B, C), the prior of the first stage.
     """
     columns = []
-    for z, alpha in zip(map(at_least_float32, logits), options.stage_alphas(len(logits)), strict=True):
-        loss = fused_local_loss(z, prior, targets, alpha, reduction="none", **options.loss).loss
+    alphas = options.stage_alphas(len(logits))
+    for i, (z, alpha) in enumerate(zip(map(at_least_float32, logits), alphas, strict=True)):
+        terms = options.loss_of_stage(i)
+        loss = fused_local_loss(z, prior, targets, alpha, reduction="none", **terms).loss
         copy = prior.clamp_min(torch.finfo(prior.dtype).tiny).log()
-        copy_loss = fused_local_loss(copy, prior, targets, alpha, reduction="none", **options.loss).loss
+        copy_loss = fused_local_loss(copy, prior, targets, alpha, reduction="none", **terms).loss
         kl = F.cross_entropy(z, targets, reduction="none")
         correct = z.argmax(dim=1) == targets
         certified = loss <= copy_loss + ROUNDING * (1 + copy_loss)

@@ -17,7 +17,7 @@ from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
 from ..methods.streams import StageHooks, stage_streams
 from ..network.own import Network
-from .config import DTYPES, TrainConfig, alpha_by_depth
+from .config import DTYPES, TrainConfig, by_depth
 from .evaluation import stage_logits, sum_metrics
 from .memory import SavedBytes
 
@@ -38,13 +38,16 @@ class Strategy:
         self.network, self.data, self.config = network, data, config
         self.device = pick_device(config.device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        smoothing = by_depth("label_smoothing", config.label_smoothing, network.depth)
         self.options = StepOptions(
-            alpha_by_depth(config.alpha, network.depth), config.divergence, config.label_smoothing,
-            DTYPES[config.dtype], config.schedule, config.fused,
+            by_depth("alpha", config.alpha, network.depth), config.divergence,
+            smoothing if len(set(smoothing)) > 1 else smoothing[0], DTYPES[config.dtype], config.schedule, config.fused,
         )  # fmt: skip
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(network.depth)
         self.local_options = replace(self.options, alpha=[alphas[i] for i in self.local_stages])
+        if isinstance(self.options.label_smoothing, list):
+            self.local_options = replace(self.local_options, label_smoothing=[smoothing[i] for i in self.local_stages])
         none = torch.zeros(0), torch.ones(0)  # OwnData is not normalized
         self.pixel_mean, self.pixel_std = none if isinstance(data, OwnData) else pixel_statistics(data.train.images)
         splits = {"train": data.train, "test": data.test, "val": data.validation}

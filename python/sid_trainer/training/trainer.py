@@ -76,6 +76,7 @@ class Trainer:
         metadata = (metadata or {}) | asdict(config)
         metadata |= {
             "alpha": list(self.strategy.options.stage_alphas(network.depth)),
+            "label_smoothing": self.strategy.options.label_smoothing,
             "num_parameters": parameters,
             "classes": data.classes or [str(i) for i in range(network.num_classes)],
             "in_channels": data.in_channels,

@@ -13,6 +13,7 @@ from helpers.stages import gradients
 from sid_trainer import bp_step, build_network, deep_supervision_step, sid_step
 from sid_trainer.methods.common import STEP_SCHEDULES
 from sid_trainer.network.architectures import LAYOUTS
+from sid_trainer.network.loss_options import StageLossOptions
 
 ROUNDING = 2e-5  # of a parameter's largest gradient: float32 sums of a few thousand terms in another order
 
@@ -208,3 +209,42 @@ def test_labels_out_of_range_and_ignored_ones_in_every_schedule(schedule, fused)
     with torch.no_grad():
         _, logits = next(iter(first.stages))(first.extractor(inputs), torch.full((16, 10), 0.1))
     torch.testing.assert_close(found, F.cross_entropy(logits, targets))
+
+
+@pytest.mark.parametrize("way", [*STEP_SCHEDULES, "loop"])
+def test_label_smoothing_by_stage(way):
+    smoothing, alphas = [0.5, 0.25, 0.0], [0.5, 0.7, 0.9]
+    network, inputs, targets = make(depth=3, fused=False)
+    network.zero_grad()
+    features, prior, total = network.extractor(inputs), torch.full((16, 10), 0.1), 0
+    for stage, alpha, share in zip(network.stages, alphas, smoothing, strict=True):
+        logits = stage(features, prior)[1]
+        consistency = F.kl_div(F.log_softmax(logits, 1), prior, reduction="batchmean")
+        fidelity = F.cross_entropy(logits, targets, label_smoothing=share)
+        # cross-entropy is fidelity up to a constant: the entropy of a smoothed label does not depend on the stage
+        total, prior = total + alpha * fidelity + (1 - alpha) * consistency, logits.softmax(1).detach()
+    total.backward()
+    expected = gradients(network)
+    network.zero_grad()
+    if way == "loop":
+        network.loss_options = StageLossOptions(alphas, label_smoothing=smoothing)
+        network(inputs, targets).loss.backward()
+    else:
+        sid_step(network, inputs, targets, alphas, schedule=way, label_smoothing=smoothing)
+    assert_within_rounding(gradients(network), expected)
+
+
+def test_label_smoothing_by_stage_fits_the_stages():
+    stacked, inputs, targets = make(depth=3)
+    options = {"alpha": [0.5] * 3, "label_smoothing": [0.5, 0.25, 0.0]}
+    separate = make(depth=3, fused=False)[0]
+    for network in (stacked, separate):  # stages that share a kernel have one smoothing; these run one by one
+        sid_step(network, inputs, targets, **options)
+    assert torch.equal(stacked.stages.logits_bias.grad[1], separate.stages[1].head.logits.bias.grad)
+    stacked.loss_options = StageLossOptions(**options)
+    with pytest.raises(ValueError, match="label_smoothing must be one number for StackedHeads"):
+        stacked(inputs, targets)
+    with pytest.raises(ValueError, match="label_smoothing must be one number or one for each of the 3 stages, not 2"):
+        sid_step(stacked, inputs, targets, label_smoothing=[0.1, 0.2])
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], not 2"):
+        sid_step(stacked, inputs, targets, label_smoothing=[0.1, 0.2, 2])

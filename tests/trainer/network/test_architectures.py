@@ -8,7 +8,7 @@ from helpers.stages import values
 from sid_trainer import build_network, cut, sid_step
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
 from sid_trainer.network.heads import FeaturePooling, StackedHeads, StageHead
-from sid_trainer.training.config import alpha_by_depth
+from sid_trainer.training.config import by_depth
 
 CELLS = [(arch, layout) for arch in TRUNKS for layout in LAYOUTS]
 
@@ -140,13 +140,12 @@ def test_what_makes_no_network_is_refused(options, message):
 
 
 def test_alpha_by_depth():
-    assert alpha_by_depth("0.9:0.3", 4) == pytest.approx([0.9, 0.7, 0.5, 0.3])
-    assert (
-        alpha_by_depth("0.9,0.5", 2) == [0.9, 0.5] and alpha_by_depth(0.4, 3) == alpha_by_depth("0.4", 3) == [0.4] * 3
-    )
+    assert by_depth("alpha", "0.9:0.3", 4) == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert by_depth("alpha", "0.9,0.5", 2) == [0.9, 0.5]
+    assert by_depth("alpha", 0.4, 3) == by_depth("alpha", "0.4", 3) == [0.4] * 3
     for wrong in ("a", "0.9:0.5:0.1", "2", "", "0.5,", "0.9:0.5,0.1"):
         with pytest.raises(ValueError, match="alpha must be a number in"):
-            alpha_by_depth(wrong, 4)
+            by_depth("alpha", wrong, 4)
 
 
 # ---------------------------------------------------------------- norms, tails, priors, plain inference

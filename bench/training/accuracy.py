@@ -1,0 +1,378 @@
+"""Accuracy of SID, its rivals and its variants over seeds: the tables of `docs/accuracy.md`.
+
+    python bench/training/accuracy.py --data DATA --tables cifar10-10k --seeds 0 1 --out bench/results/accuracy.json
+
+A table is a set of cells. A cell is the settings of one `sid train` run, and every cell is trained with every seed.
+What is filed for a run is the state after its last epoch; nothing is chosen on test images. The runs of all tables are
+spread over `--jobs` processes, and the JSON is written after each run. A run that is in the JSON already is not
+repeated, so that a table can be continued with more seeds.
+
+Cells named "teacher: ..." replace the prior in the loss of a stage. They are trials that the library does not offer.
+"""
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.lib import record
+from sid_kernels import local_loss_and_grad
+from sid_trainer import SIDNetwork, Trainer
+from sid_trainer.data.batches import Batches
+from sid_trainer.data.datasets import ImageData, Split
+from sid_trainer.data.splits import add_label_noise
+from sid_trainer.methods import step as step_module
+from sid_trainer.methods.common import StepOptions
+from sid_trainer.methods.common import teacher_beliefs as beliefs_of
+from sid_trainer.methods.factory import make_step
+from sid_trainer.options import Parser
+from sid_trainer.runs.build import make_config, make_data, make_network
+from sid_trainer.training.config import run_config
+from sid_trainer.training.evaluation import accuracy
+
+# ---------------------------------------------------------------- cells
+
+NORM: dict[str, Any] = {"layout": "stagewise", "norm": True, "lr_schedule": "one-cycle"}
+GRADED = "0.5,0.25,0.125,0.0625"
+BP = NORM | {"method": "bp", "classifier": "mlp"}
+HEADS = NORM | {"tail": 1, "prior_input": False}  # the prior in the loss only
+SID = HEADS | {"method": "sid", "alpha": "0.5,0.7,0.8,0.9"}
+GREEDY = HEADS | {"method": "greedy"}
+
+CONTROLS = {
+    "bp, linear classifier": NORM | {"method": "bp"},
+    "bp": BP,
+    "bp, smoothed labels": BP | {"label_smoothing": 0.1},
+    "bp, longer": BP | {"epochs": 1.75},  # times the table's epochs: about the operations of SID
+    "deep supervision, same heads": HEADS | {"method": "deep-supervision"},
+}
+METHODS = {
+    "sid": SID,
+    "sid, prior as input, dropped for 30%": SID | {"prior_input": True, "prior_dropout": 0.3},
+    "sid, prior as input": SID | {"prior_input": True},
+    "sid, graded labels": SID | {"label_smoothing": GRADED},
+    "greedy": GREEDY,
+    "greedy, graded labels": GREEDY | {"label_smoothing": GRADED},
+    "greedy, no tails": GREEDY | {"tail": 0},
+    "sid, no tails": SID | {"tail": 0},
+}
+TEACHERS = {
+    "teacher: corrected": SID,
+    "teacher: confident": SID,
+    "teacher: hotter": SID,
+    "teacher: colder": SID,
+    "teacher: average over time": SID | {"schedule": "two-phase"},
+    "teacher: last stage": SID | {"schedule": "two-phase"},
+}
+BELIEF = {name: (CONTROLS | METHODS)[name] for name in ("bp", "sid", "sid, graded labels", "greedy")}
+BELIEF |= {"greedy, graded labels": METHODS["greedy, graded labels"]} | TEACHERS
+MAIN = {name: (CONTROLS | METHODS)[name] for name in ("bp", "bp, smoothed labels", "sid", "greedy, graded labels")}
+
+
+def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]:
+    """Return the cells with alpha from 0.5 to 0.9 and label smoothing 1/2, 1/4, ... for another number of stages."""
+    alpha, graded = "0.5:0.9", ",".join(str(0.5**i) for i in range(1, depth + 1))
+    changed = {}
+    for name, cell in cells.items():
+        changed[name] = cell | {"depth": depth} | more
+        if "alpha" in cell:
+            changed[name]["alpha"] = alpha
+        if cell.get("label_smoothing") == GRADED:
+            changed[name]["label_smoothing"] = graded
+    return changed
+
+
+# Name -> settings of all cells, cells.
+CIFAR = {"dataset": "cifar10", "epochs": 12}
+SMALL = CIFAR | {"train_images": 10_000}
+TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
+    "cifar10": (CIFAR, CONTROLS | METHODS),
+    "cifar10-10k": (SMALL, CONTROLS | METHODS | TEACHERS),
+    "noise-40": (SMALL | {"label_noise": 0.4, "epochs": 24}, BELIEF),
+    "noise-20-long": (SMALL | {"label_noise": 0.2, "epochs": 100, "crop": 0, "flip": False}, MAIN),
+    "noise-40-long": (SMALL | {"label_noise": 0.4, "epochs": 100, "crop": 0, "flip": False}, MAIN),
+    "few-labels": (CIFAR | {"train_images": 1_000, "epochs": 60}, BELIEF),
+    "many-classes": (SMALL | {"flip": False, "rotations": True}, BELIEF),
+    "resnet18": (CIFAR | {"arch": "resnet18"}, by_depth(MAIN | {"deep supervision": GREEDY | {
+        "method": "deep-supervision", "tail": 0}}, 4)),
+    "resnet18-8": (CIFAR | {"arch": "resnet18"}, by_depth(MAIN, 8)),
+    "vgg11": (CIFAR | {"arch": "vgg11"}, by_depth(MAIN, 5)),
+    "vit_tiny": (CIFAR | {"arch": "vit_tiny"}, by_depth(MAIN, 4)),
+    "mnist": ({"dataset": "mnist", "epochs": 5}, MAIN),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- teachers on trial
+
+
+def corrected(prior: Tensor, targets: Tensor) -> Tensor:
+    """Exchange the mass of the label with the largest."""
+    truth = targets[:, None]
+    largest, where = prior.max(dim=1, keepdim=True)
+    return prior.scatter(1, where, prior.gather(1, truth)).scatter(1, truth, largest)
+
+
+def confident(prior: Tensor, targets: Tensor) -> Tensor:
+    """Mix the prior with the label: the share of the prior is its largest entry."""
+    share = prior.amax(dim=1, keepdim=True)
+    return (share * prior).scatter_add(1, targets[:, None], 1 - share)
+
+
+def tempered(prior: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    return (prior.clamp_min(1e-30).log() / temperature).softmax(dim=1)
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "teacher: corrected": corrected,
+    "teacher: confident": confident,
+    "teacher: hotter": lambda prior, targets: tempered(prior, targets, 2.0),
+    "teacher: colder": lambda prior, targets: tempered(prior, targets, 0.5),
+}
+
+
+def use_teacher(name: str, network: SIDNetwork) -> None:
+    """Change what `sid_step` takes as the teacher of a stage; a name without a change restores it."""
+    change = CHANGES.get(name)
+
+    def changed(logits: Tensor, prior: Tensor, targets: Tensor, *rest: Any, **options: Any) -> Any:
+        return local_loss_and_grad(logits, change(prior, targets), targets, *rest, **options)
+
+    step_module.local_loss_and_grad = changed if change else local_loss_and_grad
+    step_module.teacher_beliefs = beliefs_of
+    if name == "teacher: average over time":
+        average = copy.deepcopy(network).eval()
+        pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+        pairs = [(a, b) for a, b in pairs if a.is_floating_point()]
+
+        def averaged(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+            with torch.no_grad():
+                torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 0.01)
+            return beliefs_of(average, inputs, dtype)
+
+        step_module.teacher_beliefs = averaged
+    elif name == "teacher: last stage":
+        step_module.teacher_beliefs = lambda *arguments: [beliefs_of(*arguments)[-1]] * network.depth
+
+
+# ---------------------------------------------------------------- a run
+
+
+def rotated(split: Split, seed: int) -> Split:
+    """Turn each image by a random multiple of 90 degrees, and make each class and turn a class of its own."""
+    images = split.images
+    assert isinstance(images, Tensor)
+    turns = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(seed))
+    images = images.clone()
+    for turn in (1, 2, 3):
+        images[turns == turn] = images[turns == turn].rot90(turn, (1, 2))
+    return Split(images, split.labels * 4 + turns)
+
+
+def run_cell(task: dict[str, Any]) -> dict[str, Any]:
+    """Train one cell with one seed, and return what is filed."""
+    name, settings = task["cell"], dict(task["settings"])
+    rotations = settings.pop("rotations", False)
+    settings["epochs"] = math.ceil(settings["epochs"])
+    run = run_config(**settings | task["machine"] | {"seed": task["seed"]})
+    noise, run = (
+        run.label_noise,
+        run_config(**{**settings, **task["machine"], "seed": task["seed"], "label_noise": 0.0}),
+    )
+    data = clean = make_data(run)
+    if rotations:
+        classes = [f"{name}, turned by {90 * turn}" for name in data.classes for turn in range(4)]
+        data = clean = data._replace(train=rotated(data.train, 0), test=rotated(data.test, 1), classes=classes)
+    if noise:
+        data = add_label_noise(data, noise, run.seed)
+    torch.manual_seed(run.seed)
+    network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    operations = count_operations(network, data, run)
+    trainer = Trainer(network, data, make_config(run), quiet=True)
+    use_teacher(name, network)
+    start = time.monotonic()
+    rows = trainer.fit()
+    last = rows[-1]
+    found = {
+        "table": task["table"], "cell": name, "seed": task["seed"],
+        "stages": last["stage_accuracy"], "kl": last["stage_kl"], "certificate": last["certificate"],
+        "train_accuracy": last["train_accuracy"], "test_by_epoch": [row["test_accuracy"] for row in rows],
+        "activation_bytes": last["activation_bytes"], "peak_memory_bytes": last["peak_memory_bytes"],
+        "training_seconds": last["elapsed"], "seconds": time.monotonic() - start, **operations,
+    }  # fmt: skip
+    test = trainer.strategy.batches["test"]
+    options = trainer.strategy.options
+    if isinstance(network, SIDNetwork) and network.depth > 1:
+        found["plain"] = accuracy(network.plain(), test.in_order(), options)
+        found["averaged"] = accuracy(network.averaged, test.in_order(), options)
+    if noise:
+        wrong = (data.train.labels != clean.train.labels).nonzero()[:, 0]
+        strategy = trainer.strategy
+        mean, std = strategy.pixel_mean, strategy.pixel_std
+        batches = Batches(data.train.take(wrong), run.batch_size, strategy.device, mean, std)
+        found["wrong_labels_learned"] = accuracy(network, batches.in_order(), options)
+    return found
+
+
+def count_operations(network: SIDNetwork, data: ImageData, run: Any) -> dict[str, float]:
+    """Return the operations (2 for a multiply-add) per image of a forward pass, by `plain` inference, and of training.
+
+    They are those of matrix products and convolutions, forward and backward; all else is a small share.
+    """
+    batch = 4
+    inputs, targets = torch.zeros(batch, data.in_channels, *data.image_size), torch.zeros(batch, dtype=torch.int64)
+    trial = copy.deepcopy(network).train()
+    plain = trial.plain() if trial.depth > 1 else trial
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(inputs)
+    inference = counter.get_total_flops() / batch
+    step = make_step(run.method, trial, (), StepOptions([0.5] * trial.depth))
+    with FlopCounterMode(display=False) as counter:
+        step(inputs, targets)
+    return {"plain_operations": inference, "training_operations": counter.get_total_flops() / batch}
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def serve(tasks: Any, results: Any, threads: int) -> None:
+    """Run tasks until there are none; in a process of its own."""
+    torch.set_num_threads(threads)
+    while (task := tasks.get()) is not None:
+        try:
+            results.put(run_cell(task))
+        except Exception as error:
+            where = f"{type(error).__name__}: {error}"
+            results.put(
+                {"table": task["table"], "cell": task["cell"], "seed": task["seed"], "failed": record.scrub(where)}
+            )
+
+
+def make_tasks(args: argparse.Namespace, done: Sequence[dict]) -> list[dict[str, Any]]:
+    """Return the runs that are not done, seed by seed."""
+    kept = {(run["table"], run["cell"], run["seed"]) for run in done}
+    given = {"data": args.data, "cache": args.cache, "device": args.device, "dtype": args.dtype, "graph": args.graph}
+    tasks = []
+    for seed in args.seeds:
+        for table in args.tables:
+            common, cells = TABLES[table]
+            for cell, settings in cells.items():
+                if args.cells and cell not in args.cells or (table, cell, seed) in kept:
+                    continue
+                merged = common | settings
+                epochs = settings["epochs"] * common["epochs"] if "epochs" in settings else common["epochs"]
+                merged["epochs"] = min(epochs, args.most_epochs or epochs)
+                if args.most_images:
+                    merged["train_images"] = min(args.most_images, merged.get("train_images") or args.most_images)
+                machine = given | ({"data": args.mnist} if table == "mnist" else {})
+                tasks.append({"table": table, "cell": cell, "seed": seed, "settings": merged, "machine": machine})
+    return tasks
+
+
+def summarize(runs: Sequence[dict]) -> str:
+    """Return the tables as Markdown: mean and sample deviation over the seeds, in %."""
+    lines = []
+    runs = [run for run in runs if "failed" not in run]
+    for table in dict.fromkeys(run["table"] for run in runs):
+        lines += ["", f"### {table}", ""]
+        lines.append("| | seeds | stages | last | plain | averaged | certificate | training operations | activations |")
+        lines.append("|---|---|---|---|---|---|---|---|---|")
+        base = [run for run in runs if run["table"] == table and run["cell"] == "bp"]
+        for cell in dict.fromkeys(run["cell"] for run in runs if run["table"] == table):
+            group = [run for run in runs if run["table"] == table and run["cell"] == cell]
+            stages = " ".join(
+                f"{100 * statistics.mean(values):.1f}" for values in zip(*(r["stages"] for r in group), strict=True)
+            )
+            certificate = " ".join(
+                f"{100 * statistics.mean(v):.0f}" for v in zip(*(r["certificate"] for r in group), strict=True)
+            )
+            columns = [cell, str(len(group)), stages, spread([run["stages"][-1] for run in group])]
+            columns += [spread([run[key] for run in group if key in run]) for key in ("plain", "averaged")]
+            columns += [certificate if "plain" in group[0] else ""]
+            for key in ("training_operations", "activation_bytes"):
+                columns.append(f"{group[0][key] / base[0][key]:.2f}" if base else f"{group[0][key]:.3g}")
+            lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{deviation}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="CIFAR-10: an image folder, or the root of cifar-10-batches-py")
+    add("--mnist", help="MNIST: the root of torchvision's files")
+    add("--cache", help="folder for the decoded images")
+    add("--tables", nargs="+", choices=TABLES, default=["cifar10-10k"], help="(default: cifar10-10k)")
+    add("--cells", nargs="+", help="names of cells (default: all of each table)")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
+    add("--device", default="auto", help="(default: a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: bfloat16)")
+    add("--graph", action="store_true", help="on a GPU, run each step as one CUDA graph")
+    add("--jobs", type=int, default=1, help="processes (default: 1)")
+    add("--threads", type=int, default=1, help="threads of each process (default: 1)")
+    add("--seconds", type=float, default=math.inf, help="end after this time, without the runs that are not finished")
+    add("--most-images", type=int, help="at most this many training images, for a trial")
+    add("--most-epochs", type=int, help="at most this many epochs, for a trial")
+    add("--print", action="store_true", help="train nothing: print the tables of --out")
+    add("--out", type=Path, required=True, help="the JSON to write, or to continue")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    filed = json.loads(args.out.read_text()) if args.out.exists() else {"runs": []}
+    if not args.print:
+        tasks = make_tasks(args, filed["runs"])
+        train_all(args, tasks, filed, start)
+    print(summarize(filed["runs"]))
+    for run in filed["runs"]:
+        if "failed" in run:
+            print(f"failed: {run['table']}, {run['cell']}, seed {run['seed']}: {run['failed']}")
+    return 0
+
+
+def train_all(args: argparse.Namespace, tasks: list[dict], filed: dict, start: float) -> None:
+    """Run the tasks in `args.jobs` processes and write the JSON after each."""
+    for dataset, data in {(task["settings"]["dataset"], task["machine"]["data"]) for task in tasks}:
+        make_data(run_config(dataset=dataset, data=data, cache=args.cache))  # decodes image files, once for all
+    context = multiprocessing.get_context("spawn")
+    queue, results = context.Queue(), context.Queue()
+    for task in [*tasks, *[None] * args.jobs]:
+        queue.put(task)
+    workers = [context.Process(target=serve, args=(queue, results, args.threads)) for _ in range(args.jobs)]
+    for worker in workers:
+        worker.start()
+    header = record.header("accuracy of methods over seeds, after the last epoch")
+    filed |= {"headers": [*filed.get("headers", []), header | {"dtype": args.dtype, "graph": args.graph}]}
+    for number in range(1, len(tasks) + 1):
+        while results.empty():
+            if time.monotonic() - start > args.seconds or not any(worker.is_alive() for worker in workers):
+                print(f"stopped with {number - 1} of {len(tasks)} runs done", flush=True)
+                for worker in workers:
+                    worker.kill()
+                return
+            time.sleep(0.05)
+        run = results.get()
+        filed["runs"].append(run | {"header": len(filed["headers"]) - 1})
+        record.write_json(args.out, filed)
+        told = run.get("failed") or f"{100 * run['stages'][-1]:.2f}% in {run['seconds']:.0f} s"
+        print(f"[{number}/{len(tasks)}] {run['table']}, {run['cell']}, seed {run['seed']}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
