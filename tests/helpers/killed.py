@@ -49,7 +49,7 @@ def sid(
     kill: the dotted name of a function and n: before its nth call the process sends itself the signal `number`. The
     name "rename" means the rename that puts a new last.pt in its place.
     worker: send the signal to a process that decodes images instead, and wait until it is dead.
-    draw: also what follows training, the table and the picture, which take longer than these runs.
+    draw: also what follows training, the table and the pictures, which take longer than these runs.
     """
     printed = out.with_name(out.name + ".printed")
     process = _context.Process(target=_run, args=(list(map(str, words)), printed, kill, number, worker, draw))
@@ -68,7 +68,10 @@ def _run(words, printed, kill, number, worker=False, draw=False):
     from sid_trainer import cli
 
     if not draw:
+        from sid_trainer.report import page
+
         cli.show = lambda folder: None
+        page.draw_report = lambda results: b"\x89PNG"
     if kill:
         name, nth = kill
         _call_before(*(("os.replace", LAST) if name == "rename" else (name, None)), nth, number, worker)

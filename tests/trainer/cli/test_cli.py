@@ -55,13 +55,13 @@ def check_run(folder, epochs, depth, optimizers):
 
 def test_digits_end_to_end(tmp_path, capsys):
     out = tmp_path / "run"
-    status = main(["train", "--epochs", "8", "--batch-size", "32", "--depth", "4", "--out", str(out)])
+    status = main(["train", "--epochs", "3", "--batch-size", "16", "--depth", "4", "--out", str(out)])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    rows = check_run(out, 8, 4, optimizers=2)  # one for the extractor, one for the stacked heads
+    rows = check_run(out, 3, 4, optimizers=2)  # one for the extractor, one for the stacked heads
     assert rows[-1]["test_accuracy"] > 0.92
     assert rows[-1]["stage_kl"][-1] < rows[-1]["stage_kl"][0]  # later beliefs are closer to the labels
-    assert "stage   accuracy   KL(y|p)   certificate   after epoch 8" in printed and str(out / "stages.png") in printed
+    assert "stage   accuracy   KL(y|p)   certificate   after epoch 3" in printed and str(out / "stages.png") in printed
     assert main(["eval", str(out)]) == 0
     table = capsys.readouterr().out
     assert "on 360 test images" in table and f"{rows[-1]['test_accuracy']:.2%}" in table.splitlines()[-1]
@@ -100,11 +100,13 @@ def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, opt
     assert ("val_accuracy" in rows[0]) == ("--val" in words)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_seed_determines_every_bit(tmp_path):
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name
-        options = ["--epochs", "2", "--depth", "3", "--batch-size", "100", "--crop", "1", "--seed", str(seed)]
+        options = ["--epochs", "2", "--depth", "3", "--crop", "1", "--seed", str(seed)]
+        options += ["--batch-size", "100", "--train-images", "400"]
         assert main(["train", *options, "--out", str(out)]) == 0
         found.append(without_times(out))
     assert found[0] == found[1] != found[2]
@@ -195,8 +197,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert (status, printed) == (2, line) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_only_overwrite_replaces_a_run(tmp_path, capsys):
-    arguments = ["train", "--epochs", "1", "--depth", "1", "--batch-size", "512", "--out", str(tmp_path / "run")]
+    arguments = ["train", "--epochs", "1", "--depth", "1", "--train-images", "100", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     before = read(tmp_path / "run")
     status, printed = run_and_read(arguments, capsys)
@@ -205,6 +208,7 @@ def test_only_overwrite_replaces_a_run(tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_single_image_left_over_does_not_stop_batch_norm(tmp_path):
     words = "train --arch vgg11 --layout stagewise --batch-size 4 --train-images 9 --epochs 1".split()
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
@@ -248,9 +252,10 @@ def test_too_small_images_give_one_line(tmp_path, capsys, layout):
     assert (status, printed) == (2, line)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypatch, capsys, number):
-    options = ["--epochs", "2", "--depth", "2", "--crop", "1", "--train-images", "600"]
+    options = ["--epochs", "2", "--depth", "2", "--crop", "1", "--train-images", "200", "--batch-size", "40"]
     assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
     calls, one_step = [], Trainer.train_step
 

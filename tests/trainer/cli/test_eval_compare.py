@@ -10,6 +10,8 @@ from helpers.killed import assert_same, rows_of, sid, state_of
 from sid_trainer.cli import main
 from sid_trainer.runs.build import evaluate_run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def last_row(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -61,6 +63,16 @@ def test_eval_on_a_moved_data_set(tmp_path, capsys):
     assert accuracy == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}"
 
 
+@pytest.fixture(scope="module")
+def on_a_folder(tmp_path_factory, blank_pictures):
+    """Return the folder of a run on a small image folder."""
+    folder = tmp_path_factory.mktemp("on a folder")
+    data, out = write_image_folder(folder / "set", count=8), folder / "run"
+    words = ["train", "--data", str(data), "--cache", str(folder / "cache"), "--out", str(out)]
+    assert main([*words, "--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1"]) == 0
+    return out
+
+
 @pytest.mark.parametrize(("other", "difference"), [
     ({"size": (6, 6)}, "image_size [8, 8], not [6, 6]"),
     ({"classes": ("a", "b")}, "class 1 'b c', not 'b'"),
@@ -68,23 +80,20 @@ def test_eval_on_a_moved_data_set(tmp_path, capsys):
     ({"count": 7}, "train_images 16, not 14"),
     ({"splits": ("test", "train")}, "pixel_mean ["),
 ])  # fmt: skip
-def test_eval_and_resume_refuse_another_data_set(tmp_path, capsys, other, difference):
-    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
-    data = write_image_folder(tmp_path / "set", count=8)
-    cache = ["--cache", str(tmp_path / "cache")]
-    assert main(["train", "--data", str(data), *cache, *words]) == 0
+def test_eval_and_resume_refuse_another_data_set(on_a_folder, tmp_path, capsys, other, difference):
+    run, cache = on_a_folder, ["--cache", str(tmp_path / "cache")]
     write_image_folder(tmp_path / "other", **{"count": 8} | other)
-    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = {file: file.read_bytes() for file in run.iterdir()}
     for command in (["train", "--resume"], ["eval"]):
         capsys.readouterr()
-        status = main([*command, str(tmp_path / "run"), "--data", str(tmp_path / "other"), *cache])
+        status = main([*command, str(run), "--data", str(tmp_path / "other"), *cache])
         printed = capsys.readouterr().err
         if command == ["eval"] and difference.startswith(("train_images", "pixel_mean")):
             assert status == 0  # eval accepts other images of the same classes and size
         else:
-            line = f"sid {command[0]}: error: {tmp_path / 'run'}: saved by a run with {difference}"
+            line = f"sid {command[0]}: error: {run}: saved by a run with {difference}"
             assert status == 2 and printed.startswith(line) and printed.count("\n") == 1
-    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
 
 
 # ---------------------------------------------------------------- compare
@@ -98,7 +107,7 @@ NAMES = [f"stagewise-{method}-seed{seed}" for method in ("sid", "bp") for seed i
 def uninterrupted(tmp_path_factory):
     """Return the folder of an uninterrupted comparison, and what it printed."""
     out = tmp_path_factory.mktemp("compare") / "uninterrupted"
-    status, printed = sid(*COMPARE, "--out", out, out=out)
+    status, printed = sid(*COMPARE, "--out", out, out=out, draw=True)
     assert status == 0, printed
     return out, printed
 

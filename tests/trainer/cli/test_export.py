@@ -47,13 +47,13 @@ def expected(folder, images):
 
 
 RUNS = {
-    "mlp-stagewise": "--arch mlp --layout stagewise --epochs 3",
-    "cnn-shared": "--arch simple_cnn --layout shared --depth 3 --epochs 2",
+    "mlp-stagewise": "--arch mlp --layout stagewise --train-images 300 --epochs 3",
+    "cnn-shared": "--arch simple_cnn --layout shared --depth 3 --train-images 300 --epochs 2",
 }
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(request, tmp_path_factory):
+def run(request, tmp_path_factory, blank_pictures):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     assert main(["train", *RUNS[request.param].split(), "--out", str(folder)]) == 0
     return folder
@@ -151,6 +151,7 @@ def test_odd_class_names_in_onnx(program, tmp_path):
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == ODD_NAMES
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_names_of_class_folders_are_exported(tmp_path):
     data = write_image_folder(tmp_path / "set", classes=("$(touch gone)", "ü 'x'"))
     where = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]

@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(folder):
+def run(folder, blank_pictures):
     assert main(["train", "--network", "own_models:make", "--epochs", "4", "--out", "run"]) == 0
     return folder / "run"
 
@@ -86,6 +86,7 @@ def test_it_is_measured_and_exported(run, capsys):
         torch.testing.assert_close(program(pixels / 255), network((pixels - mean) / std), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_stopped_run_is_resumed_to_the_same_bits(folder, monkeypatch):
     from sid_trainer.training.trainer import Trainer
 
@@ -106,6 +107,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(folder, monkeypatch):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_function_may_return_a_network_of_stages(folder):
     assert main(["train", "--network", "own_models:make_mlp", "--epochs", "1", "--method", "bp", "--out", "mlp"]) == 0
     assert main(["eval", "mlp"]) == 0

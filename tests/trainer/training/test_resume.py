@@ -17,9 +17,8 @@ from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.checkpoint import load_checkpoint
 
 # 7 steps an epoch, the last on 8 images; saved after steps 2, 4, 6 and 7 of each. One-cycle, for its momentary rate.
-COMMON = (
-    "--train-images 200 --batch-size 32 --crop 1 --epochs 3 --save-every 2 --lr-schedule one-cycle --seed 3".split()
-)
+COMMON = "--train-images 200 --batch-size 32 --crop 1 --epochs 3 --save-every 2 --lr-schedule one-cycle --seed 3".split()
+COMMON += ["--hidden-dim", "32"]
 NETWORKS = {
     "mlp-stagewise": "--arch mlp --layout stagewise --alpha 0.8:0.4",
     "cnn-shared": "--arch simple_cnn --layout shared --depth 3 --optimizer sgd --lr 0.01",
@@ -49,23 +48,28 @@ def resume(folder, place=None, **options):
     return printed
 
 
+STRATEGY = "sid_trainer.training.strategy.Strategy"
+KILLED = [  # where; the checkpoint's epoch and step; the networks of `make test`
+    ((STEP, 4), (1, 2), (*NETWORKS,)),  # in the first epoch, between two saves
+    ((STEP, 5), (1, 4), ()),  # just after a save
+    ((f"{STRATEGY}.evaluate", 1), (1, 6), ()),  # during the first evaluation
+    ((STEP, 8), (2, 0), ()),  # the first step of an epoch
+    ((STEP, 12), (2, 4), ()),  # in the middle of the second epoch
+    (("sid_trainer.training.logs.Log.add", 2), (3, 0), ()),  # saved, but not yet in metrics.jsonl
+    ((f"{STRATEGY}.evaluate", 3), (3, 6), ("mlp-stagewise",)),  # during the last evaluation
+    (("sid_trainer.cli.show", 1), (4, 0), ("mlp-stagewise",)),  # finished, except for the picture
+    (("rename", 3), (1, 4), ("mlp-stagewise",)),  # last.pt has become previous.pt, and the new one is not in its place
+]
+
+
 @pytest.mark.parametrize(
-    ("place", "where"),
+    ("run", "place", "where"),
     [
-        ((STEP, 4), (1, 2)),  # in the first epoch, between two saves
-        pytest.param((STEP, 5), (1, 4), marks=pytest.mark.slow),  # just after a save
-        pytest.param(
-            ("sid_trainer.training.strategy.Strategy.evaluate", 1), (1, 6), marks=pytest.mark.slow
-        ),  # during the first evaluation
-        pytest.param((STEP, 8), (2, 0), marks=pytest.mark.slow),  # the first step of an epoch
-        pytest.param((STEP, 12), (2, 4), marks=pytest.mark.slow),  # in the middle of the second epoch
-        pytest.param(
-            ("sid_trainer.training.logs.Log.add", 2), (3, 0), marks=pytest.mark.slow
-        ),  # saved, but not yet in metrics.jsonl
-        (("sid_trainer.training.strategy.Strategy.evaluate", 3), (3, 6)),  # during the last evaluation
-        (("sid_trainer.cli.show", 1), (4, 0)),  # finished, but for the picture
-        (("rename", 3), (1, 4)),  # last.pt has become previous.pt, and the new one is not in its place
+        pytest.param(name, place, where, marks=() if name in short else pytest.mark.slow)
+        for name in NETWORKS
+        for place, where, short in KILLED
     ],
+    indirect=["run"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path, place, where):
     words, alone = run
@@ -103,10 +107,18 @@ def test_killed_before_anything_was_saved(run, tmp_path):
     check_same(folder, alone)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+IN_SHORT = [("mlp-stagewise", signal.SIGTERM, 14), ("cnn-shared", signal.SIGINT, 14)]  # the others are slow
+
+
 @pytest.mark.parametrize(
-    ("step", "where"),
-    [pytest.param(3, "epoch 1 after step 3", marks=pytest.mark.slow), (14, "epoch 2 after step 7")],
+    ("run", "number", "step", "where"),
+    [
+        pytest.param(name, number, step, where, marks=() if (name, number, step) in IN_SHORT else pytest.mark.slow)
+        for name in NETWORKS
+        for number in (signal.SIGTERM, signal.SIGINT)
+        for step, where in ((3, "epoch 1 after step 3"), (14, "epoch 2 after step 7"))
+    ],
+    indirect=["run"],
 )
 def test_a_stopped_run_is_saved_and_resumes_to_the_same_bits(run, tmp_path, number, step, where):
     words, alone = run
