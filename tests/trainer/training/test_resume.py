@@ -17,7 +17,9 @@ from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.checkpoint import load_checkpoint
 
 # 7 steps an epoch, the last on 8 images; saved after steps 2, 4, 6 and 7 of each. One-cycle, for its momentary rate.
-COMMON = "--train-images 200 --batch-size 32 --crop 1 --epochs 3 --save-every 2 --lr-schedule one-cycle --seed 3".split()
+COMMON = (
+    "--train-images 200 --batch-size 32 --crop 1 --epochs 3 --save-every 2 --lr-schedule one-cycle --seed 3".split()
+)
 COMMON += ["--hidden-dim", "32"]
 NETWORKS = {
     "mlp-stagewise": "--arch mlp --layout stagewise --alpha 0.8:0.4",
