@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from bench.training import epoch
 from helpers.image_sets import write_image_folder
+from helpers.killed import _context
 from sid_trainer import build_network
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -23,13 +23,18 @@ def where(tmp_path_factory):
     return ["--data", str(data), "--cache", str(root / "cache"), "--out", str(root / "epoch.json")]
 
 
-def run(*words):
-    return subprocess.run([sys.executable, BENCH / "training" / "epoch.py", *words], capture_output=True, text=True)
+@pytest.fixture
+def forked_contenders(monkeypatch):
+    """Fork the contenders' processes from one that has imported what they need."""
+    monkeypatch.setattr(epoch.multiprocessing, "get_context", lambda method: _context)
 
 
-def test_one_round(where):
-    done = run(*where, "--images", "64", "--rounds", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.usefixtures("forked_contenders")
+def test_one_round(where, monkeypatch, capfd):
+    words = [*where, "--images", "64", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "training" / "epoch.py"), *words])  # is filed
+    assert epoch.main() == 0
+    printed = capfd.readouterr().out
     text = Path(where[-1]).read_text()
     filed = json.loads(text)
     assert {"machine", "versions", "commit", "command", "date"} <= filed.keys() and where[1] not in text
@@ -38,11 +43,11 @@ def test_one_round(where):
     base = filed["contenders"]["reference"]["images_per_second_by_round"]
     for name, row in filed["contenders"].items():
         speeds = row["images_per_second_by_round"]
-        assert len(speeds) == 2 and min(speeds) > 0 and f"{row['times_reference']:.2f}" in done.stdout
+        assert len(speeds) == 2 and min(speeds) > 0 and f"{row['times_reference']:.2f}" in printed
         ratios = [a / b for a, b in zip(speeds, base, strict=True)]
         assert row["times_reference"] == pytest.approx(statistics.median(ratios))
         assert row["test_accuracy"] >= 0.5, name  # two classes that differ in colour
-    lines = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("round 1")]
+    lines = [line.split()[2] for line in printed.splitlines() if line.startswith("round 1")]
     assert len(lines) == 3 and lines[0] == "sid"  # each round begins with another
 
 
@@ -81,11 +86,14 @@ def test_the_references_network_and_loop(where, monkeypatch):
         (["--data", "nowhere"], "nowhere: no such folder"),
     ],
 )
-def test_bad_arguments_are_one_line_and_status_2(where, words, message):
-    done = run(*where, *words)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_bad_arguments_are_one_line_and_status_2(where, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        epoch.main([*where, *words])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and message in printed and printed.count("\n") == 1, printed
 
 
+@pytest.mark.usefixtures("forked_contenders")
 def test_a_contender_that_fails_is_named():
     args = epoch.argparse.Namespace(data="nowhere", cache=None, images=8, rounds=1)
     with pytest.raises(RuntimeError, match="reference: DataError: nowhere: no such folder"):

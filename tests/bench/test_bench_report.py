@@ -1,14 +1,14 @@
 """The benchmark's own correctness at toy sizes: that every contender computes the same, and what a report holds."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.kernels import contenders
+from bench.gpu import sanitizer_case
+from bench.kernels import contenders, report
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -43,14 +43,13 @@ def test_traffic_is_what_must_move():
     assert problem.clone_traffic == 4 * 6 * 10 * 2
 
 
-def test_report_and_plot(tmp_path):
+def test_report_and_plot(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "cpu.json", tmp_path / "bench.png"
     words = ["--sizes", "8x5", "16x9", "--rounds", "4", "--device", "cpu", "--skip", "compiled"]
-    done = subprocess.run(
-        [sys.executable, BENCH / "kernels" / "report.py", "--out", out, *words], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert " us" not in done.stdout and "GB/s" not in done.stdout  # on a CPU the table shows ratios only
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "kernels" / "report.py"), "--out", str(out), *words])  # is filed
+    assert report.main() == 0
+    printed = capsys.readouterr().out
+    assert " us" not in printed and "GB/s" not in printed  # on a CPU the table shows ratios only
     filed = json.loads(out.read_text())
     assert {"machine", "versions", "commit", "command", "date"} <= filed.keys()
     assert [(r["rows"], r["classes"], r["dtype"]) for r in filed["results"]] == [
@@ -68,11 +67,10 @@ def test_report_and_plot(tmp_path):
         ratio = entry["ratios"]["local_loss_and_grad"]["eager four-op"]["of_medians"]
         assert ratio == pytest.approx(found["eager four-op"]["seconds"] / ours["seconds"], rel=1e-6)
     assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
-    subprocess.run([sys.executable, BENCH / "kernels" / "report.py", "--plot", out, "--out", picture], check=True)
+    assert report.main(["--plot", str(out), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_sanitizer_case_agrees_with_the_reference():
-    command = [sys.executable, BENCH / "gpu" / "sanitizer_case.py", "--backend", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_sanitizer_case_agrees_with_the_reference(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sanitizer_case.py", "--backend", "cpu"])
+    assert sanitizer_case.main() == 0

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -168,18 +167,14 @@ def test_costs_of_the_cascade():
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def report(*words):
-    return subprocess.run(
-        [sys.executable, BENCH / "kernels" / "step_report.py", *words], capture_output=True, text=True
-    )
-
-
-def test_report_and_plot(tmp_path):
+def test_report_and_plot(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "steps.json", tmp_path / "steps.png"
     words = ["--cascades", "2x8x6x5x4", "--heads", "16x4x9:bfloat16", "--rounds", "3", "--device", "cpu"]
-    done = report("--out", out, *words, "--skip", "compiled")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " us" not in done.stdout and "operators" in done.stdout  # on a CPU the table shows ratios only
+    words += ["--skip", "compiled", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "kernels" / "step_report.py"), *words])  # is filed
+    assert step_report.main() == 0
+    printed = capsys.readouterr().out
+    assert " us" not in printed and "operators" in printed  # on a CPU the table shows ratios only
     filed = json.loads(out.read_text())
     assert {"machine", "versions", "commit", "command", "date", "settings"} <= filed.keys()
     assert [(e["operation"], e["size"]) for e in filed["results"]] == [
@@ -195,7 +190,7 @@ def test_report_and_plot(tmp_path):
     found = filed["results"][0]["contenders"]
     assert ratio == pytest.approx(found["BP step"]["seconds"] / found["sid_step"]["seconds"], rel=1e-6)
     assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
-    assert report("--plot", out, "--out", picture).returncode == 0
+    assert step_report.main(["--plot", str(out), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
