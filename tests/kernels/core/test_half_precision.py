@@ -35,7 +35,7 @@ def gradient(loss, inputs, incoming):
     return torch.autograd.grad(loss, inputs, torch.full_like(loss, incoming))
 
 
-@pytest.mark.parametrize("shape", [(8192, 4096), (32768, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(8192, 4096), pytest.param((32768, 1024), marks=pytest.mark.slow)], ids=str)
 def test_float16_gradient_survives_the_mean(shape):
     """With a loss scale, no further from float64 than 1.5 times what PyTorch is; it was 9.6% and 30% off."""
     z, q, target = make_logits(*shape, torch.float16)
@@ -104,7 +104,13 @@ class RoundedLinear(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes", "reduction"), [(2048, 50257, "mean"), (300, 10, "mean"), (300, 10, "none"), (64, 5000, "none")]
+    ("rows", "classes", "reduction"),
+    [
+        pytest.param(2048, 50257, "mean", marks=pytest.mark.slow),
+        (300, 10, "mean"),
+        (300, 10, "none"),
+        (64, 5000, "none"),
+    ],
 )
 def test_float16_gradients_of_a_head(rows, classes, reduction):
     torch.manual_seed(0)

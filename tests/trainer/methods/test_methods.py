@@ -12,9 +12,10 @@ from sid_trainer.methods.factory import BACKPROPAGATED, METHODS, make_lr_schedul
 from sid_trainer.network.architectures import LAYOUTS, TRUNKS
 from sid_trainer.training.config import TrainConfig
 
-# Every method on a small network, two methods on the others; the rest is slow.
+# Every method on a small network, SID on all, backpropagation on a small convolutional one; the rest is slow.
+IN_SHORT = {"sid": TRUNKS, "bp": ("mlp", "simple_cnn")}
 CELLS = [
-    pytest.param(a, b, m, id=f"{a}-{b}-{m}", marks=[] if a == "mlp" or m in ("sid", "bp") else [pytest.mark.slow])
+    pytest.param(a, b, m, id=f"{a}-{b}-{m}", marks=[] if a in IN_SHORT.get(m, ["mlp"]) else [pytest.mark.slow])
     for a in TRUNKS
     for b in LAYOUTS
     for m in METHODS
