@@ -105,7 +105,7 @@ class LocalPass:
                 features, given, self.targets, alpha, **self.options.loss
             )
             if leaf.requires_grad:
-                leaf.grad = dfeatures
+                leaf.grad = dfeatures.to(leaf.dtype)
             for weight, gradient in zip(weights, gradients, strict=True):
                 if weight.requires_grad:
                     self.gradients.append((weight, gradient.to(weight.dtype)))
