@@ -23,7 +23,7 @@ NEEDS = {
 CASES = [  # recipe, arguments of its main, what it must reach
     ("timm_models", ("resnet18",), 0.6),  # accuracies; chance: 10%
     pytest.param("timm_models", ("convnext_atto",), 0.6, marks=pytest.mark.slow),
-    ("timm_models", ("vit_tiny_patch16_224",), 0.3),
+    pytest.param("timm_models", ("vit_tiny_patch16_224",), 0.3, marks=pytest.mark.slow),
     ("torchvision_finetuning", (), 0.6),
     ("unet_pixels", (), 0.65),  # chance: 33%; 58% if every pixel of a square is given the upper square's class
     ("gpt2_language_model", (), 0.8),  # characters of a continuation

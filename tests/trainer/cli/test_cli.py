@@ -81,7 +81,7 @@ def test_image_folder_end_to_end_in_bfloat16(tmp_path):
 @pytest.mark.parametrize(
     ("words", "depth", "optimizers"),
     [
-        ("--depth 3", 3, 2),
+        pytest.param("--depth 3", 3, 2, marks=pytest.mark.slow),
         ("--depth 3 --schedule two-phase --alpha 0.9:0.3", 3, 4),
         ("--depth 3 --schedule reference --channels-last", 3, 1),
         ("--depth 3 --method deep-supervision --no-channels-last", 3, 1),

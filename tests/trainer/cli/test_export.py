@@ -117,7 +117,7 @@ def test_pixels_are_normalized_per_channel(program):
     assert len(list(exported_.parameters())) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("arch", ["vgg11", "resnet18", "vit_tiny"])
+@pytest.mark.parametrize("arch", [pytest.param("vgg11", marks=pytest.mark.slow), "resnet18", "vit_tiny"])
 def test_other_networks_with_any_batch_size(arch):
     """Covers batch-norm after one batch, and learned positions."""
     network = build_network(arch, "stagewise", num_classes=3, in_channels=1, image_size=(4, 4))

@@ -1,9 +1,9 @@
 """Data parallel equals one process on the whole batch within rounding; what cannot work together is refused in one line."""
 
 import copy
+import functools
 import json
 import socket
-from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +32,18 @@ RUNS = {
     "bp-accumulate": "--arch mlp --layout stagewise --method bp-accumulate --batch-size 28",
     "deep-supervision": "--arch simple_cnn --layout stagewise --method deep-supervision --batch-size 13",
 }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return the folder of a run by one process. Each is made once."""
+
+    @functools.cache
+    def of(name: str) -> Path:
+        out = tmp_path_factory.mktemp(name) / "alone"
+        return trained(*SMALL.split(), *RUNS[name].split(), count=1, out=out)
+
+    return of
 
 
 def check_close(one: Path, other: Path) -> None:
@@ -71,17 +83,15 @@ IN_SHORT = (("data", "mlp"), ("data", "shared"), ("shard", "mlp"))  # the others
         ]
     ],
 )
-def test_two_replicas_are_one_process_on_the_whole_batch(tmp_path, how, name):
-    words = [*SMALL.split(), *RUNS[name].split()]
-    serial = trained(*words, count=1, out=tmp_path / "serial")
+def test_two_replicas_are_one_process_on_the_whole_batch(alone, tmp_path, how, name):
+    words, serial = [*SMALL.split(), *RUNS[name].split()], alone(name)
     check_close(serial, trained(*words, "--parallel", how, count=2, out=tmp_path / how))
     assert rows_of(serial)[0]["stage_loss"] != rows_of(serial)[1]["stage_loss"]
 
 
-def test_a_pipeline_in_two_replicas(tmp_path):
+def test_a_pipeline_in_two_replicas(alone, tmp_path):
     """4 processes: 2 ranks of stages, 2 shares of every batch; stopped on the way and gone on with by 2."""
-    words = [*SMALL.split(), *RUNS["mlp"].split()]
-    serial = trained(*words, count=1, out=tmp_path / "serial")
+    words, serial = [*SMALL.split(), *RUNS["mlp"].split()], alone("mlp")
     grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
     whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
     check_close(serial, whole)
@@ -352,7 +362,7 @@ def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch)
     for stage in network.stages:
         stage.register_forward_hook(lambda *_: take(clock, 1.0))
     for loading, few in ((0.0, 4), (100.0, 1)):
-        monkeypatch.setattr(Batches, "shuffle", partialmethod(slowly, shuffled, clock, loading))
+        monkeypatch.setattr(Batches, "shuffle", functools.partialmethod(slowly, shuffled, clock, loading))
         first, second = assign_stages(run, network, data, communicator)
         assert [*first, *second] == list(range(8)) and len(first) == few
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

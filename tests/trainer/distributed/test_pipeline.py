@@ -31,7 +31,7 @@ RUNS = {
     "cnn": "--arch simple_cnn",
     "cnn-bfloat16": "--arch simple_cnn --dtype bfloat16 --in-flight 3",
     "cnn-contiguous": "--arch simple_cnn --no-channels-last",
-    "batch-norm": "--arch resnet18 --train-images 26 --batch-size 12 --epochs 2",
+    "batch-norm": "--arch resnet18 --train-images 26 --batch-size 12 --epochs 2 --optimizer sgd",
 }
 PARALLEL = ("--parallel", "stage")
 

@@ -115,7 +115,8 @@ MODELS = {
 LANGUAGE = ("transformers-gpt2", "transformers-llama")
 HEAVY = (
     "timm-resnet18", "timm-mixer_s16", "timm-resnet50", "timm-poolformer_s12", "timm-vgg11_bn", "timm-efficientnet_b0", "torchvision-resnet50",
-    "torchvision-convnext_tiny", "torchvision-efficientnet_b0",
+    "torchvision-convnext_tiny", "torchvision-efficientnet_b0", "timm-maxvit_nano", "timm-swin_tiny", "timm-mobilenetv3_small",
+    "timm-deit_tiny", "timm-regnety_002",
 )  # fmt: skip
 
 

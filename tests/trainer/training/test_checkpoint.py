@@ -68,9 +68,8 @@ def test_a_flipped_byte_is_refused_and_the_one_before_offered_and_taken(run, fin
 def test_wherever_a_byte_is_flipped_the_file_is_refused_or_means_the_same(run, finished):
     """A few bytes of an archive mean nothing: padding, and dates."""
     whole, content, caught = load_checkpoint(finished), (run / "last.pt").read_bytes(), 0
-    positions = [i / 150 for i in range(150)] + [
-        1 - i / len(content) for i in range(1, 150)
-    ]  # the end is the directory
+    positions = [i / 60 for i in range(60)]
+    positions += [1 - i / len(content) for i in range(1, 150, 3)]  # the end is the directory
     for position in positions:
         damage(run / "last.pt", position)
         try:
@@ -79,7 +78,7 @@ def test_wherever_a_byte_is_flipped_the_file_is_refused_or_means_the_same(run, f
             assert "damaged or not a checkpoint" in str(error) and "\n" not in str(error)
             caught += 1
         (run / "last.pt").write_bytes(content)
-    assert caught > 150
+    assert caught > 60
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
