@@ -1,9 +1,11 @@
 """The table of bytes held by a training step: which methods' bytes grow with depth, and the command that writes it."""
 
+import functools
 import json
 
 import pytest
 
+from bench.training import memory
 from bench.training.memory import COLUMNS, UNFUSED, main, measure
 from sid_trainer import build_network
 from sid_trainer.methods.common import StepOptions
@@ -17,9 +19,12 @@ def by_depth(rows, layout, arch, method, column):
     return [row[column] for row in sorted(chosen, key=lambda row: row["depth"])]
 
 
-@pytest.fixture(scope="module")
-def measured():
-    return measure(METHODS, [4, 32], [16], quiet=True)
+@functools.cache
+def measured(arch):
+    """Return the rows of the networks of an architecture: of `mlp`, shared and stagewise; of `simple_cnn`, shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "NETWORKS", [network for network in memory.NETWORKS if network[1] == arch])
+        return measure(METHODS, [4, 32], [16], quiet=True)
 
 
 SLOW_CASES = [("shared", "simple_cnn", UNFUSED), ("stagewise", "mlp", "greedy")]
@@ -29,8 +34,8 @@ SLOW_CASES = [("shared", "simple_cnn", UNFUSED), ("stagewise", "mlp", "greedy")]
     ("shared", "mlp", UNFUSED), ("stagewise", "mlp", "sid"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
 ])  # fmt: skip
-def test_sid_holds_one_stage_at_any_depth(measured, layout, arch, method):
-    few, many = by_depth(measured, layout, arch, method, "saved_bytes")
+def test_sid_holds_one_stage_at_any_depth(layout, arch, method):
+    few, many = by_depth(measured(arch), layout, arch, method, "saved_bytes")
     assert 0 < many <= 1.1 * few
 
 
@@ -50,17 +55,21 @@ def test_what_the_fused_cascade_holds_is_counted_and_at_most_16_mib():
 
 @pytest.mark.parametrize("method", ["deep-supervision", "bp"])
 @pytest.mark.parametrize("layout", ["shared", "stagewise"])
-def test_what_backpropagates_holds_every_stage(measured, layout, method):
+def test_what_backpropagates_holds_every_stage(layout, method):
     """Without the images (3072 numbers each), which every method holds once."""
-    few, many = (held - 16 * 3072 * FLOAT for held in by_depth(measured, layout, "mlp", method, "saved_bytes"))
+    few, many = (held - 16 * 3072 * FLOAT for held in by_depth(measured("mlp"), layout, "mlp", method, "saved_bytes"))
     if layout == "shared":  # nor what its extractor holds
         few, many = (held - 16 * 4 * 256 * FLOAT for held in (few, many))
     assert many >= 4 * few > 0
 
 
-def test_the_table_has_every_cell_and_reads_as_one(measured, tmp_path, capsys):
-    assert len(measured) == 2 * (3 * len(METHODS) + 2)
-    assert all(row["peak_bytes"] > 0 < row["saved_bytes"] for row in measured)
+@pytest.mark.parametrize(("arch", "layouts"), [("mlp", 2), pytest.param("simple_cnn", 1, marks=pytest.mark.slow)])
+def test_every_cell_is_measured(arch, layouts):
+    assert len(measured(arch)) == 2 * (layouts * len(METHODS) + 1)
+    assert all(row["peak_bytes"] > 0 < row["saved_bytes"] for row in measured(arch))
+
+
+def test_the_table_has_every_cell_and_reads_as_one(tmp_path, capsys):
     file = tmp_path / "memory.json"
     words = "--methods sid bp --depths 1 2 --batch-sizes 3 --out".split()
     main([*words, str(file)])

@@ -180,7 +180,10 @@ def test_few_drained_batches_predict_many(schedule, costs, m):
 # ---------------------------------------------------------------- measured
 
 
-@pytest.mark.parametrize(("arch", "size"), [("simple_cnn", 8), ("resnet18", 8), ("vit_tiny", 8), ("mlp", 8)])
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("simple_cnn", 8), ("resnet18", 8), pytest.param("vit_tiny", 8, marks=pytest.mark.slow), ("mlp", 8)],
+)
 def test_measuring_changes_nothing_and_finds_every_stage(arch, size):
     torch.manual_seed(0)
     inputs, targets = torch.randn(4, 3, size, size), torch.randint(0, 10, (4,))

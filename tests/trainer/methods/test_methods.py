@@ -65,7 +65,10 @@ SMOOTHED = [{"label_smoothing": 0.1}, {"label_smoothing": 0.1, "divergence": "re
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("arch", "options"), [(arch, {}) for arch in TRUNKS] + [("simple_cnn", options) for options in SMOOTHED], ids=str
+    ("arch", "options"),
+    [pytest.param(arch, {}, marks=pytest.mark.slow if arch == "vit_tiny" else ()) for arch in TRUNKS]
+    + [("simple_cnn", options) for options in SMOOTHED],
+    ids=str,
 )
 def test_the_schedules_have_the_same_gradients(arch, layout, options):
     """In float64, relative to the largest gradient of the stage a parameter belongs to."""

@@ -38,7 +38,9 @@ def alone(words, tmp_path_factory):
     [
         ((STEP, 3), signal.SIGKILL, 1),  # in a step
         ((STEP, 27), signal.SIGBUS, 2),  # in a step of the second epoch, as when shared memory is full
-        (("sid_trainer.training.trainer.Trainer.save", 1), signal.SIGKILL, 1),  # while it saves
+        pytest.param(
+            ("sid_trainer.training.trainer.Trainer.save", 1), signal.SIGKILL, 1, marks=pytest.mark.slow
+        ),  # while it saves
         (("sid_trainer.training.strategy.Strategy.stage_logits", 2), signal.SIGKILL, 1),  # in the evaluation
     ],
 )
