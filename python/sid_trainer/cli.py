@@ -73,6 +73,8 @@ def introduce(trainer: Trainer) -> None:
         f" {run['arch']} {run['layout']}, {run['depth']} stages, {run['num_parameters']:,} parameters,"
         f" {run['dtype']} on {trainer.strategy.device}"
     )
+    if counts := run.get("operations"):
+        print(f"operations per image: {counts['training']:.3g} to train, {counts['inference']:.3g} to run all stages")
 
 
 def show(folder: Path) -> None:
@@ -124,11 +126,30 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure every stage of a trained network on its test images."""
     from .runs.build import evaluate_run
 
-    metrics = evaluate_run(args.run_folder, data=getattr(args, "data", None), cache=getattr(args, "cache", None))
+    moved = {name: getattr(args, name, None) for name in ("data", "cache")}
+    metrics = evaluate_run(args.run_folder, exits=args.exit, **moved)
     print_stages(metrics["accuracy"], metrics["kl"], metrics["certificate"], f"on {metrics['images']} test images")
     for name, meaning in (("plain", "trunk and last head alone"), ("averaged", "mean of the stages' log-beliefs")):
         if name in metrics:
             print(f"{name} {metrics[name]:.2%}   ({meaning})")
+    if args.exit:
+        show_exits(metrics, args.run_folder)
+
+
+def show_exits(metrics: dict, path: Path) -> None:
+    """Print a row per confidence and draw them beside the run."""
+    from .files import EXITS, write_atomically
+    from .report.figures import draw_exits
+
+    print("\nconfidence   accuracy   operations   images that leave at each stage")
+    for row in metrics["exits"]:
+        shares = " ".join(f"{share:4.0%}" for share in row["stages"])
+        print(f"{row['confidence']:>10} {row['accuracy']:10.2%} {row['operations']:12,.0f}   {shares}")
+    if "plain" in metrics:
+        print(f"{'plain':>10} {metrics['plain']:10.2%} {metrics['plain_operations']:12,.0f}")
+    picture, file = draw_exits(metrics), (path if path.is_dir() else path.parent) / EXITS
+    write_atomically(file, lambda stream: stream.write(picture))
+    print(f"\npicture: {file}")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PIPELINE = "pipeline.json"  # how the ranks of a pipeline spent the last epoch
 PICTURE = "stages.png"
+EXITS = "exit.png"  # accuracy and operations of images that leave the cascade early
 
 
 def nonempty_path(path: str | os.PathLike, name: str) -> Path:

@@ -104,7 +104,7 @@ class LocalPass:
             result, dfeatures, gradients = refine_cascade_and_grad(
                 features, given, self.targets, alpha, **self.options.loss
             )
-            if leaf.requires_grad:
+            if dfeatures is not None and leaf.requires_grad:
                 leaf.grad = dfeatures.to(leaf.dtype)
             for weight, gradient in zip(weights, gradients, strict=True):
                 if weight.requires_grad:

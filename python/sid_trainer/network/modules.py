@@ -4,7 +4,7 @@ Nothing here knows how the network is trained.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ class Stage(nn.Module):
         """Return this stage's features and logits (B, C), given the preceding features and belief (B, C)."""
         features = self.body(features)
         return features, self.head(features, prior)
+
+
+class Prediction(NamedTuple):
+    """What `SIDNetwork.predict` returns."""
+
+    logits: Tensor  # (B, C), those of the stage at which each image left
+    stage: Tensor  # (B,) int64, that stage, counted from 0
 
 
 def call_module(module: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -118,6 +125,32 @@ class SIDNetwork(nn.Module):
         """Return the mean over the stages of the logarithms of their beliefs (B, C); its argmax is a prediction."""
         logs = [at_least_float32(logits).log_softmax(dim=1) for logits in self.stage_logits(inputs)]
         return torch.stack(logs).mean(0)
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, confidence: float = 0.9) -> Prediction:
+        """Return the logits of the first stage that is sure of each image; later stages do not run for that image.
+
+        A stage is sure if the largest entry of its belief is at least `confidence`, in [0, 1]. Images of which no stage
+        is sure have the last stage's logits. Call `eval()` before. Raises ValueError for another confidence.
+        """
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"confidence must be in [0, 1], not {confidence}")
+        features = self.leave_half(self.extractor(inputs))
+        prior, left = self.uniform(features), torch.arange(len(inputs), device=features.device)
+        logits = torch.empty_like(prior)
+        exits = torch.full_like(left, self.depth - 1)
+        stages: Iterable[StageCall] = self.stages
+        for i, stage in enumerate(stages):
+            features, stage_logits = stage(features, prior)
+            stage_logits = at_least_float32(stage_logits)
+            prior = stage_logits.softmax(dim=1)
+            sure = prior.amax(dim=1) >= confidence
+            logits[left], exits[left[sure]] = stage_logits.to(logits.dtype), i
+            if sure.any():
+                features, prior, left = features[~sure], prior[~sure], left[~sure]
+            if not len(left):
+                break
+        return Prediction(logits, exits)
 
     def beliefs(self, inputs: Tensor) -> Tensor:
         """Return the belief of every stage, (L, B, C)."""

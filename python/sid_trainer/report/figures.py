@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from .results import METHODS, Results, shown
 
@@ -51,6 +51,29 @@ def draw_run(results: Results) -> bytes:
                 axes.legend(loss, ["training loss"])
                 axes.autoscale(axis="y")
     figure.suptitle(run["name"], parse_math=False)
+    return as_png(figure)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_exits(metrics: dict[str, Any]) -> bytes:
+    """Draw accuracy against operations per image of `evaluate_run(exits=True)`: a point per confidence."""
+    rows = metrics["exits"]
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["operations"] for row in rows], [row["accuracy"] for row in rows], "o-", label="leave if sure")
+    labelled = -math.inf
+    for row in rows:
+        if row["operations"] > labelled + 0.04 * rows[-1]["operations"]:  # labels that would not overlap
+            labelled, place = row["operations"], (row["operations"], row["accuracy"])
+            axes.annotate(str(row["confidence"]), place, (-4, 7), textcoords="offset points", size=8)
+    if "plain" in metrics:
+        axes.plot(metrics["plain_operations"], metrics["plain"], "ks", label="trunk and last head alone")
+    axes.set(xlabel="operations per image, mean", ylabel="test accuracy", title="Early exit, by confidence")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="best")
     return as_png(figure)
 
 

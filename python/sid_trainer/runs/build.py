@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import asdict, fields, replace
 from itertools import accumulate, chain, count, pairwise
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..network.modules import SIDNetwork
 from ..network.own import Network, make_own_network
 from ..training.checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint
 from ..training.config import DTYPES, MOVABLE, PROCESSES, RunConfig, TrainConfig, is_plain, stage_alphas
-from ..training.evaluation import accuracy, evaluate
+from ..training.evaluation import accuracy, evaluate, exit_curve
+from ..training.operations import exit_operations, training_operations
 from ..training.strategy import Strategy, pick_device
 from ..training.trainer import Trainer
 
@@ -89,6 +91,10 @@ def make_trainer(
     if run.network is not None:
         metadata |= {"arch": run.network, "layout": "own"}
     metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
+    if isinstance(network, SIDNetwork):
+        shape = (data.in_channels, *data.image_size)
+        costs = training_operations(network, run.method, shape), exit_operations(network, shape)[-1]
+        metadata["operations"] = dict(zip(("training", "inference"), costs, strict=True))
     with communicator.watch():
         strategy = make_strategy(run, network, data, communicator)
         return Trainer(network, data, make_config(run), folder, strategy=strategy, metadata=metadata, quiet=quiet)
@@ -222,12 +228,15 @@ def trained_network(path: Path) -> tuple[Network, RunConfig, dict]:
     return network.eval(), run, metadata
 
 
-def evaluate_run(path: Path, **moved: Any) -> dict:
+CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # at which images may leave the cascade
+
+
+def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
     """Return the metrics of a saved network on its test images as `evaluate` does, and the number of `images`.
 
     For a network of separate stages also the accuracy of `plain` inference, by the trunk and the last head alone, and
-    of the `averaged` beliefs. `moved` replaces settings, such as `data`. Raises ValueError if other classes or sizes of
-    images are found there.
+    of the `averaged` beliefs. With `exits`, also what `measure_exits` returns. `moved` replaces settings, such as
+    `data`. Raises ValueError if other classes or sizes of images are found there.
     """
     network, run, metadata = trained_network(path)
     run = replace(run, **{name: value for name, value in moved.items() if value is not None})
@@ -243,4 +252,27 @@ def evaluate_run(path: Path, **moved: Any) -> dict:
     if isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
         metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)
         metrics["averaged"] = accuracy(network.averaged, batches.in_order(), options)
+    if exits:
+        metrics |= measure_exits(network, batches, options, (data.in_channels, *data.image_size))
     return metrics
+
+
+def measure_exits(network: Network, batches: Batches, options: StepOptions, shape: tuple[int, ...]) -> dict:
+    """Return what it costs and saves to let images leave the cascade early.
+
+    "exits" has a dict for each of CONFIDENCES, and for "all" stages: the confidence, accuracy, share of images that
+    leave at each stage, and operations per image. "plain_operations" are those of the trunk and the last head.
+
+    Raises ValueError for a network without several stages.
+    """
+    if not isinstance(network, SIDNetwork) or network.depth < 2:
+        raise ValueError("exit needs a network of several stages that is not cut by names")
+    operations = exit_operations(network, shape)
+    curve = exit_curve(network, batches.in_order(), options, [*CONFIDENCES, math.inf])
+    rows = [
+        {"confidence": name, "accuracy": right, "stages": shares,
+         "operations": sum(share * cost for share, cost in zip(shares, operations, strict=True))}
+        for name, (right, shares) in zip([*CONFIDENCES, "all"], curve, strict=True)
+    ]  # fmt: skip
+    plain = operations[-1] if isinstance(network.stages, StackedHeads) else exit_operations(network.plain(), shape)[-1]
+    return {"exits": rows, "plain_operations": plain}

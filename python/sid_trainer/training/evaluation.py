@@ -10,7 +10,7 @@ from torch import Tensor
 from sid_kernels import fused_local_loss
 
 from ..methods.common import StepOptions, autocast
-from ..network.modules import at_least_float32
+from ..network.modules import SIDNetwork, at_least_float32
 from ..network.own import Network
 
 # Relative to 1 + loss. A stage that copies its prior repeats its loss to 1.4e-6, measured on 2,000 images with C up to
@@ -52,6 +52,32 @@ def accuracy(
             correct += int((classify(inputs).argmax(dim=1) == targets).sum())
         count += len(targets)
     return correct / count
+
+
+@torch.no_grad()
+def exit_curve(
+    network: SIDNetwork, batches: Iterable[tuple[Tensor, Tensor]], options: StepOptions, confidences: Sequence[float]
+) -> list[tuple[float, list[float]]]:
+    """Return the accuracy of `network.predict` for each confidence, and the share of images that leave at each stage.
+
+    The cascade runs once for all confidences.
+    """
+    correct, counts = [0] * len(confidences), torch.zeros(len(confidences), network.depth)
+    for inputs, targets in batches:
+        with autocast(inputs, options.dtype):
+            beliefs = network.beliefs(inputs)  # (L, B, C)
+        largest, classes = beliefs.max(dim=2)
+        for i, confidence in enumerate(confidences):
+            sure = (largest >= confidence).cpu()
+            sure[-1] = True
+            exits = sure.int().argmax(dim=0)  # the first stage that is sure
+            predicted = classes.cpu()[exits, torch.arange(len(targets))]
+            correct[i] += int((predicted == targets.cpu()).sum())
+            counts[i] += torch.bincount(exits, minlength=network.depth)
+    images = counts.sum(dim=1, keepdim=True)
+    return [
+        (right / float(n), share) for right, n, share in zip(correct, images, (counts / images).tolist(), strict=True)
+    ]
 
 
 def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

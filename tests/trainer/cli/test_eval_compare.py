@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+from PIL import Image
 
 from helpers.image_sets import write_image_folder
 from helpers.killed import assert_same, rows_of, sid, state_of
@@ -22,6 +23,7 @@ def last_row(folder):
     "--arch simple_cnn --layout shared --depth 3",
     "--arch mlp --layout stagewise --depth 2 --divergence reverse --label-smoothing 0.1",
     "--arch mlp --layout stagewise --method bp",
+    "--arch mlp --layout stagewise --depth 3 --method greedy --label-smoothing 0.5,0.25,0.1",
     "--arch mlp --layout shared --depth 2 --dtype bfloat16 --method greedy",
     "--arch vgg11 --layout stagewise --train-images 60 --val 0.2 --label-noise 0.4",
 ])  # fmt: skip
@@ -47,6 +49,23 @@ def test_eval_equals_the_last_epoch(words, tmp_path, capsys):
         number, accuracy, kl, certificate = line.split()
         assert int(number) == stage + 1 and accuracy == f"{row['stage_accuracy'][stage]:.2%}"
         assert float(kl) == pytest.approx(row["stage_kl"][stage], abs=1.1e-4) and certificate.endswith("%")
+
+
+def test_eval_of_early_exits(tmp_path, capsys):
+    words = ["--arch", "mlp", "--layout", "stagewise", "--depth", "2", "--epochs", "1", "--train-images", "200"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    assert "operations per image: " in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "run"), "--exit"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[lines.index("") :] if line}
+    assert rows["all"][1] == f"{last_row(tmp_path / 'run')['test_accuracy']:.2%}" and rows["all"][3:] == ["0%", "100%"]
+    operations = [float(rows[name][2].replace(",", "")) for name in ("0.5", "0.9", "0.999", "all", "plain")]
+    assert operations[4] < operations[3] and sorted(operations[:4]) == operations[:4]
+    with Image.open(tmp_path / "run" / "exit.png") as picture:
+        assert picture.width > 500
+    assert main(["train", *words, "--method", "bp", "--out", str(tmp_path / "bp")]) == 0
+    assert main(["eval", str(tmp_path / "bp"), "--exit"]) == 2
+    assert "exit needs a network of several stages" in capsys.readouterr().err
 
 
 def test_eval_on_a_moved_data_set(tmp_path, capsys):
