@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import forked
+
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
 
 
-def python(*arguments: str, folder: Path, interpret: bool) -> subprocess.CompletedProcess:
+def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {
-        "TRITON_INTERPRET": "1" if interpret else "0",
+        "TRITON_INTERPRET": "1",
         "TRITON_CACHE_DIR": str(folder),
         "OMP_NUM_THREADS": "1",  # tiny tensors
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
@@ -48,7 +50,7 @@ SELECTED = [
 def test_cases_under_the_interpreter(file, marker, count, tmp_path):
     pytest.importorskip("triton")
     command = ["-m", "pytest", str(HERE / file), "-m", marker, "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
-    done = python(*command, folder=tmp_path, interpret=True)
+    done = python(*command, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
     assert passed >= count, done.stdout  # all were collected
@@ -61,7 +63,7 @@ def test_why_it_cannot_be_used(tmp_path, hide):
     block = "import sys; sys.modules['triton'] = None; " if hide == "triton" else ""
     no_gpu = "import torch; torch.cuda.is_available = lambda: False; "
     code = block + no_gpu + "from sid_kernels.core import triton; print(triton.unavailable())"
-    done = python("-c", code, folder=tmp_path, interpret=False)
+    done = forked(code, cwd=tmp_path, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     if hide == "triton":
         assert "install the triton package" in done.stdout

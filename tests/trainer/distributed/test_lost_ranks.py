@@ -223,7 +223,7 @@ def without(name, state):
     return state | {"config": state["config"] | {name: None}}
 
 
-@pytest.mark.parametrize("how", ["stage", "shard"])
+@pytest.mark.parametrize("how", ["stage", pytest.param("shard", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

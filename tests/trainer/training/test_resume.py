@@ -28,7 +28,7 @@ NETWORKS = {
 STEP = "sid_trainer.training.trainer.Trainer.train_step"  # its nth call begins step n of the run
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=["mlp-stagewise", pytest.param("cnn-shared", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """The arguments of a run, and the folder of one that was left alone."""
     words = ["train", *COMMON, *NETWORKS[request.param].split()]
