@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -42,6 +42,7 @@ class Communicator:
         self.topology, self.timeout = topology, timeout
         self.control_group, self.replica_group = control_group, replica_group
         self.sending: deque[list[tuple[Any, torch.Tensor]]] = deque()
+        self.has_checkpoint: Callable[[], bool] = lambda: False  # whether the run can be resumed
 
     @property
     def is_logging(self) -> bool:
@@ -59,7 +60,8 @@ class Communicator:
                 raise
             silent = "timed out" in text or "timeout" in text
             how = f"said nothing for {self.timeout:g} seconds" if silent else "is gone"
-            raise LostRank(f"rank {self.topology.rank}: {peer} {how}; the last checkpoint is kept") from error
+            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+            raise LostRank(f"rank {self.topology.rank}: {peer} {how}; {kept}") from error
 
     def gather(self, value: Any) -> list:
         """Return the values of all ranks on every rank."""

@@ -122,8 +122,10 @@ def check_sequence(optimizers: Optimizers) -> None:
 
 def check_parameter_dtype(network: SIDNetwork) -> None:
     """Raise ValueError if the stages have parameters in half precision: beliefs are float32."""
-    parameter = next(network.stages.parameters(), None)
-    if parameter is not None and parameter.dtype in HALF:
+    stages = [network.stages] if isinstance(network.stages, StackedHeads) else network.stages
+    first = (next(stage.parameters(), None) for stage in stages)  # of each stage
+    parameter = next((p for p in first if p is not None and p.dtype in HALF), None)
+    if parameter is not None:
         raise ValueError(
             f"network must have float32 or float64 parameters, not {parameter.dtype}; for mixed precision keep them in"
             f" float32 and use dtype={parameter.dtype} or autocast, or call network(inputs, targets).loss.backward()"

@@ -95,6 +95,7 @@ def make_trainer(
         shape = (data.in_channels, *data.image_size)
         costs = training_operations(network, run.method, shape), exit_operations(network, shape)[-1]
         metadata["operations"] = dict(zip(("training", "inference"), costs, strict=True))
+    communicator.has_checkpoint = lambda: folder is not None and has_checkpoint(folder)
     with communicator.watch():
         strategy = make_strategy(run, network, data, communicator)
         return Trainer(network, data, make_config(run), folder, strategy=strategy, metadata=metadata, quiet=quiet)

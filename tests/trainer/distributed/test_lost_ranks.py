@@ -30,6 +30,8 @@ from helpers.ranks import (
     trained,
     workers,
 )  # fmt: skip
+from sid_trainer.distributed.rendezvous import Communicator, LostRank
+from sid_trainer.distributed.topology import Topology
 from sid_trainer.training.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("SID_KILLS", 2))
@@ -263,3 +265,11 @@ def test_a_shared_trunk_trained_by_replicas_is_gone_on_with_by_one_process(tmp_p
     status, text = sid("train", "--resume", folder, out=folder)
     assert status == 0 and "resumed in epoch 2 after step 0" in text, text
     assert json.loads((folder / "config.json").read_text())["fused"] is False
+
+
+def test_without_a_checkpoint_none_is_promised():
+    communicator = Communicator(Topology(stage_rank=1, stage_ranks=2))
+    for has_checkpoint, kept in ((False, "nothing was saved yet"), (True, "the last checkpoint is kept")):
+        communicator.has_checkpoint = lambda has_checkpoint=has_checkpoint: has_checkpoint
+        with pytest.raises(LostRank, match=f"rank 1: another rank is gone; {kept}"), communicator.watch():
+            raise RuntimeError("Connection reset by peer")

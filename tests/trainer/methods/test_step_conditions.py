@@ -113,6 +113,13 @@ def test_parameters_in_half_precision_are_refused(layout, schedule):
         sid_step(network.bfloat16(), inputs.bfloat16(), targets, schedule=schedule)
 
 
+def test_one_stage_in_half_precision_is_refused():
+    network, inputs, targets = make("stagewise")
+    network.stages[-1].bfloat16()
+    with pytest.raises(ValueError, match=r"float32 or float64 parameters, not torch.bfloat16; for mixed"):
+        sid_step(network, inputs, targets)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_single_optimizer_is_refused(name):
     network, inputs, targets = make()

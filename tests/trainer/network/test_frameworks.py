@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
@@ -56,11 +57,15 @@ OPTIMIZERS = {
     "AdamW and SGD": lambda n: by_kind(n, torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1)),
     "Muon and AdamW": lambda n: by_kind(n, lambda p: torch.optim.Muon(p, lr=0.02), torch.optim.AdamW),
     "clipped SGD": lambda n: [sgd(n)],
+    "schedule-free AdamW": lambda n: [AdamWScheduleFree(n.parameters(), lr=0.01)],
     "LBFGS": lambda n: [torch.optim.LBFGS(n.parameters(), lr=0.1, max_iter=3)],
 }
 
 
 def run_optimizers(network, optimizers, loss_and_gradients, clip=False) -> None:
+    for optimizer in optimizers:
+        if hasattr(optimizer, "train"):  # schedule-free
+            optimizer.train()
     for inputs, targets in zip(*(part.split(BATCH) for part in data()), strict=True):
 
         def closure(inputs=inputs, targets=targets):
