@@ -48,8 +48,6 @@ def compute_dlogits(
     if incoming.dim():  # one number expanded to all rows, as that of `loss.sum()`, or one for each row
         expanded = incoming.numel() and not any(incoming.stride())
         incoming = incoming.as_strided((), ()) if expanded else incoming.reshape(-1).contiguous()
-    if ahead is not None and incoming.is_cpu and incoming.dim() == 0 and incoming.item() == 1.0:
-        return ahead.clone() if keep else ahead
     out = None if keep or ahead is None else ahead
     problem = problem._replace(
         need_grad=True, need_belief=False, out=out, incoming=incoming.float(), precomputed=out is not None
@@ -57,6 +55,15 @@ def compute_dlogits(
     dlogits = run(problem, backend).dlogits
     assert dlogits is not None
     return dlogits
+
+
+def is_one(incoming: Tensor) -> bool:
+    """Return whether an incoming gradient on the CPU is the number 1, also expanded to all rows."""
+    if incoming.dim():
+        if any(incoming.stride()) or not incoming.numel():
+            return False
+        incoming = incoming.as_strided((), ())
+    return incoming.item() == 1.0
 
 
 class AttachHalf(torch.autograd.Function):
@@ -80,12 +87,16 @@ class AttachHalf(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         ahead, logits, prior, labels, soft, alpha = ctx.saved_tensors
-        spec = LossSpec(labels, soft, ctx.alpha if alpha is None else alpha, ctx.options)
-        problem = LocalLossProblem(logits, prior, spec, need_grad=True)
-        if ahead is not None:
-            ahead = ahead.view(logits.shape)
-        with torch.no_grad():
-            dlogits = compute_dlogits(problem, ctx.backend, grad_loss, ahead, keeps_graph()).view(ctx.shape)
+        if ahead is not None and grad_loss.is_cpu and not batched(grad_loss) and is_one(grad_loss):
+            dlogits = ahead.clone() if keeps_graph() else ahead
+        else:
+            spec = LossSpec(labels, soft, ctx.alpha if alpha is None else alpha, ctx.options)
+            problem = LocalLossProblem(logits, prior, spec, need_grad=True)
+            ahead = None if ahead is None else ahead.view(logits.shape)
+            with torch.no_grad():
+                dlogits = compute_dlogits(problem, ctx.backend, grad_loss, ahead, keeps_graph())
+        if dlogits.shape != ctx.shape:
+            dlogits = dlogits.view(ctx.shape)
         if torch.is_grad_enabled():  # create_graph=True
             dlogits = once_differentiable(ctx, dlogits, "fused_local_loss")
         return dlogits, None, None, None
