@@ -62,6 +62,7 @@ def cut(
     not certain.
     """
     options = HeadOptions(head_depth, hidden_dim, grid, norm, prior_input)
+    check_arguments(model, num_classes, example, channels)
     if isinstance(at, str):
         raise ValueError(f"at must be a list of names of submodules, not {at!r}")
     if not at or not all(isinstance(name, str) for name in at):
@@ -76,6 +77,8 @@ def cut(
         shift=shift, mask=mask,
     )  # fmt: skip
     found = inspect(network, example)
+    if heads is not None and not callable(heads) and len(heads) != len(at):
+        raise ValueError(f"heads must be one for each of the {len(at)} cuts, not {len(heads)}")
     for i, features in enumerate(found[: len(at)]):
         if heads is not None:
             head = heads(i, features.tensor) if callable(heads) else heads[i]
@@ -104,6 +107,18 @@ def make_head(
     pooling = FeaturePooling(shape, grid, channels)
     dim = pooling.dim
     return StageHead(dim, num_classes, pooling=nn.Sequential(*tail, pooling) if tail else pooling, **common)
+
+
+def check_arguments(model: nn.Module, num_classes: int, example: Any, channels: str | None) -> None:
+    """Raise ValueError for arguments of `cut` that no model could have."""
+    if isinstance(model, (CutNetwork, SIDNetwork)):
+        raise ValueError(f"model must not be cut already, as this {type(model).__name__} is; cut its own model")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
+    if channels not in (None, "first", "last"):
+        raise ValueError(f"channels must be 'first', 'last' or None, not {channels!r}")
+    if not isinstance(example, (Tensor, tuple, list, Mapping)):
+        raise ValueError(f"example must be a tensor, a tuple or a dict of inputs, not {type(example).__name__}")
 
 
 def check_names(model: nn.Module, at: Sequence[str]) -> None:

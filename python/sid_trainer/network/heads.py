@@ -100,9 +100,9 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("hidden_dim", 1), ("grid", 1)):
-            if getattr(self, name) < least:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 name, value = {"depth": "head_depth"}.get(name, name), getattr(self, name)
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value}")
         if not 0 <= self.prior_dropout <= 1:
             raise ValueError(f"prior_dropout must be in [0, 1], not {self.prior_dropout}")
 

@@ -185,6 +185,8 @@ def stage_loss(
         logits, prior, targets, alpha, reduction="none", **options.loss_of_stage(stage)
     )
     weight = options.class_weight.to(result.loss)
+    if len(weight) != logits.shape[-1]:
+        raise ValueError(f"class_weight must have {logits.shape[-1]} entries, one per class, not {len(weight)}")
     if targets.is_floating_point():
         weights = targets.to(weight.dtype) @ weight
     else:

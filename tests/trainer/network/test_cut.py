@@ -441,6 +441,13 @@ REFUSED = {
     "a module that runs twice": (Twice(), ["block"], {"own_classifier": True}, RuntimeError, "once each, in this order; 'block' did not"),
     "tied parameters": (Tied(), ["first", "last"], {}, ValueError, "parameter first.weight = last.weight is used in stages 1 and 2: untie it"),
     "heads of another size": (TRUNK, ["0"], {"heads": [nn.Bilinear(8, CLASSES, 3)]}, ValueError, r"heads must return logits \(B, ..., 5\), but head 0"),
+    "too few heads": (TRUNK, ["0", "2"], {"heads": [nn.Bilinear(8, CLASSES, CLASSES)]}, ValueError, "heads must be one for each of the 2 cuts, not 1"),
+    "channels": (TRUNK, ["0"], {"channels": "middle"}, ValueError, "channels must be 'first', 'last' or None, not 'middle'"),
+    "part of a unit": (TRUNK, ["0"], {"hidden_dim": 1.5}, ValueError, "hidden_dim must be a whole number of at least 1, not 1.5"),
+    "one class": (TRUNK, ["0"], {"num_classes": 1}, ValueError, "num_classes must be a whole number of at least 2, not 1"),
+    "classes as text": (TRUNK, ["0"], {"num_classes": "5"}, ValueError, "num_classes must be a whole number of at least 2, not '5'"),
+    "no example": (TRUNK, ["0"], {"example": None}, ValueError, "example must be a tensor, a tuple or a dict of inputs, not NoneType"),
+    "cut already": (cut(TRUNK, [1], CLASSES, torch.zeros(2, 8)), ["stages.0"], {}, ValueError, "model must not be cut already, as this SIDNetwork is"),
 }  # fmt: skip
 
 
@@ -448,8 +455,21 @@ REFUSED = {
 def test_one_line_says_what_is_wrong(case):
     model, at, options, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message) as caught:
-        cut(model, at, CLASSES, torch.randn(2, 8), **options)
+        cut(model, at, **{"num_classes": CLASSES, "example": torch.randn(2, 8)} | options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", [[1.0] * CLASSES, torch.ones(CLASSES, 1), torch.tensor([1.0, -1.0])])
+def test_class_weights_that_are_none(weight):
+    with pytest.raises(ValueError, match=r"class_weight must be a tensor \(C,\) of numbers of at least 0, not"):
+        StageLossOptions(class_weight=weight)
+
+
+def test_class_weights_of_other_classes():
+    network = cut(nn.Sequential(nn.Linear(8, 8)), ["0"], CLASSES, torch.randn(2, 8))
+    network.loss_options = StageLossOptions(class_weight=torch.ones(3))
+    with pytest.raises(ValueError, match="class_weight must have 5 entries, one per class, not 3"):
+        network(torch.randn(2, 8), torch.tensor([0, 1]))
 
 
 def test_parameters_that_are_added_after_the_cut_are_not_left_untrained_in_silence():
