@@ -23,7 +23,7 @@ FLAGS = {
     "train": f"{SETTINGS} layout method out overwrite resume seed",
     "compare": f"{SETTINGS} layouts methods out seeds",
     "report": "out",
-    "eval": "cache data",
+    "eval": "cache data exit",
     "export": "format out plain",
 }
 TRAINER_PACKAGES = [
