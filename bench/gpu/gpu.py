@@ -272,6 +272,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", metavar="STEP", help="run these steps only (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
     args = parser.parse_args(argv)
+    names = [step.name for step in make_steps(Path("."), "90", Path("gpu.tests.jsonl"))]
+    if unknown := set(args.steps or ()) - set(names):
+        parser.error(f"--steps must be among {', '.join(names)}, not {', '.join(sorted(unknown))}")
     if args.dry_run:
         for step in make_steps(Path("."), "90", Path("gpu.tests.jsonl")):
             words = record.command(step.command(step.limit))

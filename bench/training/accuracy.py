@@ -1,4 +1,4 @@
-"""Accuracy of SID, its rivals and its variants over seeds: the tables of `docs/accuracy.md`.
+"""Accuracy of SID, its rivals and its variants over seeds: the tables of docs/results.md.
 
     python bench/training/accuracy.py --data DATA --tables cifar10-10k --seeds 0 1 --out bench/results/accuracy.json
 
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,20 @@ sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.lib import record
 from sid_kernels import local_loss_and_grad
 from sid_trainer import SIDNetwork, Trainer
 from sid_trainer.data.batches import Batches
-from sid_trainer.data.datasets import ImageData, Split
+from sid_trainer.data.datasets import Split
 from sid_trainer.data.splits import add_label_noise
 from sid_trainer.methods import step as step_module
-from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.common import teacher_beliefs as beliefs_of
-from sid_trainer.methods.factory import make_step
 from sid_trainer.options import Parser
 from sid_trainer.runs.build import make_config, make_data, make_network
 from sid_trainer.training.config import run_config
 from sid_trainer.training.evaluation import accuracy
+from sid_trainer.training.operations import exit_operations, training_operations
 
 # ---------------------------------------------------------------- cells
 
@@ -133,6 +132,7 @@ def confident(prior: Tensor, targets: Tensor) -> Tensor:
 
 
 def tempered(prior: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return the prior (B, C) at another temperature; above 1 it is more uniform."""
     return (prior.clamp_min(1e-30).log() / temperature).softmax(dim=1)
 
 
@@ -188,19 +188,19 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     rotations = settings.pop("rotations", False)
     settings["epochs"] = math.ceil(settings["epochs"])
     run = run_config(**settings | task["machine"] | {"seed": task["seed"]})
-    noise, run = (
-        run.label_noise,
-        run_config(**{**settings, **task["machine"], "seed": task["seed"], "label_noise": 0.0}),
-    )
-    data = clean = make_data(run)
+    data = clean = make_data(replace(run, label_noise=0.0))
     if rotations:
-        classes = [f"{name}, turned by {90 * turn}" for name in data.classes for turn in range(4)]
+        classes = [f"{kind}, turned by {90 * turn}" for kind in data.classes for turn in range(4)]
         data = clean = data._replace(train=rotated(data.train, 0), test=rotated(data.test, 1), classes=classes)
-    if noise:
-        data = add_label_noise(data, noise, run.seed)
+    if run.label_noise:
+        data = add_label_noise(data, run.label_noise, run.seed)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
-    operations = count_operations(network, data, run)
+    shape, stages = (data.in_channels, *data.image_size), network.depth
+    operations = {
+        "plain_operations": exit_operations(network.plain() if stages > 1 else network, shape)[-1],
+        "training_operations": training_operations(network, run.method, shape),
+    }
     trainer = Trainer(network, data, make_config(run), quiet=True)
     use_teacher(name, network)
     evaluate_sometimes(trainer)
@@ -216,10 +216,10 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     test = trainer.strategy.batches["test"]
     options = trainer.strategy.options
-    if isinstance(network, SIDNetwork) and network.depth > 1:
+    if stages > 1:
         found["plain"] = accuracy(network.plain(), test.in_order(), options)
         found["averaged"] = accuracy(network.averaged, test.in_order(), options)
-    if noise:
+    if run.label_noise:
         wrong = (data.train.labels != clean.train.labels).nonzero()[:, 0]
         strategy = trainer.strategy
         mean, std = strategy.pixel_mean, strategy.pixel_std
@@ -238,24 +238,6 @@ def evaluate_sometimes(trainer: Trainer) -> None:
         return latest[0]
 
     trainer.evaluate = evaluated  # type: ignore[method-assign]  # for this run alone
-
-
-def count_operations(network: SIDNetwork, data: ImageData, run: Any) -> dict[str, float]:
-    """Return the operations (2 for a multiply-add) per image of a forward pass, by `plain` inference, and of training.
-
-    They are those of matrix products and convolutions, forward and backward; all else is a small share.
-    """
-    batch = 4
-    inputs, targets = torch.zeros(batch, data.in_channels, *data.image_size), torch.zeros(batch, dtype=torch.int64)
-    trial = copy.deepcopy(network).train()
-    plain = trial.plain() if trial.depth > 1 else trial
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain(inputs)
-    inference = counter.get_total_flops() / batch
-    step = make_step(run.method, trial, (), StepOptions([0.5] * trial.depth))
-    with FlopCounterMode(display=False) as counter:
-        step(inputs, targets)
-    return {"plain_operations": inference, "training_operations": counter.get_total_flops() / batch}
 
 
 # ---------------------------------------------------------------- all runs
@@ -323,6 +305,7 @@ def summarize(runs: Sequence[dict]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
+    """Return the mean and the sample deviation of shares, in %."""
     if not values:
         return ""
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""

@@ -73,8 +73,8 @@ def deep_supervision_step(
 ) -> StepResult:  # fmt: skip
     """Backpropagate the sum of all heads' cross-entropies through features and beliefs.
 
-    The arguments are those of `bp_step`, and label smoothing may be one number per stage. Returns the
-    losses (L,) and the last logits (B, C).
+    The arguments are those of `bp_step`, and label smoothing may be one number per stage. Returns the losses (L,) and
+    the last logits (B, C).
     """
     check_owned(optimizers, network)
     clear_gradients(optimizers)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def check_arguments(model: nn.Module, num_classes: int, example: Any, channels: 
     """Raise ValueError for arguments of `cut` that no model could have."""
     if isinstance(model, (CutNetwork, SIDNetwork)):
         raise ValueError(f"model must not be cut already, as this {type(model).__name__} is; cut its own model")
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, Integral) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
     if channels not in (None, "first", "last"):
         raise ValueError(f"channels must be 'first', 'last' or None, not {channels!r}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("depth", 0), ("hidden_dim", 1), ("grid", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
                 name, value = {"depth": "head_depth"}.get(name, name), getattr(self, name)
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value}")
         if not 0 <= self.prior_dropout <= 1:

@@ -46,7 +46,7 @@ class LocalPass:
 
     def __init__(self, targets: Tensor, options: StageLossOptions, depth: int):
         self.targets, self.options = targets, options
-        options.stage_alphas(depth)  # raises ValueError
+        self.alphas = options.stage_alphas(depth)
         self.losses: list[Tensor] = []
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameter, gradient
 
@@ -77,7 +77,9 @@ class LocalPass:
         with torch.autocast(logits.device.type, enabled=False):
             scale = FLOAT16_SCALE if logits.dtype is torch.float16 else 1.0
             logits = logits.float() if logits.dtype is torch.float16 else logits
-            loss, belief, dlogits = stage_loss(logits, prior, self.targets, len(self.losses), self.options)
+            i = len(self.losses)
+            terms, weight = self.options.loss_of_stage(i), self.options.class_weight
+            loss, belief, dlogits = stage_loss(logits, prior, self.targets, self.alphas[i], terms, weight)
             for term in extra:
                 loss = loss + term.detach().to(loss.dtype)
             self.losses.append(loss)
@@ -173,24 +175,25 @@ def backward_through_shards(
 
 
 def stage_loss(
-    logits: Tensor, prior: Tensor, targets: Tensor, stage: int, options: StageLossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss () of a stage, its belief (..., C), and the gradient of its logits (..., C)."""
-    alpha = options.alpha[stage] if isinstance(options.alpha, Sequence) else options.alpha
-    if options.class_weight is None:
-        result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, **options.loss_of_stage(stage))
+    logits: Tensor, prior: Tensor, targets: Tensor, alpha: float | Tensor, terms: dict[str, Any],
+    class_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss () of a stage, its belief (..., C), and the gradient of its logits (..., C).
+
+    `terms` are those of `StageLossOptions.loss_of_stage`; `class_weight` is (C,). Raises ValueError for another size.
+    """
+    if class_weight is None:
+        result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, **terms)
         assert result.belief is not None  # for type checkers
         return result.loss, result.belief, dlogits
-    result, dlogits = local_loss_and_grad(
-        logits, prior, targets, alpha, reduction="none", **options.loss_of_stage(stage)
-    )
-    weight = options.class_weight.to(result.loss)
+    result, dlogits = local_loss_and_grad(logits, prior, targets, alpha, reduction="none", **terms)
+    weight = class_weight.to(result.loss)
     if len(weight) != logits.shape[-1]:
         raise ValueError(f"class_weight must have {logits.shape[-1]} entries, one per class, not {len(weight)}")
     if targets.is_floating_point():
         weights = targets.to(weight.dtype) @ weight
     else:
-        counted = targets != options.ignore_index
+        counted = targets != terms["ignore_index"]
         weights = weight[targets.where(counted, 0)] * counted
     weights = weights / weights.sum()
     assert result.belief is not None

@@ -39,7 +39,8 @@ class StageLossOptions:
                 raise ValueError(f"label_smoothing must be in [0, 1], not {share}")
         weight = self.class_weight
         if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1 and bool((weight >= 0).all())):
-            raise ValueError(f"class_weight must be a tensor (C,) of numbers of at least 0, not {weight}")
+            given = f"shape {tuple(weight.shape)}, {weight.tolist()}" if isinstance(weight, Tensor) else weight
+            raise ValueError(f"class_weight must be a tensor (C,) of numbers of at least 0, not {given}")
         for alpha in self.alpha if isinstance(self.alpha, Sequence) else [self.alpha]:
             if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
                 raise ValueError(f"alpha must be in [0, 1], not {alpha}")

@@ -144,10 +144,11 @@ class SIDNetwork(nn.Module):
             features, stage_logits = stage(features, prior)
             stage_logits = at_least_float32(stage_logits)
             prior = stage_logits.softmax(dim=1)
+            logits[left] = stage_logits.to(logits.dtype)
             sure = prior.amax(dim=1) >= confidence
-            logits[left], exits[left[sure]] = stage_logits.to(logits.dtype), i
             if sure.any():
-                features, prior, left = features[~sure], prior[~sure], left[~sure]
+                exits[left[sure]], unsure = i, ~sure
+                features, prior, left = features[unsure], prior[unsure], left[unsure]
             if not len(left):
                 break
         return Prediction(logits, exits)

@@ -91,7 +91,7 @@ def make_trainer(
     if run.network is not None:
         metadata |= {"arch": run.network, "layout": "own"}
     metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
-    if isinstance(network, SIDNetwork):
+    if isinstance(network, SIDNetwork) and communicator.is_logging:  # the rank that writes and prints them
         shape = (data.in_channels, *data.image_size)
         costs = training_operations(network, run.method, shape), exit_operations(network, shape)[-1]
         metadata["operations"] = dict(zip(("training", "inference"), costs, strict=True))
@@ -246,9 +246,7 @@ def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
     check_same(path, metadata, properties, properties)
     mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
     batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
-    options = StepOptions(
-        metadata["alpha"], metadata["divergence"], metadata["label_smoothing"], DTYPES[run.dtype]
-    )  # fmt: skip
+    options = StepOptions(metadata["alpha"], metadata["divergence"], metadata["label_smoothing"], DTYPES[run.dtype])
     metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), "images": len(data.test.labels)}
     if isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
         metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)

@@ -66,13 +66,14 @@ def exit_curve(
     for inputs, targets in batches:
         with autocast(inputs, options.dtype):
             beliefs = network.beliefs(inputs)  # (L, B, C)
-        largest, classes = beliefs.max(dim=2)
+        largest, classes = (part.cpu() for part in beliefs.max(dim=2))
+        targets = targets.cpu()
         for i, confidence in enumerate(confidences):
-            sure = (largest >= confidence).cpu()
+            sure = largest >= confidence
             sure[-1] = True
             exits = sure.int().argmax(dim=0)  # the first stage that is sure
-            predicted = classes.cpu()[exits, torch.arange(len(targets))]
-            correct[i] += int((predicted == targets.cpu()).sum())
+            predicted = classes[exits, torch.arange(len(targets))]
+            correct[i] += int((predicted == targets).sum())
             counts[i] += torch.bincount(exits, minlength=network.depth)
     images = counts.sum(dim=1, keepdim=True)
     return [

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sid_trainer import StageLossOptions, bp_step, cut, sid_step
+from sid_trainer import StageLossOptions, bp_step, cut
 from sid_trainer.network import local_pass
 from sid_trainer.network.channels import infer_channels, recorded
 
@@ -235,25 +235,6 @@ class TwoInputs(nn.Module):
         return state["features"]
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
-        self.last.weight = self.first.weight
-
-    def forward(self, x):
-        return self.last(self.middle(self.first(x)))
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.block(self.block(x))
-
-
 def test_a_unet_learns_pixels_with_its_skips_and_its_own_classifier(monkeypatch):
     torch.manual_seed(0)
     model, inputs = UNet(), images(16)
@@ -360,6 +341,23 @@ def test_class_weights_and_smoothing_of_a_cut_network():
     torch.testing.assert_close(output.stage_loss[-1], expected.detach())
 
 
+def test_a_cut_without_gradients_and_a_network_in_a_network():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.block = inner, nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.inner(x, torch.zeros(len(x), dtype=torch.long))
+            return self.block(x)
+
+    with torch.no_grad():
+        inner = cut(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["0", "1"], CLASSES, torch.randn(2, 8))
+    assert [len(names) for names in inner.stage_parameters] == [2, 2]
+    network = cut(Outer(inner), ["block"], CLASSES, torch.randn(2, 8))
+    assert network(torch.randn(2, 8), torch.tensor([0, 1])).loss.isfinite()
+
+
 # ---------------------------------------------------------------- where the channels are
 
 
@@ -426,82 +424,3 @@ def test_a_layout_that_is_not_certain_is_asked_for():
     for channels, width in (("first", 7 * 3), ("last", 3)):  # 7 channels in 3 cells; the mean of 7 tokens
         head = cut(trunk, ["1"], CLASSES, torch.randn(2, 7, 3), channels=channels).heads[0]
         assert head.hidden.in_features == CLASSES + width
-
-
-# ---------------------------------------------------------------- what is refused
-
-TRUNK = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-REFUSED = {
-    "unknown name": (TRUNK, ["0", "5"], {}, ValueError, "at must be names of submodules; the model has no '5'"),
-    "twice the same": (TRUNK, ["0", "0"], {}, ValueError, "at must be one or more different names of submodules"),
-    "a text": (TRUNK, "02", {}, ValueError, "at must be a list of names of submodules, not '02'"),
-    "indices of another model": (Tied(), [1], {}, ValueError, "at must be names of submodules for a Tied"),
-    "options without names": (TRUNK, [1], {"own_classifier": True}, ValueError, "at must be names of submodules for the options"),
-    "another order": (TRUNK, ["2", "0"], {}, RuntimeError, "in this order; '0' did not"),
-    "a module that runs twice": (Twice(), ["block"], {"own_classifier": True}, RuntimeError, "once each, in this order; 'block' did not"),
-    "tied parameters": (Tied(), ["first", "last"], {}, ValueError, "parameter first.weight = last.weight is used in stages 1 and 2: untie it"),
-    "heads of another size": (TRUNK, ["0"], {"heads": [nn.Bilinear(8, CLASSES, 3)]}, ValueError, r"heads must return logits \(B, ..., 5\), but head 0"),
-    "too few heads": (TRUNK, ["0", "2"], {"heads": [nn.Bilinear(8, CLASSES, CLASSES)]}, ValueError, "heads must be one for each of the 2 cuts, not 1"),
-    "channels": (TRUNK, ["0"], {"channels": "middle"}, ValueError, "channels must be 'first', 'last' or None, not 'middle'"),
-    "part of a unit": (TRUNK, ["0"], {"hidden_dim": 1.5}, ValueError, "hidden_dim must be a whole number of at least 1, not 1.5"),
-    "one class": (TRUNK, ["0"], {"num_classes": 1}, ValueError, "num_classes must be a whole number of at least 2, not 1"),
-    "classes as text": (TRUNK, ["0"], {"num_classes": "5"}, ValueError, "num_classes must be a whole number of at least 2, not '5'"),
-    "no example": (TRUNK, ["0"], {"example": None}, ValueError, "example must be a tensor, a tuple or a dict of inputs, not NoneType"),
-    "cut already": (cut(TRUNK, [1], CLASSES, torch.zeros(2, 8)), ["stages.0"], {}, ValueError, "model must not be cut already, as this SIDNetwork is"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_one_line_says_what_is_wrong(case):
-    model, at, options, kind, message = REFUSED[case]
-    with pytest.raises(kind, match=message) as caught:
-        cut(model, at, **{"num_classes": CLASSES, "example": torch.randn(2, 8)} | options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("weight", [[1.0] * CLASSES, torch.ones(CLASSES, 1), torch.tensor([1.0, -1.0])])
-def test_class_weights_that_are_none(weight):
-    with pytest.raises(ValueError, match=r"class_weight must be a tensor \(C,\) of numbers of at least 0, not"):
-        StageLossOptions(class_weight=weight)
-
-
-def test_class_weights_of_other_classes():
-    network = cut(nn.Sequential(nn.Linear(8, 8)), ["0"], CLASSES, torch.randn(2, 8))
-    network.loss_options = StageLossOptions(class_weight=torch.ones(3))
-    with pytest.raises(ValueError, match="class_weight must have 5 entries, one per class, not 3"):
-        network(torch.randn(2, 8), torch.tensor([0, 1]))
-
-
-def test_parameters_that_are_added_after_the_cut_are_not_left_untrained_in_silence():
-    trunk = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    network = cut(trunk, ["0", "2"], CLASSES, torch.randn(2, 8))
-    trunk[1] = nn.PReLU()
-    with pytest.raises(
-        ValueError, match=r"model has other parameters than when it was cut, such as 1.weight: cut it again"
-    ):
-        network(torch.randn(2, 8), torch.tensor([0, 1]))
-
-
-def test_a_cut_without_gradients_and_a_network_in_a_network():
-    class Outer(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner, self.block = inner, nn.Linear(8, 8)
-
-        def forward(self, x):
-            self.inner(x, torch.zeros(len(x), dtype=torch.long))
-            return self.block(x)
-
-    with torch.no_grad():
-        inner = cut(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["0", "1"], CLASSES, torch.randn(2, 8))
-    assert [len(names) for names in inner.stage_parameters] == [2, 2]
-    network = cut(Outer(inner), ["block"], CLASSES, torch.randn(2, 8))
-    assert network(torch.randn(2, 8), torch.tensor([0, 1])).loss.isfinite()
-
-
-def test_the_step_says_how_a_network_cut_by_names_is_trained():
-    network = cut(TRUNK, ["0", "2"], CLASSES, torch.randn(2, 8))
-    with pytest.raises(
-        TypeError, match=r"networks that are wrapped or cut by names train by network\(inputs, targets\)"
-    ):
-        sid_step(network, torch.randn(2, 8), torch.tensor([0, 1]))
