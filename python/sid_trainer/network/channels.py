@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -20,15 +21,20 @@ class Output(NamedTuple):
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[list[Output]]:
-    """Yield a list to which every module that runs within the context adds its output, if that is a tensor."""
-    outputs: list[Output] = []
+def recorded(model: nn.Module, ran: set[str] | None = None) -> Iterator[list[Output]]:
+    """Yield a list to which every module that runs within the context adds its output, if that is a tensor.
 
-    def add(module: nn.Module, inputs: tuple, output: object) -> None:
+    The names of the modules that run, whatever they return, are added to `ran`.
+    """
+    outputs: list[Output] = []
+    names = set[str]() if ran is None else ran
+
+    def add(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        names.add(name)
         if isinstance(output, Tensor):
             outputs.append(Output(module, inputs[0] if inputs else None, output))
 
-    handles = [module.register_forward_hook(add) for module in model.modules()]
+    handles = [module.register_forward_hook(partial(add, name)) for name, module in model.named_modules()]
     try:
         yield outputs
     finally:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -145,6 +146,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
         names.setdefault(id(parameter), []).append(name)
     found: list[Features] = []
     owner: dict[str, int] = {}
+    ran: set[str] = set()
     start = sequence_number()
 
     def finish_stage(i: int, features: Tensor, channels: str | None) -> None:
@@ -157,7 +159,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
             owner[name] = i
         start = sequence_number()
 
-    with evaluating(network.model), recorded(network.model) as outputs:
+    with evaluating(network.model), recorded(network.model, ran) as outputs:
 
         def visit(i: int, features: Tensor) -> bool:
             finish_stage(i, features, infer_channels(outputs, features))
@@ -167,6 +169,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
         output = network.run(*as_arguments(example, {}), visit)
         if network.own_classifier:
             finish_stage(network.depth - 1, network.own_logits(output), None)
+    assign_idle_parameters(network, owner, ran)
     network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
     return found
 
@@ -180,6 +183,37 @@ def check_logits(network: CutNetwork, example: Any) -> None:
                     f"heads must return logits (B, ..., {network.num_classes}), but head {i} returned"
                     f" {tuple(logits.shape)}"
                 )
+
+
+def assign_idle_parameters(network: CutNetwork, owner: dict[str, int], ran: set[str]) -> None:
+    """Give parameters that the example did not need, such as those of idle experts, to the stage of the module around.
+
+    Warn of parameters that ran and that no stage trains: its loss does not depend on them.
+
+    Args:
+        owner: The stage of each parameter that has one; it is extended.
+        ran: The names of the modules that ran to their end.
+    """
+    reached, lost = dict(owner), []
+    for name, parameter in network.model.named_parameters():
+        if name in owner:
+            continue
+        around = module = name.rpartition(".")[0]
+        while around and around not in ran:
+            around = around.rpartition(".")[0]
+        inside = around + "."
+        stages = {stage for own, stage in reached.items() if own.startswith(inside)}
+        if len(stages) == 1 and not any(cut.startswith(inside) for cut in network.at):
+            owner[name] = stages.pop()
+        elif module in ran and parameter.requires_grad:
+            lost.append(name)
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warnings.warn(
+            f"no stage trains {lost[0]}{more}: the loss of the stage in which they run does not depend on them, and"
+            " what later stages read has no gradient",
+            stacklevel=5,  # the caller of `cut`
+        )
 
 
 @contextmanager

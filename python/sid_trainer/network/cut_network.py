@@ -91,16 +91,23 @@ class CutNetwork(nn.Module):
         """Run the model and call visit(i, features) at the end of stage i; features of what it returns go on.
 
         `visit` returns True if the features go on detached. Returns the model's output, or None if the model ends with
-        the last cut. Raises RuntimeError if the cuts are not reached once each, in order.
+        the last cut. Raises ValueError if the cuts are not reached once each, in order.
         """
-        reached = 0
+        reached, visiting, learning = 0, False, torch.is_grad_enabled()
 
         def end_stage(i: int, module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal reached
+            nonlocal reached, visiting
+            if visiting or (learning and not torch.is_grad_enabled()):  # a recomputation, or a forward without a graph
+                raise ValueError(
+                    f"at must name modules outside of gradient checkpointing and no_grad, unlike {self.at[i]!r}: a"
+                    " stage learns where it ends; checkpoint within the modules instead"
+                )
             if i != reached:
-                raise RuntimeError(f"at must name modules that run once each, in this order; {self.at[i]!r} did not")
+                raise ValueError(f"at must name modules that run once each, in this order; {self.at[i]!r} did not")
             reached += 1
+            visiting = True
             detach = visit(i, first_tensor(output))
+            visiting = False
             if reached == self.depth and not torch.compiler.is_exporting():  # the exporter follows calls to their end
                 raise EndOfLastStage
             return tree_map_only(Tensor, Tensor.detach, output) if detach else output
@@ -109,16 +116,19 @@ class CutNetwork(nn.Module):
             self.model.get_submodule(name).register_forward_hook(partial(end_stage, i))
             for i, name in enumerate(self.at)
         ]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it passes nested tensors, which heads cannot read
         try:
             args = () if inputs is None else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             output = self.model(*args, **keywords)
         except EndOfLastStage:
             return None
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for handle in handles:
                 handle.remove()
         if reached < len(self.at):
-            raise RuntimeError(f"at must name modules that run in every call: {self.at[reached]!r} did not")
+            raise ValueError(f"at must name modules that run in every call: {self.at[reached]!r} did not")
         return output
 
     def head_logits(self, i: int, features: Tensor, prior: Tensor, mask: Tensor | None) -> Tensor:
@@ -217,11 +227,11 @@ def as_arguments(inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, 
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor in a module's output. Raises TypeError if there is none."""
+    """Return the first tensor in a module's output. Raises ValueError if there is none."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     for value in values:
         if isinstance(value, Tensor):
             return value
-    raise TypeError(f"at must name modules whose output is or begins with a tensor, not {type(output).__name__}")
+    raise ValueError(f"at must name modules whose output is or begins with a tensor, not {type(output).__name__}")
