@@ -38,13 +38,15 @@ class StepOptions(StageLossOptions):
     def __post_init__(self) -> None:
         if self.step_schedule not in STEP_SCHEDULES:
             raise ValueError(f"step schedule must be one of {', '.join(STEP_SCHEDULES)}, not {self.step_schedule!r}")
+        if self.step_schedule == "reference" and self.class_weight is not None:
+            raise ValueError("class_weight must be None for the schedule 'reference'")
         super().__post_init__()
 
     @property
     def trains_at_once(self) -> bool:
         """Whether a step trains all stages of `StackedHeads` at once, not one by one."""
         one_smoothing = not isinstance(self.label_smoothing, Sequence)
-        return self.fused and self.step_schedule == "one-pass" and one_smoothing
+        return self.fused and self.step_schedule == "one-pass" and one_smoothing and self.class_weight is None
 
 
 def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:

@@ -46,6 +46,11 @@ def make_step(
 ) -> Callable[[Tensor, Tensor], StepResult]:
     """Return the training step `step(inputs, targets)` of a method, which uses the options that apply to it."""
     options = options or StepOptions()
+    if isinstance(network, CutNetwork) and (method == "bp-checkpoint" or options.step_schedule != "one-pass"):
+        given = f"method {method!r}" if method == "bp-checkpoint" else f"schedule {options.step_schedule!r}"
+        raise ValueError(f"{given} is not for networks that are cut by names; cut an nn.Sequential by indices")
+    if method not in LOCAL and options.class_weight is not None:
+        raise ValueError(f"class_weight must be None for method {method!r}: it is for {' and '.join(LOCAL)}")
     if method in LOCAL:
         options = options if method == "sid" else replace(options, **CROSS_ENTROPY)
         if isinstance(network, CutNetwork):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from sid_kernels import local_loss_and_grad
-
 from ..network.heads import StackedHeads
+from ..network.local_pass import add_terms, own_terms, stage_loss
 from ..network.loss_options import Alpha
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import (
@@ -81,7 +80,7 @@ def local_step(
         return reference_step(network, inputs, targets, options, optimizers)
     check_optimizers(optimizers, network)
     clear_gradients(optimizers[:1])
-    with autocast(inputs, options.dtype):
+    with own_terms() as terms, autocast(inputs, options.dtype):
         extracted = network.extractor(inputs)
     # The extractor's graph ends here. What the stages send back to it is summed in float32.
     features = at_least_float32(extracted.detach())
@@ -94,8 +93,9 @@ def local_step(
         teachers = teacher_beliefs(network, inputs, options.dtype) if two_phase else None
         losses, logits = stage_by_stage(network, features, targets, options, optimizers, teachers, hooks)
         dfeatures = features.grad
-    if extracted.requires_grad and dfeatures is not None:
-        extracted.backward(dfeatures.to(extracted.dtype))
+    if terms:
+        losses[0] = add_terms(losses[0], terms)
+    backward(extracted, None if dfeatures is None else dfeatures.to(extracted.dtype), terms)
     update(optimizers[:1])
     return StepResult(losses, logits)
 
@@ -118,21 +118,29 @@ def stage_by_stage(
     hooks.step_started()
     for i, stage in enumerate(stages):
         with hooks.run_stage(i):  # waits for the outputs of the stage before, not for its backward and update
-            with autocast(features, options.dtype):
+            with own_terms() as terms, autocast(features, options.dtype):
                 outputs, logits = stage(features, prior)  # its features, (B, C)
             # p_0 is passed as the tensor that the head reads, not as None, so that the belief is float32 like it.
-            result, dlogits = local_loss_and_grad(logits, prior, targets, alphas[i], **options.loss_of_stage(i))
-            assert result.belief is not None  # for type checkers: it was not asked to leave it out
-            hooks.outputs_ready(outputs, result.belief)
-            if logits.requires_grad:  # False if the stage is frozen
-                logits.backward(dlogits)  # frees this stage's graph; its weights may change from here on
+            loss, belief, dlogits = stage_loss(
+                logits, prior, targets, alphas[i], options.loss_of_stage(i), options.class_weight
+            )
+            hooks.outputs_ready(outputs, belief)
+            backward(logits, dlogits, terms)  # frees this stage's graph; its weights may change from here on
             if not one_optimizer:
                 hooks.update(partial(update, optimizers[1 + i : 2 + i]))
-        losses.append(result.loss)
-        prior = result.belief if teachers is None else teachers[i]
+        losses.append(add_terms(loss, terms))
+        prior = belief if teachers is None else teachers[i]
         features = outputs if outputs is features else outputs.detach()  # shared by all stages, or this stage's own
     hooks.step_finished()
     if one_optimizer:
         update(optimizers[1:])
     del accumulation
     return torch.stack(losses), logits.detach()
+
+
+def backward(output: Tensor, gradient: Tensor | None, terms: Sequence[Tensor]) -> None:
+    """Backpropagate a gradient from `output`, if there is one, and 1 from every own term; frozen ones are left out."""
+    pairs = [] if gradient is None else [(output, gradient)]
+    pairs += [(term, torch.ones_like(term)) for term in terms]
+    if reached := [pair for pair in pairs if pair[0].requires_grad]:
+        torch.autograd.backward(*zip(*reached, strict=True))

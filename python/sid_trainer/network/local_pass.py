@@ -1,6 +1,7 @@
 """A forward pass that trains every stage: losses and gradients are computed in it, and `backward` hands them out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,39 @@ class LocalOutput(NamedTuple):
 def add_stage_loss(loss: Tensor) -> None:
     """Add a scalar to the loss of the stage that runs, for example a mixture's balance loss.
 
-    Call it inside a module of the network. It has no effect in a pass without targets.
+    Call it inside a module of the network. A term of the extractor counts for the first stage. It has no effect in a
+    pass without targets. Raises ValueError for anything but a scalar tensor.
     """
+    if not isinstance(loss, Tensor) or loss.dim():
+        given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must be a scalar tensor, not {given}")
     if extra_losses is not None:
         extra_losses.append(loss)
+
+
+@contextmanager
+def own_terms() -> Iterator[list[Tensor]]:
+    """Yield the list to which `add_stage_loss` adds within the context."""
+    global extra_losses
+    outer, extra_losses = extra_losses, []
+    try:
+        yield extra_losses
+    finally:
+        extra_losses = outer
+
+
+def take_terms(terms: list[Tensor]) -> list[Tensor]:
+    """Return the terms added so far, and forget them."""
+    taken = list(terms)
+    terms.clear()
+    return taken
+
+
+def add_terms(loss: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    """Return a loss () plus its own terms, detached."""
+    for term in terms:
+        loss = loss + term.detach().to(loss.dtype)
+    return loss
 
 
 class LocalPass:
@@ -51,13 +81,12 @@ class LocalPass:
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameter, gradient
 
     def __enter__(self) -> "LocalPass":
-        global extra_losses
-        self.outer_losses, extra_losses = extra_losses, []
+        self.context = own_terms()
+        self.terms = self.context.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        global extra_losses
-        extra_losses = self.outer_losses
+        self.context.__exit__(None, None, None)
 
     def learn(
         self, logits: Tensor, prior: Tensor, parameters: Iterable[Tensor], features: Tensor | None = None
@@ -71,18 +100,14 @@ class LocalPass:
             parameters: All that the stage trains.
             features: A leaf that several stages read, whose `.grad` sums their gradients.
         """
-        assert extra_losses is not None
-        extra = list(extra_losses)
-        extra_losses.clear()
+        extra = take_terms(self.terms)
         with torch.autocast(logits.device.type, enabled=False):
             scale = FLOAT16_SCALE if logits.dtype is torch.float16 else 1.0
             logits = logits.float() if logits.dtype is torch.float16 else logits
             i = len(self.losses)
             terms, weight = self.options.loss_of_stage(i), self.options.class_weight
             loss, belief, dlogits = stage_loss(logits, prior, self.targets, self.alphas[i], terms, weight)
-            for term in extra:
-                loss = loss + term.detach().to(loss.dtype)
-            self.losses.append(loss)
+            self.losses.append(add_terms(loss, extra))
             outputs, ahead = [logits, *extra], [dlogits * scale if scale != 1 else dlogits]
             ahead += [torch.full_like(term, scale) for term in extra]
             self.collect(outputs, ahead, parameters, features, scale)
@@ -195,7 +220,7 @@ def stage_loss(
     else:
         counted = targets != terms["ignore_index"]
         weights = weight[targets.where(counted, 0)] * counted
-    weights = weights / weights.sum()
+    weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)  # 0 if every row is ignored
     assert result.belief is not None
     return (result.loss * weights).sum(), result.belief, (dlogits * weights.unsqueeze(-1)).to(dlogits.dtype)
 

@@ -21,7 +21,8 @@ class StageLossOptions:
         divergence: As in `sid_kernels.local_loss_and_grad`.
         label_smoothing: As there; one number or one per stage. Stages trained at once share one number.
         ignore_index: Examples, tokens or pixels with this label have no loss.
-        class_weight: (C,), the weight of each class. The loss is the weighted mean, as in `F.cross_entropy`.
+        class_weight: (C,), the weight of each class. The loss is the mean over examples, weighted by the weight of each
+            one's label, as in `F.cross_entropy`; of class probabilities by their mean weight.
     """
 
     alpha: Alpha = 0.5

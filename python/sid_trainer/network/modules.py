@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .heads import StackedHeads, StageCall
-from .local_pass import LocalOutput, LocalPass, at_least_float32, reshard, uniform_belief
+from .local_pass import LocalOutput, LocalPass, add_terms, at_least_float32, reshard, take_terms, uniform_belief
 from .loss_options import StageLossOptions
 
 
@@ -169,6 +169,7 @@ class SIDNetwork(nn.Module):
         reshard(self)
         with LocalPass(targets, self.loss_options, len(self.stages)) as local:
             extracted = self.extractor(inputs)
+            terms = take_terms(local.terms)
             features = self.leave_half(extracted.detach()).requires_grad_(extracted.requires_grad)
             shared = features
             if isinstance(self.stages, StackedHeads):
@@ -180,6 +181,9 @@ class SIDNetwork(nn.Module):
                     outputs, logits = stage(features, prior)
                     prior = local.learn(logits, prior, parameters, features)
                     features = outputs if outputs is features else outputs.detach()
+            local.losses[0] = add_terms(local.losses[0], terms)
+            outputs, ahead = list(terms), [torch.ones_like(term) for term in terms]
             if shared.grad is not None:
-                local.collect([extracted], [shared.grad.to(extracted.dtype)], self.extractor.parameters())
+                outputs, ahead = [extracted, *outputs], [shared.grad.to(extracted.dtype), *ahead]
+            local.collect(outputs, ahead, self.extractor.parameters())
             return local.output(logits)

@@ -42,6 +42,7 @@ class Strategy:
         self.options = StepOptions(
             by_depth("alpha", config.alpha, network.depth), config.divergence,
             smoothing if len(set(smoothing)) > 1 else smoothing[0], DTYPES[config.dtype], config.schedule, config.fused,
+            class_weight=network.loss_options.class_weight,
         )  # fmt: skip
         self.local_stages = self.assign_stages()
         alphas = self.options.stage_alphas(network.depth)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from sid_trainer import OwnData, TrainConfig, Trainer, cut
+from sid_trainer import OwnData, StageLossOptions, TrainConfig, Trainer, cut
 from sid_trainer.data.own import LoaderBatches
 
 INPUTS = torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
@@ -71,6 +71,29 @@ def test_epochs_have_different_orders_that_depend_on_the_seed():
     assert order(0, 1) == order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
     assert order(0, 1, start=2) == order(0, 1)[32:]
     assert torch.equal(state, torch.get_rng_state())  # dropout draws what it would have drawn
+
+
+def test_class_weights_of_the_network_are_those_of_its_training():
+    """In a network of either class; the rest of its `loss_options` comes from the configuration."""
+    weight, losses = torch.tensor([1.0, 0.0, 5.0]), []
+    for at in (["2", "4"], [3]):
+        for class_weight in (None, weight):
+            torch.manual_seed(0)
+            layers = [nn.Linear(6, 16), nn.ReLU(), nn.Identity(), nn.Linear(16, 16), nn.ReLU()]
+            network = cut(nn.Sequential(*layers), at, 3, INPUTS[:2])
+            network.loss_options = StageLossOptions(class_weight=class_weight)
+            data = OwnData((INPUTS, CLASSES), (INPUTS, CLASSES))
+            losses.append(Trainer(network, data, TrainConfig(epochs=1), quiet=True).fit()[-1]["train_loss"])
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-4, atol=0)
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="class_weight must be None for method 'bp': it is for sid and greedy"):
+        Trainer(network, data, TrainConfig(method="bp"))
+
+
+@pytest.mark.parametrize("settings", [{"method": "bp-checkpoint"}, {"schedule": "two-phase"}])
+def test_what_a_network_cut_by_names_cannot_is_refused(settings):
+    with pytest.raises(ValueError, match=f"{[*settings.values()][0]}' is not for networks that are cut by names"):
+        Trainer(make_network(), OwnData((INPUTS, CLASSES), (INPUTS, CLASSES)), TrainConfig(**settings))
 
 
 class Stream(IterableDataset):

@@ -78,15 +78,15 @@ def tell(backend, network, optimizers, monkeypatch, prefix=lambda: ""):
         module.register_forward_hook(lambda *_: backend.do(f"{prefix()}forward {name}"))
 
     losses = 0
-    local_loss = step.local_loss_and_grad
+    stage_loss = step.stage_loss
 
-    def counted_loss(*args, **options):
+    def counted_loss(*args):
         nonlocal losses
         losses += 1
         backend.do(f"{prefix()}loss {(losses - 1) % len(network.stages) + 1}")
-        return local_loss(*args, **options)
+        return stage_loss(*args)
 
-    monkeypatch.setattr(step, "local_loss_and_grad", counted_loss)
+    monkeypatch.setattr(step, "stage_loss", counted_loss)
     modules = {"extractor": network.extractor} | {str(i): stage for i, stage in enumerate(network.stages, 1)}
     for optimizer, (name, module) in zip(optimizers, modules.items(), strict=True):
         watch(module, name)

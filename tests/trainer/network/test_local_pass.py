@@ -7,7 +7,17 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sid_trainer import StageLossOptions, add_stage_loss, build_network, cut, sid_step
+from sid_trainer import (
+    SIDNetwork,
+    StackedHeads,
+    Stage,
+    StageHead,
+    StageLossOptions,
+    add_stage_loss,
+    build_network,
+    cut,
+    sid_step,
+)
 from sid_trainer.network.architectures import TRUNKS
 
 SIZE = (8, 8)
@@ -183,6 +193,50 @@ def test_an_own_term_is_part_of_its_stage_and_of_no_other():
     torch.testing.assert_close(
         output.stage_loss - plain.stage_loss, torch.tensor([0.0, trunk[1].weight.square().sum().item()])
     )
+
+
+class Weighed(nn.Linear):
+    """A linear layer with a term of its own."""
+
+    def forward(self, inputs):
+        add_stage_loss(self.weight.square().sum())
+        return super().forward(inputs)
+
+
+def weighed(where):
+    torch.manual_seed(0)
+    if where == "stages":
+        return cut(nn.Sequential(nn.Linear(4, 4), Weighed(4, 4)), [1], 3, torch.randn(2, 4))
+    heads = StackedHeads(2, 4, 3) if where == "extractor, stacked" else [Stage(StageHead(4, 3)) for _ in range(2)]
+    return SIDNetwork(nn.Sequential(Weighed(4, 4), nn.ReLU()), heads, 3)
+
+
+@pytest.mark.parametrize("where", ["stages", "extractor", "extractor, stacked"])
+def test_own_terms_are_those_of_the_step_and_of_the_sum_of_all_losses(where):
+    networks = [weighed(where) for _ in range(4)]
+    inputs, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    output = networks[0](inputs, targets)
+    output.loss.backward()
+    weight = next(module for module in networks[0].modules() if isinstance(module, Weighed)).weight
+    assert weight.grad.norm() > 1.5 * weight.norm()  # the term's part is twice the weight
+    for network, schedule in zip(networks[1:], ("one-pass", "two-phase", "reference"), strict=True):
+        result = sid_step(network, inputs, targets, schedule=schedule)
+        torch.testing.assert_close(result.stage_loss, output.stage_loss)
+        assert_equal_gradients(network, networks[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("term, given", [(0.5, "float"), (torch.ones(3), r"a tensor \(3,\)")])
+def test_a_term_that_is_no_scalar_is_refused(term, given):
+    with pytest.raises(ValueError, match=f"loss must be a scalar tensor, not {given}"):
+        add_stage_loss(term)
+
+
+def test_class_weights_of_a_batch_that_is_ignored_are_no_division_by_zero():
+    network, (inputs, targets) = small_network(), batch()
+    network.loss_options = StageLossOptions(class_weight=torch.ones(10))
+    output = network(inputs, torch.full_like(targets, -100))
+    output.loss.backward()
+    assert output.loss == 0 and all(not gradient.any() for gradient in gradients(network))
 
 
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
