@@ -143,4 +143,5 @@ def backward(output: Tensor, gradient: Tensor | None, terms: Sequence[Tensor]) -
     pairs = [] if gradient is None else [(output, gradient)]
     pairs += [(term, torch.ones_like(term)) for term in terms]
     if reached := [pair for pair in pairs if pair[0].requires_grad]:
-        torch.autograd.backward(*zip(*reached, strict=True))
+        outputs, gradients = zip(*reached, strict=True)
+        torch.autograd.backward(outputs, gradients)
