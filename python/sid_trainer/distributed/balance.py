@@ -1,4 +1,4 @@
-"""Which stages each rank of a pipeline owns: consecutive ones, balanced by the seconds they take here."""
+"""Assign consecutive stages to the ranks of a pipeline, balanced by the seconds that each stage takes on a batch."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,14 @@ from ..methods.streams import StageHooks
 from ..network.modules import SIDNetwork
 from ..training.cpu import denormals_as_zero
 
-WARMUP, ROUNDS = 2, 3  # steps that do not count, and that do
+WARMUP, ROUNDS = 2, 3  # steps before the measurement, and measured steps
 
 
 def balance_stages(seconds: Sequence[float], ranks: int) -> list[range]:
-    """Return the stages of each rank, counted from 0: consecutive, at least one each, with the smallest largest sum.
+    """Return consecutive stages for each rank, counted from 0, such that the slowest rank takes the least time.
 
-    Raises ValueError unless there are 1 to len(seconds) ranks.
+    `seconds` has one number per stage, and every rank gets at least one stage. Raises ValueError unless there are 1 to
+    len(seconds) ranks.
     """
     stages = len(seconds)
     if not 1 <= ranks <= stages:
@@ -31,7 +32,7 @@ def balance_stages(seconds: Sequence[float], ranks: int) -> list[range]:
 
     @cache
     def best(end: int, count: int) -> tuple[float, tuple[int, ...]]:
-        """Return the smallest largest sum of the stages before `end` on `count` ranks, and where each rank starts."""
+        """Split the stages before `end` over `count` ranks: return the slowest rank's seconds and every first stage."""
         if count == 1:
             return total[end], (0,)
         largest, start = min((max(best(i, count - 1)[0], total[end] - total[i]), i) for i in range(count - 1, end))
@@ -43,10 +44,10 @@ def balance_stages(seconds: Sequence[float], ranks: int) -> list[range]:
 def measure_stage_seconds(
     network: SIDNetwork, batches: Iterator[tuple[Tensor, Tensor]], options: StepOptions, optimizer: str
 ) -> list[float]:
-    """Return the seconds per batch of each stage; the first one's include data loading.
+    """Measure the seconds per batch of each stage; those of the first stage include data loading.
 
-    Train the network, which should be a copy, for a few steps on `batches` of inputs (B, ...) and targets (B,). The
-    state of the random number generators stays as it was.
+    This trains `network` for a few steps, so pass a copy. `batches` yields inputs (B, ...) and targets (B,). The state
+    of the random number generators is restored afterwards.
     """
     optimizers = make_optimizers(network, "sid", optimizer=optimizer)
     device = next(network.parameters()).device

@@ -1,7 +1,7 @@
-"""A pipeline of stages over processes: each owns consecutive stages and sends features and belief on, never a gradient.
+"""A pipeline over processes: each runs consecutive stages and sends features and belief to the next, never a gradient.
 
-Stage i processes batch t after exactly t updates of every earlier stage, as in one process, and reads the same numbers.
-So a pipelined run equals the serial one bit for bit (one thread per rank; stages that draw random numbers draw others).
+Stage i reads batch t, counted from 0, after exactly t updates of every earlier stage, as in one process. A pipelined
+run therefore equals the serial run bit for bit, given one thread per rank and no stage that draws random numbers.
 """
 
 import copy
@@ -24,7 +24,7 @@ FEATURES_TAG, BELIEF_TAG = 1, 2
 
 @dataclass(frozen=True)
 class ActivationLayout:
-    """How a batch of features lies in memory: receivers allocate the same, so that kernels choose the same path."""
+    """The memory layout of a batch of features. Receivers allocate the same, so that kernels choose the same path."""
 
     shape: tuple[int, ...]  # of one example
     order: tuple[int, ...]  # the dimensions of a batch, outermost first
@@ -44,15 +44,16 @@ class ActivationLayout:
         return dense.permute([self.order.index(d) for d in range(len(sizes))])
 
     def dense(self, batch: Tensor) -> Tensor:
-        """Return the batch as a contiguous tensor in memory order, as messages must be; a copy only if it differs."""
+        """Return a batch with its dimensions in memory order, contiguous as messages must be; copy if necessary."""
         return batch.permute(self.order).contiguous()
 
 
 @torch.no_grad()
 def activation_layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) -> list[ActivationLayout]:
-    """Return the layout of each stage's features, from inputs (2 or more, ...).
+    """Return the layout of the features that each stage computes from inputs (B, ...).
 
-    The stages run on copies on the inputs' device, one at a time; the network stays as it is.
+    B must be at least 2, because a batch of one does not tell the order of its dimensions. Copies of the stages run on
+    the inputs' device, one at a time; the network is not changed.
     """
     layouts, features, prior = [], inputs, network.uniform(inputs)
     with autocast(inputs, dtype):
@@ -63,16 +64,16 @@ def activation_layouts(network: SIDNetwork, inputs: Tensor, dtype: torch.dtype) 
 
 
 class StageLink(StageHooks):
-    """The link between a rank's stages and its neighbors: receives are posted ahead, sends wait only for room.
+    """Hooks that connect a rank's stages with the preceding and the next rank of the pipeline.
 
-    At most `in_flight` batches are on their way to a rank, and as many are kept by their sender, which then waits. As
-    the step's hooks it sends right after the forward pass of the rank's last stage, so that the message travels while
-    that stage learns.
+    Receives are posted ahead, for at most `in_flight` batches. The sender keeps as many batches that were not received
+    yet, and waits before it sends another one. A batch is sent right after the forward pass of the rank's last stage,
+    so that the message travels while that stage learns.
 
     Args:
         stages: Number of stages of this rank.
         classes: C.
-        received, sent: Layouts of the features from the rank before and to the rank after; None at the ends.
+        received, sent: Layouts of the features from the preceding and to the next rank; None without such a rank.
     """
 
     def __init__(
@@ -81,16 +82,16 @@ class StageLink(StageHooks):
     ):  # fmt: skip
         super().__init__(defer_updates=communicator.topology.replicas > 1)
         self.communicator, self.stages, self.classes = communicator, stages, classes
-        self.before, self.after = communicator.topology.rank - 1, communicator.topology.rank + 1
+        self.previous_rank, self.next_rank = communicator.topology.rank - 1, communicator.topology.rank + 1
         self.received, self.sent, self.in_flight = received, sent, in_flight
         self.expected_rows: deque[int] = deque()
-        self.coming: deque[tuple[Tensor, Tensor, list]] = deque()
-        self.going: deque[list[tuple]] = deque()
+        self.posted_receives: deque[tuple[Tensor, Tensor, list]] = deque()
+        self.pending_sends: deque[list[tuple]] = deque()
         self.stop = False  # whether the current batch is the last one; sent on with it
         self.reset_counters()
 
     def reset_counters(self) -> None:
-        """Set the seconds of waiting and the bytes sent to zero."""
+        """Reset the seconds of waiting and the bytes sent to zero."""
         self.receiving, self.sending, self.bytes_sent = 0.0, 0.0, 0
 
     def expect(self, rows: Sequence[int]) -> None:
@@ -100,21 +101,21 @@ class StageLink(StageHooks):
             self.post_receives(self.received)
 
     def post_receives(self, layout: ActivationLayout) -> None:
-        while self.expected_rows and len(self.coming) < self.in_flight:
+        while self.expected_rows and len(self.posted_receives) < self.in_flight:
             rows = self.expected_rows.popleft()
             features = layout.empty(rows)
-            belief = torch.empty(rows * self.classes + 1, device=features.device)  # and `stop`
+            belief = torch.empty(rows * self.classes + 1, device=features.device)  # the last entry is `stop`
             messages = ((layout.dense(features), FEATURES_TAG), (belief, BELIEF_TAG))
-            with self.communicator.watch(f"rank {self.before}"):
-                works = [dist.irecv(tensor, self.before, tag=tag) for tensor, tag in messages]
-            self.coming.append((features, belief, works))
+            with self.communicator.watch(f"rank {self.previous_rank}"):
+                works = [dist.irecv(tensor, self.previous_rank, tag=tag) for tensor, tag in messages]
+            self.posted_receives.append((features, belief, works))
 
     def recv(self) -> tuple[Tensor, Tensor]:
-        """Return the features and the belief (B, C) of the next batch, and set `stop`."""
+        """Receive the features (B, ...) and the belief (B, C) of the next batch, and set `stop`."""
         assert self.received is not None
-        features, belief, works = self.coming.popleft()
+        features, belief, works = self.posted_receives.popleft()
         start = time.perf_counter()
-        with self.communicator.watch(f"rank {self.before}"):
+        with self.communicator.watch(f"rank {self.previous_rank}"):
             for work in works:
                 work.wait()
         self.stop = bool(belief[-1])  # on a GPU this waits
@@ -124,23 +125,23 @@ class StageLink(StageHooks):
         return features, belief[:-1].view(-1, self.classes)
 
     def send(self, features: Tensor, belief: Tensor) -> None:
-        """Send features and belief (B, C) to the rank after, if there is one."""
+        """Send features (B, ...) and belief (B, C) to the next rank, if there is one."""
         if self.sent is None:
             return
         self.wait_for_room(self.in_flight - 1)
         features = features.detach()
         flat = torch.cat((belief.flatten(), belief.new_full((1,), float(self.stop))))
         messages = ((self.sent.dense(features), FEATURES_TAG), (flat, BELIEF_TAG))
-        with self.communicator.watch(f"rank {self.after}"):
-            self.going.append([(dist.isend(tensor, self.after, tag=tag), tensor) for tensor, tag in messages])
+        with self.communicator.watch(f"rank {self.next_rank}"):
+            self.pending_sends.append([(dist.isend(x, self.next_rank, tag=tag), x) for x, tag in messages])
         self.bytes_sent += features.nbytes + flat.nbytes
 
-    def wait_for_room(self, left: int = 0) -> None:
-        """Wait until the rank after has received all but the last `left` batches."""
+    def wait_for_room(self, pending: int = 0) -> None:
+        """Wait until the next rank has received all but the last `pending` batches."""
         start = time.perf_counter()
-        while len(self.going) > left:
-            with self.communicator.watch(f"rank {self.after}"):
-                for work, _ in self.going.popleft():
+        while len(self.pending_sends) > pending:
+            with self.communicator.watch(f"rank {self.next_rank}"):
+                for work, _ in self.pending_sends.popleft():
                     work.wait()
         self.sending += time.perf_counter() - start
 

@@ -1,6 +1,6 @@
-"""Processes under torchrun find one another and exchange everything but batches. Nothing here knows of networks.
+"""Connect the processes that torchrun started, and exchange everything except batches. Nothing here knows networks.
 
-Processes trust one another: settings pass between them as pickles, states as plain tensors and numbers.
+Processes trust one another: they exchange settings as pickles, and states as plain tensors and numbers.
 """
 
 import io
@@ -19,21 +19,21 @@ import torch.distributed as dist
 from .topology import Topology
 
 # Words in the errors that backends raise if a peer is gone or silent.
-LOST = ("connection", "by peer", "broken pipe", "timed out", "timeout", "nccl")
+LOST_PEER_WORDS = ("connection", "by peer", "broken pipe", "timed out", "timeout", "nccl")
 SIZE_TAG, STATE_TAG = 1001, 1002
 
 
 class LostRank(RuntimeError):
-    """A peer ended or was silent for too long; its own message, if it had one, says why."""
+    """Raised if another rank ended or was silent for too long. That rank's own message, if it printed one, says why."""
 
 
 class Communicator:
-    """Messages between the processes of a run; for a process alone, every method returns at once.
+    """Messages between the processes of a run. In a run of one process, no method waits.
 
     Args:
         timeout: Seconds after which a silent peer counts as lost.
-        control_group: Every process, for messages on the CPU.
-        replica_group: The processes that own the same stages, one in each replica.
+        control_group: Process group of all processes, for messages on the CPU.
+        replica_group: Process group of those that own the same stages, one in each replica.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Communicator:
     ):
         self.topology, self.timeout = topology, timeout
         self.control_group, self.replica_group = control_group, replica_group
-        self.sending: deque[list[tuple[Any, torch.Tensor]]] = deque()
+        self.pending_sends: deque[list[tuple[Any, torch.Tensor]]] = deque()
         self.has_checkpoint: Callable[[], bool] = lambda: False  # whether the run can be resumed
 
     @property
@@ -50,21 +50,21 @@ class Communicator:
 
     @contextmanager
     def watch(self, peer: str = "another rank") -> Iterator[None]:
-        """Raise LostRank, which names `peer`, for the many errors that backends raise if it is gone."""
+        """Raise LostRank, which names `peer`, instead of the various errors that backends raise if it is gone."""
         try:
             yield
         except RuntimeError as error:
             text = str(error).lower()
-            known = self.topology.size == 1 or isinstance(error, LostRank | torch.OutOfMemoryError)
-            if known or not any(word in text for word in LOST):
+            unrelated = self.topology.size == 1 or isinstance(error, LostRank | torch.OutOfMemoryError)
+            if unrelated or not any(word in text for word in LOST_PEER_WORDS):
                 raise
-            silent = "timed out" in text or "timeout" in text
-            how = f"said nothing for {self.timeout:g} seconds" if silent else "is gone"
-            kept = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
-            raise LostRank(f"rank {self.topology.rank}: {peer} {how}; {kept}") from error
+            timed_out = "timed out" in text or "timeout" in text
+            state = f"sent nothing for {self.timeout:g} seconds" if timed_out else "is gone"
+            checkpoint = "the last checkpoint is kept" if self.has_checkpoint() else "nothing was saved yet"
+            raise LostRank(f"rank {self.topology.rank}: {peer} {state}; {checkpoint}") from error
 
     def gather(self, value: Any) -> list:
-        """Return the values of all ranks on every rank."""
+        """Return a list of the values of all ranks, on every rank."""
         values = [value] * self.topology.size
         if self.topology.size > 1:
             with self.watch():
@@ -72,7 +72,7 @@ class Communicator:
         return values
 
     def check_same(self, values: dict, problem: str = "") -> None:
-        """End all processes with one message if a rank has a problem, or values that differ from rank 0's."""
+        """End all processes with one message if a rank reports a problem, or has other values than rank 0."""
         everyone = self.gather((values, problem))
         problems = [text for _, text in everyone]
         for rank, text in enumerate(problems):
@@ -88,7 +88,7 @@ class Communicator:
                     )
 
     def abort_all(self, message: str) -> NoReturn:
-        """End all processes, which all call this: rank 0 raises ValueError, the others exit with status 2."""
+        """End all processes, each of which must call this: rank 0 raises ValueError, the others exit with status 2."""
         if self.topology.rank == 0:
             raise ValueError(message)
         # torchrun ends the other processes as soon as one has ended, so rank 0 must be first: wait until it is gone.
@@ -114,7 +114,7 @@ class Communicator:
     def gather_on_logging_rank(self, value: Any) -> list | None:
         """Return the values of all ranks on the logging rank and None elsewhere.
 
-        A sender only waits until all but its last two values were received, an epoch's results and its checkpoint, so
+        A sender does not wait until its last two values, an epoch's results and its checkpoint, have been received, so
         the pipeline does not run empty.
         """
         if not self.is_logging:
@@ -126,18 +126,18 @@ class Communicator:
         """Send tensors and numbers to the logging rank."""
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        self.wait_for_sends(left=1)
+        self.wait_for_sends(pending=1)
         content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-        target, messages = self.topology.logging_rank, ((torch.tensor([len(content)]), SIZE_TAG), (content, STATE_TAG))
-        with self.watch(f"rank {target}"):
-            sends = [(dist.isend(x, target, group=self.control_group, tag=tag), x) for x, tag in messages]
-        self.sending.append(sends)
+        rank, messages = self.topology.logging_rank, ((torch.tensor([len(content)]), SIZE_TAG), (content, STATE_TAG))
+        with self.watch(f"rank {rank}"):
+            sends = [(dist.isend(x, rank, group=self.control_group, tag=tag), x) for x, tag in messages]
+        self.pending_sends.append(sends)
 
-    def wait_for_sends(self, left: int = 0) -> None:
-        """Wait until the logging rank has received all but the last `left` values."""
-        while len(self.sending) > left:
+    def wait_for_sends(self, pending: int = 0) -> None:
+        """Wait until the logging rank has received all but the last `pending` values."""
+        while len(self.pending_sends) > pending:
             with self.watch(f"rank {self.topology.logging_rank}"):
-                for work, _ in self.sending.popleft():
+                for work, _ in self.pending_sends.popleft():
                     work.wait()
 
     def recv(self, rank: int) -> Any:
@@ -163,7 +163,7 @@ def restart_count() -> int:
 
 
 def max_restarts() -> int:
-    """Return how often torchrun may start the processes again."""
+    """Return how often torchrun may restart the processes."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
@@ -174,7 +174,7 @@ def launch_id() -> str | None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process prints errors: each one after `init_distributed`, before it one per machine."""
+    """Return whether this process prints errors: every process after `init_distributed`, one per machine before it."""
     return dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
@@ -184,13 +184,16 @@ def wait_for_main_process() -> None:
 
 
 def local_device(name: str) -> str:
-    """Return the GPU of this process's local rank for "auto" and "cuda" if there are GPUs, else `name`."""
+    """Return the GPU of this process's local rank for "auto" and "cuda" if there are GPUs, else `name`.
+
+    Raises ValueError if the machine has fewer GPUs than processes.
+    """
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     needed = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), rank + 1)
     if needed > count:
-        raise ValueError(f"device {name!r} is a GPU for each process: there are {count} for {needed}")
+        raise ValueError(f"device {name!r} needs a GPU for each of the {needed} processes, not {count} in all")
     return f"cuda:{rank}"
 
 
@@ -202,7 +205,7 @@ def init_distributed(
     Args:
         parallel: "data" or "shard", where each process is a replica, or "stage", with `replicas` pipelines.
         settings: Must be the same on all ranks.
-        problem: What is wrong on this rank; it ends all of them.
+        problem: An error of this rank, which ends all processes; empty if there is none.
         timeout: Seconds after which a silent peer counts as lost.
 
     Raises ValueError on rank 0, and SystemExit on the others, if the processes cannot work together. Raises LostRank if
@@ -213,53 +216,53 @@ def init_distributed(
             f"parallel {parallel!r} needs torchrun: torchrun --standalone --nproc-per-node=2 -m sid_trainer ..."
         )
     topology = Topology.of(int(os.environ["RANK"]), world_size(), parallel, replicas)
-    cuda, within = local_device(device).startswith("cuda"), timedelta(seconds=timeout)
+    cuda, limit = local_device(device).startswith("cuda"), timedelta(seconds=timeout)
     if cuda:
         torch.cuda.set_device(local_device(device))
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=within))
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         store = attempt_store(store, rank, world, timeout)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=within)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (dist.DistError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = f"{address}: cannot meet the other processes there"
+        reason = f"{address}: cannot connect to the other processes there"
         if "EADDRINUSE" in str(error):
             raise ValueError(f"{reason} (in use by another program); choose another port") from error
         raise LostRank(f"rank {topology.rank}: {reason} ({str(error).splitlines()[0]})") from error
     communicator = Communicator(topology, timeout)
     with communicator.watch():
-        communicator.control_group = dist.new_group(backend="gloo", timeout=within)
+        communicator.control_group = dist.new_group(backend="gloo", timeout=limit)
         communicator.check_same({"torch": str(torch.__version__), **settings}, problem)
         ranks = [topology.replica_ranks(stage_rank) for stage_rank in range(topology.stage_ranks)]
-        groups = [dist.new_group(list(some), timeout=within) for some in ranks]  # `init_device_mesh` takes no timeout
+        groups = [dist.new_group(list(group), timeout=limit) for group in ranks]  # `init_device_mesh` takes no timeout
     communicator.replica_group = groups[topology.stage_rank]
     return communicator
 
 
 def attempt_store(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """Return a part of the store that only the processes of this attempt know.
+    """Return a part of `store` that only the processes of this attempt use.
 
     torchrun keeps one store over restarts, in which new processes would find the addresses of lost ones. The restart
-    count does not name an attempt: machines count on their own. So rank 0 answers each process by the id it drew, until
-    all that it answered have come.
+    count does not identify an attempt, because each machine counts on its own. So each process draws an id, and rank 0
+    answers each id with its own, until every rank has confirmed the answer.
     """
-    own, end = uuid.uuid4().hex, time.monotonic() + timeout
+    own_id, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     if rank > 0:
-        store.set(f"here/{rank}", own)
-        first = store.get(f"answer/{own}").decode()  # waits for rank 0
-        store.set(f"came/{first}/{rank}", "")
-        return dist.PrefixStore(first, store)
+        store.set(f"here/{rank}", own_id)
+        attempt = store.get(f"answer/{own_id}").decode()  # waits for rank 0
+        store.set(f"came/{attempt}/{rank}", "")
+        return dist.PrefixStore(attempt, store)
     missing = set(range(1, world))
     while missing:
         for other in missing:
             if store.check([f"here/{other}"]):
-                store.set(f"answer/{store.get(f'here/{other}').decode()}", own)
-        missing = {other for other in missing if not store.check([f"came/{own}/{other}"])}
-        if time.monotonic() > end:
-            raise RuntimeError(f"rank {min(missing)} did not come within {timeout:g} seconds")
+                store.set(f"answer/{store.get(f'here/{other}').decode()}", own_id)
+        missing = {other for other in missing if not store.check([f"came/{own_id}/{other}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {min(missing)} did not connect within {timeout:g} seconds")
         time.sleep(0.005)
-    return dist.PrefixStore(own, store)
+    return dist.PrefixStore(own_id, store)
 
 
 def leave() -> None:

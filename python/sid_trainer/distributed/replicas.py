@@ -1,6 +1,6 @@
-"""Replicas share every batch and sum their gradients, of whole parameters or of shards (`fully_shard`).
+"""Replicas that share every batch and sum their gradients, with whole or with sharded parameters (`fully_shard`).
 
-Shards are for stages that are too large for one device; in checkpoints they are whole.
+Shards are for stages that are too large for one device. Checkpoints hold whole parameters.
 """
 
 import time
@@ -20,21 +20,22 @@ from .topology import Topology
 
 
 class Replicas:
-    """Make the gradients of this process those of the mean over the whole batch.
+    """Sum gradients over replicas such that they are those of the mean loss over the whole batch.
 
-    `share` is the share of the current batch's images that this process has. `waited` counts the seconds in which
-    updates waited for other replicas.
+    Attributes:
+        share: Share of the current batch's images that this process has, in [0, 1].
+        wait_seconds: Seconds in which updates have waited for other replicas.
     """
 
     def __init__(self, topology: Topology, group: Any, device: torch.device):
         self.replicas, self.group, self.device = topology.replicas, group, device
-        self.share, self.waited = 1 / topology.replicas, 0.0
+        self.share, self.wait_seconds = 1 / topology.replicas, 0.0
 
     def wrap(self, network: SIDNetwork, optimizers: Sequence[Optimizer | None]) -> SIDNetwork:
-        """Return the network with gradients that are reduced module by module.
+        """Return the network with every module wrapped such that its gradients are reduced over the replicas.
 
-        If each module has an optimizer of its own, the optimizer waits for the reduction, not the backward pass: what
-        runs in between overlaps it.
+        If each module has an optimizer of its own, that optimizer waits for the reduction instead of the backward pass,
+        so the work between the two overlaps it.
         """
         modules = network.local_modules
         optimizers = optimizers if len(optimizers) == len(modules) else [None] * len(modules)
@@ -46,7 +47,7 @@ class Replicas:
             return module
         wrapped = DistributedDataParallel(
             module, [self.device.index] if self.device.type == "cuda" else None, process_group=self.group,
-            gradient_as_bucket_view=True, broadcast_buffers=False,  # no forward pass waits for another's
+            gradient_as_bucket_view=True, broadcast_buffers=False,  # no forward pass waits for another replica's
         )  # fmt: skip
         works: list[Any] | None = None
         if optimizer:
@@ -56,16 +57,16 @@ class Replicas:
         return wrapped
 
     def reduce(self, works: list[Any] | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Start the reduction of a bucket, which is the gradients' own memory: DDP has nothing left to do."""
+        """Start to sum a bucket over the replicas, in the gradients' own memory; `works` collects what to wait for."""
         gradients = bucket.buffer().mul_(self.share)
         work = dist.all_reduce(gradients, group=self.group, async_op=True)
         assert work is not None
         if works is None:
             return work.get_future().then(lambda done: done.value()[0])
         works.append(work)
-        started: torch.futures.Future[Tensor] = torch.futures.Future()
-        started.set_result(gradients)
-        return started
+        completed: torch.futures.Future[Tensor] = torch.futures.Future()
+        completed.set_result(gradients)
+        return completed
 
     def wait(self, works: list[Any]) -> None:
         """Wait for the reductions of a module."""
@@ -73,12 +74,13 @@ class Replicas:
         for work in works:
             work.wait()
         works.clear()
-        self.waited += time.perf_counter() - start
+        self.wait_seconds += time.perf_counter() - start
 
     def shard(self, network: SIDNetwork) -> None:
-        """Leave each process a shard of every stage and extractor block, gathered to run; move them one by one.
+        """Shard every stage and extractor block over the replicas, moving one after the other to the device.
 
-        `fully_shard` takes the mean over replicas. It is the mean over all images if each weights its own.
+        `fully_shard` takes the mean of the replicas' gradients. With weights for their shares of the batch, that is the
+        mean over all images.
         """
 
         def weight(stage: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
@@ -86,23 +88,23 @@ class Replicas:
                 outputs[1].register_hook(lambda gradient: gradient * (self.share * self.replicas))
 
         mesh = torch.distributed.device_mesh.DeviceMesh.from_group(self.group, self.device.type)
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # no other can be sharded
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # needed to shard it
         stages = network.local_modules[1:]
         for stage in stages:
             stage.register_forward_hook(weight)
         extractor = network.extractor
         blocks = list(extractor) if isinstance(extractor, nn.Sequential) else [extractor]
-        # A sharded module returns copies, but the step knows the shared layout by features that are the same tensor.
+        # Stages of the shared layout must return the tensor that they were given; a sharded module returns a copy.
         heads = [s.head if isinstance(s, Stage) and isinstance(s.body, nn.Identity) else s for s in stages]
         for module in (*blocks, *heads):
             if any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh)  # moves it to the mesh's device
+                fully_shard(module, mesh=mesh)  # which also moves it to the mesh's device
             else:
                 module.to(self.device)
 
 
 def full_tensors(value: Any) -> Any:
-    """Return the value with every sharded tensor replaced by the full one; all replicas must call this together."""
+    """Gather the sharded tensors in nested dicts and lists, on the CPU; all replicas must call this together."""
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
@@ -111,7 +113,7 @@ def full_tensors(value: Any) -> Any:
 
 
 def shard_state(state: dict, network: nn.Module, optimizers: Sequence[Optimizer | None]) -> dict:
-    """Return a checkpoint's state with tensors sharded like those of the network and of the optimizers."""
+    """Return a checkpoint's state with its tensors sharded like those of the network and its optimizers."""
 
     def shard_like(value: Any, own: Tensor) -> Any:
         if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:

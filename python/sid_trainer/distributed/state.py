@@ -1,4 +1,4 @@
-"""What the ranks of a run hold, combined to what one process would hold, and taken apart again."""
+"""Combine what the ranks of a run hold into what one process would hold, and split it again."""
 
 import json
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def by_replica(ranks: list[dict], stage_ranks: int) -> list[list[dict]]:
-    """Group what all ranks sent: one list for each replica, with an entry for each of its stage ranks."""
+def group_by_replica(ranks: list[dict], stage_ranks: int) -> list[list[dict]]:
+    """Group the entries of all ranks into one list per replica, with an entry for each of its stage ranks."""
     return [ranks[i : i + stage_ranks] for i in range(0, len(ranks), stage_ranks)]
 
 
 def combine_results(ranks: list[dict], stage_ranks: int) -> dict:
-    """Return the results of an epoch: stages side by side, images of all replicas added up."""
-    replicas = by_replica(ranks, stage_ranks)
+    """Combine the results of an epoch: concatenate those of all stages and add up the images of all replicas."""
+    replicas = group_by_replica(ranks, stage_ranks)
     metrics = {}
     for name in ranks[0]["metrics"]:
         sums = [torch.cat([rank["metrics"][name][0] for rank in replica], dim=1) for replica in replicas]
         metrics[name] = torch.stack(sums).sum(dim=0), sum(replica[0]["metrics"][name][1] for replica in replicas)
-    most = {name: max(rank[name] for rank in ranks) for name in ("memory", "activation_bytes")}
-    return {"sums": combine_sums(replicas), "metrics": metrics, **most}
+    largest = {name: max(rank[name] for rank in ranks) for name in ("memory", "activation_bytes")}
+    return {"sums": combine_sums(replicas), "metrics": metrics, **largest}
 
 
 def combine_sums(replicas: list[list[dict]]) -> dict:
-    """Return the sums of the epoch so far over all stages and images."""
+    """Combine the sums of the epoch so far over all stages and images; empty before the first step."""
     sums = [[rank["sums"] for rank in replica] for replica in replicas]
-    if not sums[0][0]:  # before the first step
+    if not sums[0][0]:
         return {}
     losses = [[loss for rank in replica for loss in rank["loss"]] for replica in sums]
     return sums[0][-1] | {
@@ -37,8 +37,8 @@ def combine_sums(replicas: list[list[dict]]) -> dict:
 
 
 def combine_states(own: dict, ranks: list[dict], stage_ranks: int) -> dict:
-    """Return a checkpoint as one process writes it, from the logging rank's state and what all ranks sent."""
-    replicas = by_replica(ranks, stage_ranks)
+    """Combine the logging rank's state and the parts that all ranks sent into a checkpoint as of one process."""
+    replicas = group_by_replica(ranks, stage_ranks)
     network = {name: tensor for rank in replicas[0] for name, tensor in rank["network"].items()}
     optimizers = zip(*(rank["optimizers"] for rank in replicas[0]), strict=True)
     activation_bytes = max(rank["activation_bytes"] for rank in ranks)
@@ -52,9 +52,9 @@ def combine_states(own: dict, ranks: list[dict], stage_ranks: int) -> dict:
 
 
 def local_state(state: dict, network: dict[str, Tensor], optimizers: Sequence[Optimizer | None], stages: range) -> dict:
-    """Return the part of a checkpoint that the rank with these stages loads.
+    """Return the part of a checkpoint that the rank with these `stages` loads.
 
-    `network` is its own state dict, in which the tensors of other ranks are on the meta device.
+    `network` is the rank's own state dict, in which the tensors of other ranks are on the meta device.
     """
     saved = zip(optimizers, state["optimizers"], strict=True)
     return state | {
@@ -66,10 +66,11 @@ def local_state(state: dict, network: dict[str, Tensor], optimizers: Sequence[Op
 
 
 def summarize_times(ranks: list[dict], stage_ranks: int) -> dict:
-    """Return how the ranks spent an epoch, with times in seconds from the first rank's start.
+    """Summarize how the ranks spent an epoch, with times in seconds since the first rank started.
 
-    `bubble` is the share of the epoch in which ranks were idle. `predicted_bubble` is that of a pipeline of equal
-    stages, (S - 1) / (N + S - 1) over N batches. `imbalance` is what unequal loads add, 1 - mean / largest.
+    `bubble` is the share of the epoch in which ranks were idle, on average. `predicted_bubble` is that of a pipeline of
+    S equal stages, (S - 1) / (N + S - 1) over N batches. `imbalance` is the part due to unequal loads, 1 - mean busy
+    time / largest busy time.
     """
     start, batches = min(rank["begun"] for rank in ranks), ranks[0]["trained"]
     ranks = [
@@ -86,7 +87,7 @@ def summarize_times(ranks: list[dict], stage_ranks: int) -> dict:
     return {
         "span": span,
         "bubble": 1 - mean / span,
-        # An epoch resumed at its end has no batches left.
+        # A run resumed at the end of an epoch has no batches left in it.
         "predicted_bubble": (stage_ranks - 1) / (batches + stage_ranks - 1) if batches else 0.0,
         "imbalance": 1 - mean / max(busy),
         "ranks": ranks,

@@ -1,6 +1,6 @@
-"""Strategies that share a trainer's work among processes: replicas share every batch, ranks of a pipeline the stages.
+"""Strategies that share a trainer's work: replicas share every batch, and the ranks of a pipeline share the stages.
 
-The run's folder is that of one process: any number of processes may resume from its checkpoints.
+The run's folder is the same as that of one process: any number of processes may resume from its checkpoints.
 """
 
 import time
@@ -42,21 +42,21 @@ class DataStrategy(Strategy):
         self.stop = False  # whether the run ends after the current step; all replicas agree
         self.batch_times: list[tuple[float, float]] = []
 
-    # ---------------------------------------------------------------- what is this process's
+    # ---------------------------------------------------------------- setup
 
     def make_batches(self, name: str, split: Split) -> Batches:
         if isinstance(self.data, OwnData):
-            self.communicator.abort_all("data must be image data for several processes, or train in a loop of your own")
+            self.communicator.abort_all("data must be image data for several processes; other data need your own loop")
         size, first = self.config.batch_size, self.topology.is_first  # later ranks of a pipeline need only the labels
         batches = super().make_batches(name, split) if first else Labels(split, size, self.device)
         assert isinstance(batches, Batches)  # for type checkers
         method, replicas = self.config.method, self.topology.replicas
         parts = BACKPROPAGATED.get(method, {}).get("parts", 0) if name == "train" else 0
-        needed = max(1, 2 * parts) * replicas  # all replicas learn from equally many parts: each is a reduction
+        needed = max(1, 2 * parts) * replicas  # each part ends in a reduction, in which all replicas take part
         if min(batches.sizes()) < needed:
             self.communicator.abort_all(
-                f"batch_size {size} leaves a {name} batch of {min(batches.sizes())} images: the"
-                f" {replicas} processes that share it need {needed}"
+                f"batch_size {size} leaves a {name} batch of {min(batches.sizes())} images,"
+                f" but the {replicas} processes that share it need at least {needed}"
             )
         batches.share = self.topology.share
         return batches
@@ -83,7 +83,7 @@ class DataStrategy(Strategy):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Leave only after the others have received what this process sent, which is lost with it."""
+        """Exit only after other processes have received what this one sent: the rest is lost when a process ends."""
         with self.communicator.watch():
             try:
                 yield
@@ -99,16 +99,16 @@ class DataStrategy(Strategy):
 
     def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
         start = time.time()
-        self.replicas.waited, self.batch_times = 0.0, []
+        self.replicas.wait_seconds, self.batch_times = 0.0, []
         self.rows = iter(self.batches["train"].sizes()[first_step:])
         yield from super().train_batches(epoch, first_step)
-        end, link, reducing = time.time(), self.link_usage(), self.replicas.waited
+        end, link, reducing = time.time(), self.link_usage(), self.replicas.wait_seconds
         self.times = {
             "rank": self.topology.rank,
             "stages": [i + 1 for i in self.local_stages],
             "begun": start,
             "ended": end,
-            # Whatever is not waiting counts as busy: loading and saving, too, and what a backward pass waits for.
+            # All time except waiting counts as busy, also loading, saving, and the waiting inside a backward pass.
             "busy": end - start - link["receiving"] - link["sending"] - reducing,
             "reducing": reducing,
             **link,
@@ -117,7 +117,7 @@ class DataStrategy(Strategy):
         }
 
     def link_usage(self) -> dict[str, float]:
-        """Return the seconds of waiting for other stages and the bytes sent to the next one in the current epoch."""
+        """Return the seconds of waiting for neighbors in the pipeline, and the bytes sent, in the current epoch."""
         return {"receiving": 0.0, "sending": 0.0, "bytes_sent": 0}
 
     def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
@@ -147,7 +147,7 @@ class DataStrategy(Strategy):
         return super().evaluate()
 
     def sync_buffers(self) -> None:
-        """Give every replica the first one's buffers: batch-norm's statistics are of each replica's own images."""
+        """Copy the first replica's buffers to all: each has batch-norm statistics of its own images."""
         if self.topology.replicas > 1:
             for buffer in self.network.buffers():
                 if not buffer.is_meta:
@@ -157,20 +157,20 @@ class DataStrategy(Strategy):
 
     def gather_epoch(self, results: dict) -> dict | None:
         times = self.times | {"peak_memory_bytes": results["memory"]}
-        everyone = self.communicator.gather_on_logging_rank(results | {"times": times})
-        if everyone is None:
+        rank_results = self.communicator.gather_on_logging_rank(results | {"times": times})
+        if rank_results is None:
             return None
-        self.activation_bytes = max(one["activation_bytes"] for one in everyone)
-        pipeline = summarize_times([one["times"] for one in everyone], self.topology.stage_ranks)
-        return combine_results(everyone, self.topology.stage_ranks) | {"pipeline": pipeline}
+        self.activation_bytes = max(one["activation_bytes"] for one in rank_results)
+        pipeline = summarize_times([one["times"] for one in rank_results], self.topology.stage_ranks)
+        return combine_results(rank_results, self.topology.stage_ranks) | {"pipeline": pipeline}
 
     def gather_state(self, state: dict) -> dict | None:
-        first_replica = ("network", "optimizers", "schedulers", "sums")  # the other replicas hold the same
-        part = {name: state[name] for name in (first_replica if self.topology.replica == 0 else ("sums",))}
+        names = ("network", "optimizers", "schedulers", "sums")  # the other replicas hold the same
+        part = {name: state[name] for name in (names if self.topology.replica == 0 else ("sums",))}
         if "network" in part:
             part["network"] = {name: tensor for name, tensor in state["network"].items() if not tensor.is_meta}
-        everyone = self.communicator.gather_on_logging_rank(part | {"activation_bytes": self.activation_bytes})
-        return None if everyone is None else combine_states(state, everyone, self.topology.stage_ranks)
+        rank_states = self.communicator.gather_on_logging_rank(part | {"activation_bytes": self.activation_bytes})
+        return None if rank_states is None else combine_states(state, rank_states, self.topology.stage_ranks)
 
     def state_dict(self) -> dict:
         self.sync_buffers()
@@ -194,12 +194,12 @@ class ShardStrategy(DataStrategy):
 
     def place_network(self) -> None:
         self.replicas = Replicas(self.topology, self.communicator.replica_group, self.device)
-        # Shards' gradients are weighted at the logits. That suffices if no gradient passes from stage to stage.
+        # Gradients are weighted at each stage's logits. That suffices if no gradient passes from stage to stage.
         sizes = set(self.batches["train"].sizes())
         if self.config.method not in LOCAL and any(size % self.topology.replicas for size in sizes):
             self.communicator.abort_all(
                 f"method {self.config.method!r} with parallel 'shard' needs batches that {self.topology.replicas}"
-                f" processes share evenly; batches here are of {' and '.join(map(str, sorted(sizes)))} images"
+                f" processes share evenly, not batches of {' and '.join(map(str, sorted(sizes)))} images"
             )
         self.replicas.shard(self.network)
 
@@ -231,7 +231,7 @@ class StageStrategy(DataStrategy):
         return self.stages_by_rank[self.topology.stage_rank]
 
     def place_network(self) -> None:
-        """Move this rank's stages to its device; the others keep names and shapes on the meta device."""
+        """Move this rank's stages to its device; the others keep only names and shapes, on the meta device."""
         self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from the stubs
         height, width = self.data.image_size
         example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
@@ -267,15 +267,14 @@ class StageStrategy(DataStrategy):
         return super().train_batches(epoch, first_step)
 
     def link_usage(self) -> dict[str, float]:
-        link = self.link
-        return {"receiving": link.receiving, "sending": link.sending, "bytes_sent": link.bytes_sent}
+        return {name: getattr(self.link, name) for name in ("receiving", "sending", "bytes_sent")}
 
     def local_rows(self, name: str) -> list[int]:
         replica, replicas = self.topology.share
         return [len(range(replica, rows, replicas)) for rows in self.batches[name].sizes()]
 
     def recv_inputs(self, inputs: Any) -> Any:
-        """Return the inputs of the next step; ranks after the first one learn with them whether it is the last."""
+        """Return the inputs of the next step; ranks after the first one also receive whether it is the last step."""
         if not self.topology.is_first:
             inputs, self.prior = self.link.recv()
             self.stop = self.link.stop

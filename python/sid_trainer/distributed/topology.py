@@ -1,4 +1,4 @@
-"""Where each process of a run stands. Nothing here communicates."""
+"""Coordinates of the processes of a run. Nothing here communicates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Topology:
     """Coordinates of a process in a mesh of `replicas` x `stage_ranks`; a process alone is at (0, 0) of 1 x 1.
 
-    Each replica is a pipeline whose ranks own consecutive stages and take a share of every batch. Ranks count through
-    the stages of a replica, then through the replicas.
+    Each replica is a pipeline whose ranks own consecutive stages, and the replicas share every batch. Ranks are
+    numbered along the pipeline of the first replica, then along that of the second one, and so on.
     """
 
     stage_rank: int = 0
@@ -19,11 +19,11 @@ class Topology:
 
     @classmethod
     def of(cls, rank: int, world_size: int, parallel: str, replicas: int) -> "Topology":
-        """Return the place of a rank. Raises ValueError if `replicas` pipelines cannot share the processes evenly."""
+        """Return the coordinates of a rank. Raises ValueError if `replicas` pipelines cannot share processes evenly."""
         stage_ranks = world_size // replicas if parallel == "stage" else 1
         replicas = replicas if parallel == "stage" else world_size
         if stage_ranks * replicas != world_size:
-            raise ValueError(f"replicas must divide the number of processes, {world_size}, not be {replicas}")
+            raise ValueError(f"replicas must be a divisor of {world_size}, the number of processes, not {replicas}")
         return cls(rank % stage_ranks, stage_ranks, rank // stage_ranks, replicas)
 
     @property
@@ -36,7 +36,7 @@ class Topology:
 
     @property
     def logging_rank(self) -> int:
-        """The rank that writes the run's folder: the last stage's of the first replica, which finishes a step last."""
+        """The rank that writes the run's folder: the last one of the first pipeline, which finishes a step last."""
         return self.stage_ranks - 1
 
     @property
@@ -49,9 +49,9 @@ class Topology:
 
     @property
     def share(self) -> tuple[int, int]:
-        """(r, n): this process takes every n-th image of a batch, from the r-th on."""
+        """(r, n): this process takes every n-th image of a batch, from the r-th on, counted from 0."""
         return self.replica, self.replicas
 
     def replica_ranks(self, stage_rank: int) -> Sequence[int]:
-        """Return the ranks that own the same stages, one in each replica."""
+        """Return the ranks at this place in the pipelines, one in each replica; they own the same stages."""
         return range(stage_rank, self.size, self.stage_ranks)

@@ -131,7 +131,7 @@ def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
         text = printed(folder, 1 - silent).read_text()
         whom = f"rank {silent}" if how == "stage" else "another rank"
         expected = (
-            f"sid train: rank {1 - silent}: {whom} said nothing for {timeout} seconds; the last checkpoint is kept"
+            f"sid train: rank {1 - silent}: {whom} sent nothing for {timeout} seconds; the last checkpoint is kept"
         )
         assert status == 1 and own_lines(text) == [expected] and "Traceback" not in text, text
         state = state_of(folder)

@@ -186,7 +186,7 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
     ("words", "count", "message"),
     [
         ("--parallel stage --depth 2", 3, "3 ranks cannot share 2 stages: start at most 2 for each replica"),
-        ("--parallel stage --replicas 2", 3, "replicas must divide the number of processes, 3, not be 2"),
+        ("--parallel stage --replicas 2", 3, "replicas must be a divisor of 3, the number of processes, not 2"),
         (
             "--parallel stage --stages-per-rank 1 2",
             2,
@@ -200,12 +200,12 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
         (
             "--parallel data --batch-size 1",
             2,
-            "batch_size 1 leaves a train batch of 1 images: the 2 processes that share it need 2",
+            "batch_size 1 leaves a train batch of 1 images, but the 2 processes that share it need at least 2",
         ),
         (
             "--parallel data --method bp-accumulate --batch-size 27",
             2,
-            "batch_size 27 leaves a train batch of 13 images: the 2 processes that share it need 16",
+            "batch_size 27 leaves a train batch of 13 images, but the 2 processes that share it need at least 16",
         ),
         (
             "--parallel data --arch resnet18 --train-images 10 --batch-size 4",
@@ -213,7 +213,7 @@ def test_ranks_with_other_settings_are_refused(tmp_path, first, second, message)
             "batch_size 4 leaves a process a single image to train on, which is too few for batch-norm",
         ),
         ("--parallel data --train-images 9999", 2, "training images must be 1 to 1437, not 9999"),
-        ("", 2, "parallel must say how 2 processes share the work: data, shard or stage, not none"),
+        ("", 2, "parallel must be data, shard or stage for 2 processes, not none"),
         ("--parallel stage --method bp", 2, "parallel 'stage' needs method sid or greedy"),
         ("--parallel data --alpha 0.1,0.2", 2, "alpha must be one number or one for each of the 4 stages, not 2"),
         ("--parallel data --device cuda:99", 2, "device 'cuda:99' cannot be used ("),
@@ -261,7 +261,7 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
         folder,
         [status],
         [printed(folder, 0).read_text()],
-        f"127.0.0.1:{port}: cannot meet the other processes there (in use by another program)",
+        f"127.0.0.1:{port}: cannot connect to the other processes there (in use by another program)",
     )
 
 

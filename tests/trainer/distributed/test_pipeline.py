@@ -254,14 +254,14 @@ def send_batches(sent, taken, in_flight, batches):
         link.send(torch.full((1 + t % 2, 3), float(t)), torch.full((1 + t % 2, 2), t + 0.5))
         sent.value = t + 1
     link.wait_for_room()
-    assert not link.going and link.bytes_sent == sum(4 * ((1 + t % 2) * 5 + 1) for t in range(batches))
+    assert not link.pending_sends and link.bytes_sent == sum(4 * ((1 + t % 2) * 5 + 1) for t in range(batches))
 
 
 def take_batches(sent, taken, in_flight, batches):
     link = StageLink(connect(1, 2), 1, 2, LAYOUT, None, in_flight)
     link.expect([1 + t % 2 for t in range(batches)])
     for t in range(batches):
-        assert len(link.coming) == min(in_flight, batches - t)
+        assert len(link.posted_receives) == min(in_flight, batches - t)
         most = min(batches, t + 2 * in_flight)  # on their way, and kept by the sender
         end = time.monotonic() + 200
         while sent.value < most and time.monotonic() < end:
@@ -293,7 +293,7 @@ def report(rank, count):
             assert (there["of"], there["t"], there["none"], there["numbers"]) == (other, t, None, [0.1 * other])
             assert torch.equal(there["tensor"], torch.arange(other + 2))
     communicator.wait_for_sends()
-    assert not communicator.sending
+    assert not communicator.pending_sends
 
 
 def test_the_logging_rank_receives_from_every_rank_in_order():
