@@ -14,11 +14,11 @@ from .datasets import Split
 from .image_files import DataError, ImageFiles
 from .seeds import CROPS, ORDER, seeded_generator
 
-SAMPLE = 2048  # images for the pixel statistics; of CIFAR-10 they are 2 million pixels per channel
+STATISTICS_IMAGES = 2048  # images for the pixel statistics; for CIFAR-10 that is 2 million pixels per channel
 
 
 class Batches:
-    """Float batches (B, C, H, W) of a split, scaled to mean 0 and standard deviation 1 in each channel.
+    """Float32 batches (B, C, H, W) of a split, scaled to mean 0 and standard deviation 1 in each channel.
 
     Images in memory move to `device` once. A last batch of one image joins the one before it, because batch
     normalization cannot learn from one.
@@ -26,10 +26,10 @@ class Batches:
     Args:
         mean, std: Pixel statistics (C,) in 0..255.
         workers: Processes that decode image files; 0 is this process.
-        channels_last: Whether batches are in channels-last memory.
-        share: (r, n) gives every n-th image of each batch from the r-th on, augmented as in the whole batch.
+        channels_last: Whether batches have the channels-last memory format.
+        share: (r, n) gives every n-th image of each batch from the r-th on (from 0), augmented as in the whole batch.
 
-    Raises DataError if the images do not fit on the device. So does iterating if a file cannot be decoded.
+    Raises DataError if the images do not fit on the device, and on iteration if a file cannot be decoded.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Batches:
             gigabytes = math.prod(self.images.shape) / 1e9
             raise DataError(f"{gigabytes:.1f} GB of images do not fit on {device}; stream image files") from error
         self.labels = split.labels.to(device)
-        width = self.images.shape[2]  # factors for a whole row of pixels are 4 times as fast as (C,) on a CPU
+        width = self.images.shape[2]  # on a CPU, factors for a whole row of pixels are 4 times as fast as (C,)
         self.scale, self.shift = ((row / std).repeat(width).to(device) for row in (torch.ones_like(mean), -mean))
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Batches:
         return self.load(torch.arange(len(self.labels)))
 
     def shuffle(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Any, Tensor]]:
-        """Iterate over batches start, start + 1, ... of an epoch.
+        """Iterate over the batches of an epoch from batch `start` on, augmented by `crop_and_flip`.
 
         The order depends on (seed, epoch) alone, and the augmentation of batch t on (seed, epoch, t) alone.
         """
@@ -84,16 +84,16 @@ class Batches:
     def load(
         self, order: Tensor, start: int = 0, augment: Callable[[Tensor, int], Tensor] | None = None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """Iterate over batches start, start + 1, ... of the images in the given order (N,)."""
+        """Iterate over the batches from `start` on of images in an order (N,); `augment(images, t)` changes batch t."""
         indices = self.local_indices(order, start)
         batches = select(self.images, indices, self.workers, self.device)
         for t, (images, index) in enumerate(zip(batches, indices, strict=True), start):
             yield self.normalize(augment(images, t) if augment else images), self.labels[index]
 
     def local_indices(self, order: Tensor, start: int) -> Sequence[Tensor]:
-        """Return this process's indices on the device for batches start, start + 1, ..."""
-        first, every = self.share
-        return [index[first::every] for index in order.to(self.device).split(self.sizes())[start:]]
+        """Return the indices of this process's images, on the device, for each batch from `start` on."""
+        offset, stride = self.share
+        return [index[offset::stride] for index in order.to(self.device).split(self.sizes())[start:]]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (B, H, W, C) as normalized float32 (B, C, H, W)."""
@@ -102,7 +102,7 @@ class Batches:
 
 
 class Labels(Batches):
-    """The labels of the same batches, with None as images, for a process that receives its inputs from another one."""
+    """Batches of labels with None as images, for a process that receives its inputs from another one."""
 
     def __init__(self, split: Split, batch_size: int, device: torch.device, share: tuple[int, int] = (0, 1)):
         self.batch_size, self.device, self.share = batch_size, device, share
@@ -116,7 +116,7 @@ class Labels(Batches):
 def select(
     images: Tensor | ImageFiles, indices: Sequence[Tensor], workers: int = 0, device: torch.device | None = None
 ) -> Iterator[Tensor]:
-    """Iterate over the uint8 images (B, H, W, C) of each index (B,). Images from files are moved to `device`."""
+    """Iterate over the uint8 images (B, H, W, C) at each index (B,). Images from files are moved to `device`."""
     if isinstance(images, ImageFiles):
         pin_memory = device is not None and device.type == "cuda"
         for batch in images.batches(indices, workers, pin_memory):
@@ -131,7 +131,7 @@ def pixel_statistics(images: Tensor | ImageFiles, workers: int = 0) -> tuple[Ten
 
     They come from exact counts of the 256 values, so they do not depend on how the images are stored.
     """
-    count = min(len(images), SAMPLE)
+    count = min(len(images), STATISTICS_IMAGES)
     counts = torch.zeros(images.shape[3], 256, dtype=torch.int64)
     for batch in select(images, (torch.arange(count) * len(images) // count).split(64), workers):
         counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in batch.unbind(3)])
@@ -146,16 +146,16 @@ def crop_and_flip(
     images: Tensor, crop: int, flip: bool, generator: torch.Generator, batch_size: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Tensor:  # fmt: skip
-    """Cut uint8 images (B, H, W, C) at random out of `crop` pixels of zero padding, and mirror half of them.
+    """Pad uint8 images (B, H, W, C) by `crop` zero pixels, crop them at random, and mirror half of them if `flip`.
 
-    The images may be the share (r, n) of a batch of `batch_size` images, as in `Batches`.
+    Images that are the share (r, n) of a batch of `batch_size` images, as in `Batches`, change as in that batch.
     """
     count, height, width, channels = images.shape
-    batch_size, (first, every) = count if batch_size is None else batch_size, share
+    batch_size, (offset, stride) = count if batch_size is None else batch_size, share
     corners = torch.randint(0, 2 * crop + 1, (2, batch_size, 1), generator=generator)  # top and left, in padded pixels
     mirror = torch.rand(batch_size, generator=generator) < (0.5 if flip else 0)
-    top, left = corners[:, first::every].to(images.device, non_blocking=True)
-    mirrored = mirror[first::every].nonzero()[:, 0].to(images.device, non_blocking=True)
+    top, left = corners[:, offset::stride].to(images.device, non_blocking=True)
+    mirrored = mirror[offset::stride].nonzero()[:, 0].to(images.device, non_blocking=True)
     padded = torch.nn.functional.pad(images, (0, 0, crop, crop, crop, crop)).contiguous()
     image, row = (torch.arange(n, device=images.device) for n in (count, height))
     starts = (image[:, None] * padded.shape[1] + row + top) * padded.shape[2] + left  # (B, H), in pixels

@@ -1,8 +1,8 @@
 """Image data sets by name, as uint8 tensors in memory or, if they are too large, as image files.
 
 `digits` are the 8x8 digits of scikit-learn. `mnist`, `fashion-mnist`, `cifar10` and `cifar100` are torchvision's files,
-`tiny-imagenet` has its own layout, and `folder` (or `cifar10`) is train/<class>/... and test/<class>/... or
-val/<class>/... Reading a data set never runs code from its files.
+`tiny-imagenet` has its own layout, and `folder` (also `cifar10` as image files) holds train/<class>/... and either
+test/<class>/... or val/<class>/... Reading a data set never runs code from its files.
 """
 
 import math
@@ -40,8 +40,8 @@ class Split(NamedTuple):
 class ImageData(NamedTuple):
     """The splits of a data set, its classes and its augmentation.
 
-    A label is an index into `classes`. Training images are padded with `crop` zeros on each side and cut to their old
-    size at random, and with `flip` mirrored with probability 1/2.
+    A label is an index into `classes`. Training images are padded with `crop` zeros on each side and cropped at random
+    to their size. With `flip` they are also mirrored, with probability 1/2.
     """
 
     train: Split
@@ -76,24 +76,24 @@ def load_data(
 
     Args:
         cache: The folder for decoded image files; None is `sid_trainer` in the user's cache folder.
-        download: Download what is missing of a data set of torchvision.
-        image_size: Resize the shorter side of image files to it and cut out the center.
-        stream: Decode image files for each batch. None: only if they would fill more than half of the memory.
+        download: Download the missing files of a torchvision data set.
+        image_size: Resize the shorter side of image files to this many pixels, and crop the center to a square.
+        stream: Decode image files for each batch; None does so if they would fill more than half of the memory.
         workers: Processes that decode image files; 0 is this process.
 
-    Raises DataError.
+    Raises DataError for arguments that are not allowed and for files that cannot be used.
     """
     if name not in DATASETS:
-        raise DataError(f"no data set is called {name!r}; available: {', '.join(DATASETS)}")
+        raise DataError(f"name must be one of {', '.join(DATASETS)}, not {name!r}")
     if download and name not in TORCHVISION:
         raise DataError(f"download is for {', '.join(TORCHVISION)}, not for {name!r}")
     for argument, folder in (("path", path), ("cache", cache)):
         if folder is not None:
             nonempty_path(folder, argument)
     if name != "digits" and path is None:
-        raise DataError(f"the data set {name!r} needs the path of its files")
+        raise DataError(f"path must be the folder of the data set {name!r}; none was given")
     if name == "digits" and path is not None:
-        raise DataError(f"the data set 'digits' is inside scikit-learn and has no path, not {os.fspath(path)!r}")
+        raise DataError(f"path must be None for 'digits', which are part of scikit-learn, not {os.fspath(path)!r}")
     root = Path(path or "")
     if not root.is_dir() and not download:
         raise DataError(f"{root}: no such folder")
@@ -121,7 +121,7 @@ def load_files(
     if images[0].size != images[1].size:
         sizes = " and ".join("x".join(map(str, files.size)) for files in images)
         raise DataError(
-            f"{train.folder.parent}: training and test images differ in size ({sizes}); image_size makes all equal"
+            f"{train.folder.parent}: training and test images differ in size ({sizes}); set image_size to resize them"
         )
     if stream is None:
         stream = sum(math.prod(files.shape) for files in images) > physical_memory() / 2
@@ -145,7 +145,7 @@ def load_digits() -> ImageData:
 
 
 def load_torchvision(name: str, root: Path, download: bool) -> ImageData:
-    """Load a data set of torchvision, which unpickles files of CIFAR only if their checksums are the originals'.
+    """Load a data set of torchvision, which unpickles CIFAR's files only if their checksums are right.
 
     Raises DataError.
     """
@@ -168,7 +168,7 @@ def load_torchvision(name: str, root: Path, download: bool) -> ImageData:
 
 
 def physical_memory() -> int:
-    """Return the bytes of memory of this machine. Unlike the free memory, they are always the same."""
+    """Return the memory of this machine in bytes; unlike the free memory, it is the same for every run."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 from ..files import write_atomically
 
-DECODER = 2  # part of the names of cached arrays; increase it whenever `read_image` returns other pixels
+DECODER_VERSION = 2  # part of the names of cached arrays; increase it whenever `read_image` returns other pixels
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message is one line and names the file or folder."""
+    """Raised if a data set cannot be used; the message is one line and names the file or folder."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
@@ -59,13 +59,13 @@ class ImageFiles:
         for i, file in enumerate(self.files[j] for j in index):
             image = read_image(file, self.image_size)
             if image.shape != images.shape[1:]:
-                found, first = ("x".join(map(str, shape[:2])) for shape in (image.shape, self.size))
-                raise DataError(f"{file}: is {found} pixels but the first image is {first}; image_size makes all equal")
+                size, first_size = ("x".join(map(str, shape[:2])) for shape in (image.shape, self.size))
+                raise DataError(f"{file}: is {size} pixels but the first image is {first_size}; set image_size")
             images[i] = image
         return torch.from_numpy(images)
 
     def batches(self, indices: Sequence[Tensor], workers: int = 0, pin_memory: bool = False) -> Iterator[Tensor]:
-        """Decode batches (B, H, W, 3) uint8, one for each index (B,), in `workers` processes or in this one if 0.
+        """Decode one batch (B, H, W, 3) uint8 for each index (B,), in `workers` processes, or in this one if 0.
 
         Raises DataError. PyTorch's global random state stays as it is.
         """
@@ -85,7 +85,7 @@ class ImageFiles:
             ) from error
 
     def decode_or_error(self, index: Sequence[int]) -> "Tensor | DataError":
-        """Return an error instead of raising it: PyTorch adds a traceback to the message of one raised in a worker."""
+        """Decode the images at `index`, or return the error: PyTorch adds a traceback to one raised in a worker."""
         try:
             return self[index]
         except DataError as error:
@@ -95,8 +95,8 @@ class ImageFiles:
 def start_workers(loader: DataLoader) -> Iterator[Any]:
     """Start the worker processes of a loader, and return the iterator over what they load.
 
-    A worker that dies raises RuntimeError while a batch is waited for. The SIGCHLD handler that PyTorch installs would
-    raise it wherever the main thread is, so the handler from before is installed again.
+    If a worker dies, waiting for the next batch raises RuntimeError. PyTorch's SIGCHLD handler would raise it wherever
+    the main thread happens to be, so the previous handler is installed again.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
@@ -116,13 +116,13 @@ def read_image(file: str, image_size: int | None = None) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 as a viewer shows it, resized and cut to `image_size` if given.
 
     16-bit grey is scaled to 8 bits, the EXIF orientation applied, and transparency composited over white. Raises
-    DataError if the file is damaged or its pixels have no range that 8 bits could show.
+    DataError if the file is damaged or the range of its pixel values is unknown.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms.v2 import functional as F
 
     try:
-        with open(file, "rb") as stream:  # given a path, Pillow maps some TIFF files into memory and turns them wrongly
+        with open(file, "rb") as stream:  # given a path, Pillow maps some TIFF files and rotates them wrongly
             opened = Image.open(stream)
             image = ImageOps.exif_transpose(opened)
             # Pillow opens 16-bit grey PNG and PGM as mode "I" or "I;16", depending on its version.
@@ -156,18 +156,18 @@ def decode(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> T
     """Decode all images to (N, H, W, 3) uint8, or load them from the cache if it matches the files in `folder`."""
     from tqdm import tqdm
 
-    place = hashlib.sha256(b"%s %d" % (os.fsencode(folder.resolve()), images.image_size or 0)).hexdigest()[:16]
-    listing = hashlib.sha256(b"%d\n" % DECODER)
+    folder_hash = hashlib.sha256(b"%s %d" % (os.fsencode(folder.resolve()), images.image_size or 0)).hexdigest()[:16]
+    files_hash = hashlib.sha256(b"%d\n" % DECODER_VERSION)
     for file in images.files:
         try:
             stat = os.stat(file)
         except OSError as error:
             raise DataError(f"{file}: not a readable image ({one_line(error)})") from error
         name = os.fsencode(os.path.relpath(file, folder))
-        listing.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
-    cached = cache / f"{place}-{listing.hexdigest()[:16]}.npy"
+        files_hash.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    cache_file = cache / f"{folder_hash}-{files_hash.hexdigest()[:16]}.npy"
     try:
-        array = np.load(cached, allow_pickle=False)
+        array = np.load(cache_file, allow_pickle=False)
         if array.dtype == np.uint8 and array.shape == images.shape:
             return torch.from_numpy(array)
     except (OSError, ValueError, EOFError):  # missing or damaged: decode again
@@ -178,11 +178,11 @@ def decode(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> T
         array[index] = batch
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, lambda file: np.save(file, array, allow_pickle=False))
-        for stale in set(cache.glob(f"{place}-*.npy")) - {cached}:
+        write_atomically(cache_file, lambda file: np.save(file, array, allow_pickle=False))
+        for stale in set(cache.glob(f"{folder_hash}-*.npy")) - {cache_file}:
             stale.unlink(missing_ok=True)
-    except OSError as error:  # a full or read-only disk costs the next run its decoding, not this one its training
-        print(printable(f"{cached}: the decoded images were not kept ({one_line(error)})"))
+    except OSError as error:  # on a full or read-only disk, this run still trains, and the next one decodes again
+        print(printable(f"{cache_file}: the decoded images were not cached ({one_line(error)})"))
     return torch.from_numpy(array)
 
 

@@ -1,6 +1,6 @@
-"""Lists of the files and labels in image folders: one folder a class, or Tiny-ImageNet's table of annotations.
+"""List the files and labels of image folders: one folder per class, or Tiny-ImageNet's table of annotations.
 
-Hidden files and folders are no data. Links to folders inside a class are not followed, and no file is listed twice.
+Hidden files and folders are skipped. Links to folders inside a class are not followed, and no file is listed twice.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .image_files import DataError, one_line, printable
 
-HIDDEN = ("__MACOSX", "@eaDir")  # what archives and file servers add, besides names that begin with a dot
+HIDDEN = ("__MACOSX", "@eaDir")  # added by archives and file servers; names that begin with a dot are hidden, too
 
 
 class Listing(NamedTuple):
@@ -22,7 +22,7 @@ class Listing(NamedTuple):
 
 
 def list_splits(root: Path, tiny_imagenet: bool) -> tuple[Listing, Listing]:
-    """List the training and test images in a folder. Raises DataError."""
+    """List the training and test images of the data set in the folder `root`. Raises DataError."""
     seen: dict[str, Path] = {}
     if tiny_imagenet:  # its test images have no labels
         train = list_classes(root / "train", seen)
@@ -58,16 +58,16 @@ def list_annotated(folder: Path, classes: list[str], seen: dict[str, Path]) -> L
     table, images, listing = folder / "val_annotations.txt", folder / "images", Listing(folder, [], [], classes)
     try:
         rows = [line.split("\t")[:2] for line in table.read_text().splitlines()]
-        unnamed = set(find_images(images, seen))
+        unlisted = set(find_images(images, seen))
     except (OSError, UnicodeError) as error:
         raise DataError(f"{folder}: not Tiny-ImageNet's validation images ({one_line(error)})") from error
     numbers = {name: i for i, name in enumerate(classes)}
     for i, row in enumerate(rows, 1):
         file = str(images / row[0])
-        if len(row) < 2 or file not in unnamed or row[1] not in numbers:
-            found = "\t".join(row)
-            raise DataError(f"{table}: line {i} must name a file of {images}, each once, and a class, not {found!r}")
-        unnamed.remove(file)
+        if len(row) < 2 or file not in unlisted or row[1] not in numbers:
+            line = "\t".join(row)
+            raise DataError(f"{table}: line {i} must name a new file of {images} and its class, not {line!r}")
+        unlisted.remove(file)
         listing.files.append(file)
         listing.labels.append(numbers[row[1]])
     if not rows:
@@ -78,8 +78,8 @@ def list_annotated(folder: Path, classes: list[str], seen: dict[str, Path]) -> L
 def find_images(folder: Path, seen: dict[str, Path]) -> list[str]:
     """Return the images below a folder, sorted by folder and name, and add them to `seen`.
 
-    `seen` holds the folder of each file, with links resolved. Raises OSError, and DataError if another folder has the
-    same file.
+    `seen` maps each file, with links resolved, to the folder in which it was found. Raises OSError, and DataError if
+    another folder has the same file.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -89,7 +89,7 @@ def find_images(folder: Path, seen: dict[str, Path]) -> list[str]:
         if any(map(is_hidden, Path(parent).relative_to(folder).parts)):
             continue
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
-            print(printable(f"{link}: not followed, as it is a link to a folder"))
+            print(printable(f"{link}: skipped, because it is a link to a folder"))
         resolved_parent = os.path.realpath(parent)
         for name in sorted(names):
             if is_hidden(name) or not has_file_allowed_extension(name, IMG_EXTENSIONS):
@@ -107,5 +107,5 @@ def find_images(folder: Path, seen: dict[str, Path]) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of that name is no data."""
+    """Return whether files and folders of that name are skipped."""
     return name.startswith(".") or name in HIDDEN

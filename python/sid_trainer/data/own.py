@@ -1,4 +1,4 @@
-"""Data of one's own for the `Trainer`: data loaders, data sets, or tensors of inputs and classes."""
+"""Your own data for the `Trainer`: data loaders, data sets, or tensors of inputs and classes."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -17,13 +17,13 @@ class OwnData:
     """Training and test examples that the `Trainer` takes as they are, without normalization or augmentation.
 
     Args:
-        train, test, validation: Each a `DataLoader`, a data set whose items are (inputs, class), or the tensors inputs
-            (N, ...) and classes (N,), int64. A data loader keeps its own batch size and order; other sources have the
-            trainer's batch size, and the training examples are shuffled.
-        classes: Names of the classes; None: their numbers.
+        train, test, validation: Each a `DataLoader`, a data set whose items are (inputs, class), or a tuple of tensors:
+            inputs (N, ...) and classes (N,), int64. A data loader keeps its own batch size and order. Other sources are
+            read in batches of the trainer's size, and their training examples are shuffled.
+        classes: Names of the classes; None uses their numbers.
 
-    The order of an epoch follows from the trainer's seed and the epoch, also that of a data loader whose sampler draws
-    from PyTorch's global generator, so that a resumed run goes on with the same batches.
+    The order of an epoch depends on the trainer's seed and the epoch alone, also that of a data loader whose sampler
+    draws from PyTorch's global generator, so that a resumed run continues with the same batches.
     """
 
     crop, flip = 0, False
@@ -38,7 +38,7 @@ class OwnData:
 
 
 class LoaderBatches:
-    """Batches of a source, moved to `device`; it is used as `Batches` is. Raises ValueError for other batches."""
+    """Batches of a source on `device`, with the methods of `Batches`. Raises ValueError for any other source."""
 
     def __init__(self, source: Source, batch_size: int, device: torch.device, shuffle: bool, workers: int = 0):
         if isinstance(source, tuple):
@@ -71,26 +71,26 @@ class LoaderBatches:
         return map(self.to_device, self.loader)
 
     def shuffle(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over batches start, start + 1, ... of an epoch; `crop` and `flip` are not used."""
+        """Iterate over the batches of an epoch from batch `start` on; `crop` and `flip` are not used."""
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
-        kept = torch.get_rng_state()
+        random_state = torch.get_rng_state()
         torch.set_rng_state(seeded_generator(seed, ORDER, epoch).get_state())
         batches = iter(self.loader)  # the sampler draws its seed with the first batch
         first = next(batches)
-        torch.set_rng_state(kept)
+        torch.set_rng_state(random_state)
         for t, batch in enumerate(chain([first], batches)):
             if t >= start:
                 yield self.to_device(batch)
 
     def to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return (inputs, classes) on the device. Raises ValueError for a batch that is something else."""
+        """Return (inputs, classes) on the device. Raises ValueError for a batch that is no such pair."""
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
         if not pair or batch[1].dim() != 1 or batch[1].is_floating_point():
-            found = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in batch]
+            parts = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in batch]
             raise ValueError(
-                f"data must give batches (inputs, classes (B,) int64), not {found}; for other inputs and targets call"
-                " network(inputs, targets).loss.backward() in a loop of your own"
+                f"data must give batches (inputs, classes (B,) int64), not {parts}; for other inputs and targets call"
+                " network(inputs, targets).loss.backward() in your own loop"
             )
         inputs, targets = (x.to(self.device, non_blocking=True) for x in batch)
         return inputs, targets.long()

@@ -32,7 +32,7 @@ def split_validation(data: ImageData, share: float, seed: int = 0) -> ImageData:
     labels = data.train.labels
     held_out = draw_by_class(labels, round(share * len(labels)), seed)
     if not held_out.any():
-        raise DataError(f"a validation share of {share} of {len(labels)} training images holds none out")
+        raise DataError(f"a validation share of {share} of {len(labels)} training images holds out none")
     if len(labels[~held_out].unique()) < len(labels.unique()):
         raise DataError(f"a validation share of {share} leaves a class without training images")
     train, validation = (data.train.take(mask.nonzero()[:, 0]) for mask in (~held_out, held_out))
@@ -40,7 +40,7 @@ def split_validation(data: ImageData, share: float, seed: int = 0) -> ImageData:
 
 
 def add_label_noise(data: ImageData, share: float, seed: int = 0) -> ImageData:
-    """Replace round(share * N) training labels, drawn at random, each by another class. Raises DataError.
+    """Replace round(share * N) training labels, drawn at random, by other classes. Raises DataError.
 
     The noise is symmetric: each of the other classes is equally likely.
     """

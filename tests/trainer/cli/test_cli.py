@@ -13,7 +13,7 @@ from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.cli import find_dataset, main
 from sid_trainer.data.datasets import ImageData, Split
-from sid_trainer.runs.build import trained_network
+from sid_trainer.runs.build import load_network
 from sid_trainer.training.checkpoint import load_checkpoint
 
 KEYS = {
@@ -47,7 +47,7 @@ def check_run(folder, epochs, depth, optimizers):
     assert json.loads((folder / "config.json").read_text())["depth"] == depth
     state = load_checkpoint(folder)
     assert (state["epoch"], state["step"], len(state["optimizers"])) == (epochs + 1, 0, optimizers)
-    network, run, about = trained_network(folder)
+    network, run, about = load_network(folder)
     beliefs = network.beliefs(torch.zeros(2, about["in_channels"], *about["image_size"]))
     assert beliefs.shape == (depth, 2, len(about["classes"])) and run.epochs == epochs
     return rows
@@ -151,7 +151,7 @@ def run_and_read(arguments, capsys):
         (["train", "--dataset", "svhn"], "invalid choice: 'svhn'"),
         (["train", "--dataset", "digits", "--data", "somewhere"], "data must not be given for digits"),
         (["train", "--data", "nowhere-at-all"], "nowhere-at-all: no such folder"),
-        (["train", "--dataset", "folder"], "needs the path of its files"),
+        (["train", "--dataset", "folder"], "path must be the folder of the data set 'folder'"),
         (["train", "--dataset", "folder", "--data", "nowhere"], "nowhere: no such folder"),
         (["train", "--dataset", "mnist", "--data", "."], "the MNIST files could not be read (Dataset not found"),
         (["train", "--out", "file/run"], "Not a directory"),
@@ -163,8 +163,8 @@ def run_and_read(arguments, capsys):
         (["export", "nowhere"], "nowhere: no such file"),
         (["compare"], "the following arguments are required: --out"),
         (["report", "nowhere"], "No such file or directory"),
-        (["report", "damaged"], "not what a run writes"),
-        (["report", "empty"], "holds no whole epoch"),
+        (["report", "damaged"], "not a file of a run"),
+        (["report", "empty"], "holds no complete epoch"),
     ],
 )
 def test_mistakes_give_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_a_killed_worker_is_an_error_on_one_line(folder):
 
 def test_pixel_statistics_are_those_of_an_evenly_spaced_sample(folder, monkeypatch):
     kept, streamed = (batches.images for batches in in_memory_and_streamed(folder, 0))
-    monkeypatch.setattr(trainer_batches, "SAMPLE", 4)
+    monkeypatch.setattr(trainer_batches, "STATISTICS_IMAGES", 4)
     sample = kept[[0, 6, 13, 19]].double()  # of 26
     for images in (kept, streamed):
         mean, std = pixel_statistics(images)

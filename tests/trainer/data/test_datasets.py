@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     data = load_data("folder", write_image_folder(tmp_path / "set"), cache=tmp_path / "cache")
     assert len(data.train.labels) == 12
-    assert "were not kept" in capsys.readouterr().out
+    assert "were not cached" in capsys.readouterr().out
 
 
 def test_image_size_makes_mixed_sizes_equal(tmp_path):
@@ -163,11 +163,11 @@ def one_class(root):
     ("damage", "message"),
     [
         (broken_png, "test/a/3.png: not a readable image"),
-        (other_size, "train/b c/1.png: is 8x9 pixels but the first image is 8x8; image_size"),
+        (other_size, "train/b c/1.png: is 8x9 pixels but the first image is 8x8; set image_size"),
         (empty_class, "train/empty: holds no images"),
         (extra_class, "class folder 'only here' is in only one of train and test"),
         (no_test, "val: no such folder .the layout is train/<class>"),
-        (other_test_size, "differ in size .8x8 and 9x9.; image_size"),
+        (other_test_size, "differ in size .8x8 and 9x9.; set image_size"),
         (dead_link, "train/a/5.png: not a readable image"),
         (one_class, "train: needs at least 2 class folders, has 1"),
     ],
@@ -258,7 +258,7 @@ def test_bad_tiny_imagenet_annotations(tmp_path, line):
     root = write_tiny_imagenet(tmp_path / "set")
     table = root / "val" / "val_annotations.txt"
     table.write_text(table.read_text() + line + "\n")
-    refused("val_annotations.txt: line 3 must name a file", "tiny-imagenet", root, cache=tmp_path / "cache")
+    refused("val_annotations.txt: line 3 must name a new file", "tiny-imagenet", root, cache=tmp_path / "cache")
     table.write_text("")
     refused("val_annotations.txt: names no image", "tiny-imagenet", root, cache=tmp_path / "cache")
     table.unlink()
@@ -268,9 +268,9 @@ def test_bad_tiny_imagenet_annotations(tmp_path, line):
 def test_wrong_names_and_arguments(tmp_path):
     refused("nowhere: no such folder", "folder", "nowhere")
     for name in DATASETS[1:]:
-        refused(f"'{name}' needs the path", name)
-    refused("no data set is called 'svhn'; available: digits, mnist, fashion-mnist", "svhn")
-    refused("'digits' is inside scikit-learn and has no path", "digits", tmp_path)
+        refused(f"path must be the folder of the data set '{name}'", name)
+    refused("name must be one of digits, mnist, fashion-mnist, .*, not 'svhn'", "svhn")
+    refused("path must be None for 'digits', which are part of scikit-learn", "digits", tmp_path)
     refused("download is for mnist, .*, not for 'folder'", "folder", tmp_path, download=True)
     refused("not for 'digits'", "digits", image_size=16)
     refused("not for 'mnist'", "mnist", write_mnist(tmp_path / "mnist"), stream=True)

@@ -153,7 +153,7 @@ def test_classes_that_only_a_right_decoding_tells_apart(tmp_path, suffix):
 
 def test_arrays_that_an_older_decoder_cached_are_not_used(tmp_path, monkeypatch):
     root = write_image_folder(tmp_path / "set")
-    monkeypatch.setattr("sid_trainer.data.image_files.DECODER", 1)
+    monkeypatch.setattr("sid_trainer.data.image_files.DECODER_VERSION", 1)
     load_data("folder", root, cache=tmp_path / "cache")
     older = set((tmp_path / "cache").iterdir())
     monkeypatch.undo()

@@ -52,7 +52,7 @@ def test_links_to_folders_are_not_followed(root, capsys, target):
     data = load(root)
     assert counts(data) == (["cat", "dog"], 12, 12) and data.train.labels.tolist() == [0] * 6 + [1] * 6
     assert all("/x/" not in file for file in data.train.images.files)
-    assert ("cat/x: not followed, as it is a link to a folder" in capsys.readouterr().out) == (
+    assert ("cat/x: skipped, because it is a link to a folder" in capsys.readouterr().out) == (
         target not in ("nowhere", "x", "y")
     )
 
@@ -127,7 +127,7 @@ def test_tiny_imagenet_has_the_same_rules(tmp_path):
     table = root / "val" / "val_annotations.txt"
     rows = table.read_text()
     table.write_text(rows + rows.splitlines()[0] + "\n")
-    with pytest.raises(DataError, match="line 3 must name a file of .*, each once"):
+    with pytest.raises(DataError, match="line 3 must name a new file of .* and its class"):
         load_data("tiny-imagenet", root, stream=True)
     table.write_text(rows)
     (root / "val" / "images" / "val_0.JPEG").unlink()

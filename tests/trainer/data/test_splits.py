@@ -104,7 +104,7 @@ def test_streamed_files_are_split_alike(tmp_path):
         (lambda data: take_subset(data, 11), "must be 1 to 10, not 11"),
         (lambda data: split_validation(data, 1), "at least 0 and less than 1, not 1"),
         (lambda data: split_validation(data, float("nan")), "less than 1, not nan"),
-        (lambda data: split_validation(data, 0.01), "0.01 of 10 training images holds none out"),
+        (lambda data: split_validation(data, 0.01), "0.01 of 10 training images holds out none"),
         (lambda data: split_validation(data, 0.9), "0.9 leaves a class without training images"),
         (lambda data: add_label_noise(data, 1.2), r"in \[0, 1\], not 1.2"),
         (lambda data: add_label_noise(data, -0.1), r"in \[0, 1\], not -0.1"),
