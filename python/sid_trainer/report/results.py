@@ -1,4 +1,4 @@
-"""Run folders as tables: a row per run, per epoch, per stage, and per group of runs that differ in the seed only."""
+"""Read run folders as tables with a row per run, epoch, stage, or group of runs that differ in the seed only."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from ..files import CONFIG, METRICS, PIPELINE, nonempty_path
 
 METHODS = ("sid", "greedy", "deep-supervision", "bp", "bp-checkpoint", "bp-accumulate")  # their order in the report
 FAMILY = ["arch", "layout", "label_noise", "method"]  # settings with a column of their own
-# Settings in which runs of one group may differ: the seed, who started the run, where its files lie.
+# Settings in which runs of one group may differ: the seed, how the run was started, where its files are.
 NOT_SETTINGS = {
     "seed", "run", "threads", "torchrun", "data", "cache", "download", "workers", "save_every", "parallel", "replicas",
     "stages_per_rank", "in_flight", "timeout",
 }  # fmt: skip
-FOLLOWS = {"num_parameters", "classes", "in_channels", "pixel_mean", "pixel_std"}  # from other settings
+DERIVED = {"num_parameters", "classes", "in_channels", "pixel_mean", "pixel_std"}  # from the data and other settings
 NUMBERS = ["epoch", "train_loss", "test_accuracy"]
 OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them
-LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number a stage; the last is optional
-RANK = ["rank", "busy", "receiving", "sending", "reducing", "bytes_sent", "peak_memory_bytes"]  # of a pipeline
+LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number per stage; the last is optional
+RANK_FIELDS = ["rank", "busy", "receiving", "sending", "reducing", "bytes_sent", "peak_memory_bytes"]  # pipeline.json
 
 
 class Results(NamedTuple):
@@ -43,16 +43,16 @@ class Results(NamedTuple):
 
 
 def load_runs(folders: Sequence[Path | str]) -> Results:
-    """Read run folders, each once. Raises ValueError, in one line that names the file, if one holds no run."""
+    """Read run folders, each once. Raises ValueError with one line that names the file if one holds no run."""
     paths = list({Path(folder).resolve(): nonempty_path(folder, "folders") for folder in folders}.values())
     if not paths:
-        raise ValueError("folders: no run's folder was given")
+        raise ValueError("folders must name at least one run, not none")
     names = [path.resolve().name for path in paths]
     tables = [[table.assign(run=run) for table in read_metrics(path / METRICS)] for run, path in enumerate(paths)]
     configs = [read_config(path / CONFIG) for path in paths]
     epochs, stages = (pd.concat(table, ignore_index=True) for table in zip(*tables, strict=True))
-    shared = epochs.groupby("run")["pipeline"].last()  # otherwise the file is of an earlier epoch
-    files = {run: path / PIPELINE for run, path in enumerate(paths) if shared[run] and (path / PIPELINE).exists()}
+    has_pipeline = epochs.groupby("run")["pipeline"].last()  # otherwise the file is of an earlier epoch
+    files = {run: path / PIPELINE for run, path in enumerate(paths) if has_pipeline[run] and (path / PIPELINE).exists()}
     pipelines = {run: read_pipeline(file) for run, file in files.items()}
     runs = epochs.groupby("run").agg(
         epoch=("epoch", "last"), test_accuracy=("test_accuracy", "last"), elapsed=("elapsed", "last"),
@@ -63,7 +63,7 @@ def load_runs(folders: Sequence[Path | str]) -> Results:
         last_kl=("stage_kl", "last"), certificate=("certificate", "mean"),
     ))  # fmt: skip
     runs["certificate"] = runs["certificate"].where(runs["stages"] > 1)  # one stage has no earlier one to improve on
-    runs["name"] = [shown(n if names.count(n) == 1 else str(path)) for n, path in zip(names, paths, strict=True)]
+    runs["name"] = [to_text(n if names.count(n) == 1 else str(path)) for n, path in zip(names, paths, strict=True)]
     runs = add_settings(runs.assign(config=configs))
     kind = runs[["group", "method", "variant"]]
     return Results(runs, epochs.join(kind, on="run"), stages.join(kind, on="run"), pipelines)
@@ -80,9 +80,9 @@ def add_settings(runs: pd.DataFrame) -> pd.DataFrame:
     runs["group"] = exact.assign(stages=runs["stages"]).groupby(list(exact) + ["stages"], sort=False).ngroup()
     configs = dict(zip(runs.index, runs["config"], strict=True))
     for _, family in exact.groupby([runs[key] for key in FAMILY], dropna=False):
-        named = [key for key in exact if key not in FOLLOWS and family[key].nunique() > 1]
+        named = [key for key in exact if key not in DERIVED and family[key].nunique() > 1]
         for run in family.index:
-            text = (f"{key} {shown(configs[run].get(key))}" for key in named)
+            text = (f"{key} {to_text(configs[run].get(key))}" for key in named)
             runs.loc[run, "settings"] = ", ".join(text)
     runs["place"] = [METHODS.index(m) if m in METHODS else len(METHODS) for m in runs["method"]]
     runs["number"] = pd.to_numeric(runs["seed"], errors="coerce")
@@ -95,16 +95,16 @@ def add_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_of(runs: pd.DataFrame, text: Callable[[Any], str]) -> pd.DataFrame:
-    """Return the settings of each run, seed included, as text."""
+    """Return the settings of each run, including the seed, each converted to text by `text`."""
     keys = dict.fromkeys(key for config in runs["config"] for key in config if key == "seed" or key not in NOT_SETTINGS)
     return pd.DataFrame({key: [text(config.get(key)) for config in runs["config"]] for key in keys}, index=runs.index)
 
 
 def comparison_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per group of runs: FAMILY, settings, n, seeds, the epochs reached, and results.
+    """Return one row per group of runs: FAMILY, settings, number n of runs, seeds, epochs reached, and results.
 
-    test_accuracy is the mean of the last epochs, in [0, 1]; deviation that of the sample (NaN for one run);
-    images_per_second the median; activation_bytes and peak_memory_bytes are the largest.
+    test_accuracy is the mean over runs after their last epoch, in [0, 1]; deviation is the standard deviation of this
+    sample (NaN for one run). images_per_second is the median; activation_bytes and peak_memory_bytes are the largest.
     """
     return runs.groupby("group").agg(
         **{key: (key, "first") for key in ["arch", "layout", "method", "label_noise", "settings"]},
@@ -116,7 +116,7 @@ def comparison_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ideal_of(config: dict[str, Any], stages: int) -> list[float] | None:
-    """Return `ideal_kl` of a run; None if it is not known, or is 0 (alpha = 1 with hard labels)."""
+    """Return `ideal_kl` for the settings of a run; None if it is unknown, or 0 (alpha = 1 with hard labels)."""
     alpha = config["alpha"]
     if config["method"] != "sid" or config.get("label_noise") or (isinstance(alpha, list) and len(alpha) != stages):
         return None
@@ -129,17 +129,17 @@ def ideal_kl(
     alpha: float | Sequence[float], num_classes: int, depth: int, label_smoothing: float | Sequence[float] = 0.0,
     divergence: str = "forward",
 ) -> list[float]:  # fmt: skip
-    """Return KL(y || p_i) in nats for hard y of the ideal cascade: each stage at its minimum, given the one before.
+    """Return KL(y || p_i) in nats, for hard y, of the ideal cascade: each stage minimizes its loss, given the prior.
 
-    With t_i the smoothed target, the minimum is p_i = alpha_i t_i + (1 - alpha_i) p_(i-1) (forward) or proportional to
-    t_i^alpha_i p_(i-1)^(1 - alpha_i) (reverse).
+    With the smoothed target t_i, the minimum is p_i = alpha_i t_i + (1 - alpha_i) p_(i-1) (forward) or proportional to
+    t_i^alpha_i p_(i-1)^(1 - alpha_i) (reverse). Raises ValueError unless there is one value or one per stage.
     """
     alphas, smoothing = (
         list(value) if isinstance(value, Sequence) else [value] * depth for value in (alpha, label_smoothing)
     )
     if len(alphas) != depth or len(smoothing) != depth:
-        raise ValueError(f"alpha must have one value a stage ({depth}), not {len(alphas)}")
-    spread, odds, ideal = 1.0, 0.0, []  # p_i = spread * u + (1 - spread) * y; or log(p_i[y] / p_i[other])
+        raise ValueError(f"alpha and label_smoothing must have {depth} values, not {len(alphas)} and {len(smoothing)}")
+    spread, log_odds, ideal = 1.0, 0.0, []  # p_i = spread * u + (1 - spread) * y; or log(p_i[y] / p_i[other])
     for a, s in zip(alphas, smoothing, strict=True):
         if divergence == "forward":
             spread = a * s + (1 - a) * spread
@@ -147,8 +147,8 @@ def ideal_kl(
         elif s == 0:
             ideal.append(0.0)
         else:
-            odds = a * math.log1p(num_classes * (1 - s) / s) + (1 - a) * odds
-            ideal.append(math.log1p((num_classes - 1) * math.exp(-odds)))
+            log_odds = a * math.log1p(num_classes * (1 - s) / s) + (1 - a) * log_odds
+            ideal.append(math.log1p((num_classes - 1) * math.exp(-log_odds)))
     return ideal
 
 
@@ -157,13 +157,13 @@ def ideal_kl(
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file into a ValueError of one line that names it."""
+    """Raise a ValueError of one line that names the file, instead of any error in reading or interpreting it."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: not what a run writes ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{file}: not a file of a run ({' '.join(str(error).split())})") from error
 
 
 def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -171,7 +171,7 @@ def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     with reading(file):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if not rows:
-            raise ValueError("it holds no whole epoch")
+            raise ValueError("it holds no complete epoch")
         columns = {key: [row[key] for row in rows] for key in NUMBERS}
         columns |= {key: [row.get(key) for row in rows] for key in OPTIONAL}
         epochs = pd.DataFrame(columns, dtype=float)
@@ -179,27 +179,25 @@ def read_metrics(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             raise ValueError(f"{', '.join(NUMBERS)} must be numbers in every epoch")
         depth = len(rows[0]["stage_kl"])
         lists = [[row.get(key) or [math.nan] * (depth if key == "certificate" else 0) for key in LISTS] for row in rows]
-        if {np.shape(values) for lists_ in lists for values in lists_} != {(depth,)}:
-            raise ValueError(f"{', '.join(LISTS)} must be lists of one number a stage in every epoch")
+        if {np.shape(values) for epoch_lists in lists for values in epoch_lists} != {(depth,)}:
+            raise ValueError(f"{', '.join(LISTS)} must be lists of one number per stage in every epoch")
         stages = pd.DataFrame(np.array(lists, float).transpose(0, 2, 1).reshape(-1, len(LISTS)), columns=LISTS)
     epochs["elapsed"] = epochs["elapsed"].fillna(epochs["seconds"].cumsum())
     epochs["pipeline"] = ["pipeline" in row for row in rows]
-    stages["epoch"], stages["stage"] = (
-        np.repeat(epochs["epoch"].to_numpy(), depth),
-        np.tile(range(1, depth + 1), len(rows)),
-    )
+    stages["epoch"] = np.repeat(epochs["epoch"].to_numpy(), depth)
+    stages["stage"] = np.tile(range(1, depth + 1), len(rows))
     stages["last"] = stages["epoch"] == epochs["epoch"].max()
     return epochs, stages
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return the settings in config.json, which have those that the report needs."""
+    """Return the settings in config.json, after checking those that the report needs."""
     with reading(file):
         config = json.loads(file.read_text(encoding="utf-8"))
         shares = [*np.atleast_1d(config["alpha"]), *np.atleast_1d(config.get("label_smoothing") or 0.0)]
         shares.append(config.get("label_noise") or 0.0)
         if not all(0 <= share <= 1 for share in shares):
-            raise ValueError("a share is not in [0, 1]")
+            raise ValueError("alpha, label_smoothing and label_noise must be in [0, 1]")
         names = [config["method"], *(config.get(key) or "" for key in ("arch", "layout"))]
         if not all(isinstance(name, str) for name in names) or not config["classes"]:
             raise ValueError("method, arch and layout must be names, classes a list")
@@ -207,24 +205,24 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_pipeline(file: Path) -> dict[str, Any]:
-    """Return the content of pipeline.json, checked: idle time of the last epoch and the numbers of each rank.
+    """Return the content of pipeline.json, after a check: idle shares of the last epoch and the times of each rank.
 
-    Each of `ranks` has the numbers RANK, its stages (from 1) and its first `batches`, [start, end] in seconds.
+    Each of `ranks` has the numbers RANK_FIELDS, its stages (from 1) and its first `batches`, [start, end] in seconds.
     """
     with reading(file):
         pipeline = json.loads(file.read_text(encoding="utf-8"))
         numbers = [pipeline[key] for key in ("bubble", "predicted_bubble", "imbalance")]
         spans = [span for rank in pipeline["ranks"] for span in rank["batches"]]
-        numbers += [number for rank in pipeline["ranks"] for number in (*rank["stages"], *(rank[key] for key in RANK))]
+        numbers += [x for rank in pipeline["ranks"] for x in (*rank["stages"], *(rank[key] for key in RANK_FIELDS))]
         if {len(span) for span in spans} != {2} or not np.isfinite(np.array([*numbers, *sum(spans, [])], float)).all():
             raise ValueError("every time and share must be a number")
     return pipeline
 
 
-def shown(value: Any) -> str:
-    """Return a setting as short text; a list of equal values, one a stage, is one value."""
+def to_text(value: Any) -> str:
+    """Format a setting as short text; a list of equal values, one per stage, becomes one value."""
     if isinstance(value, list):
-        parts = [shown(part) for part in value]
+        parts = [to_text(part) for part in value]
         text = parts[0] if parts and set(parts) == {parts[0]} else ", ".join(parts)
         return text if len(text) <= 60 else f"{text[:60]}… ({len(value)})"
     if isinstance(value, bool):

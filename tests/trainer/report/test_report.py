@@ -9,7 +9,7 @@ import pytest
 
 from sid_trainer.methods.factory import METHODS
 from sid_trainer.report import results
-from sid_trainer.report.figures import draw_run, in_bytes
+from sid_trainer.report.figures import draw_run, format_bytes
 from sid_trainer.report.page import as_markdown, comparison_text, write_report
 from sid_trainer.report.results import comparison_table, ideal_kl, load_runs
 from sid_trainer.training.config import MOVABLE
@@ -145,7 +145,7 @@ def test_a_bar_in_a_name_does_not_break_the_markdown_table(tmp_path):
     [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (3.5 * 2**20, "3.5 MiB"), (2**45, "32768 GiB")],
 )
 def test_bytes_have_a_unit(count, text):
-    assert in_bytes(count) == text
+    assert format_bytes(count) == text
 
 
 def test_runs_that_differ_in_who_started_them_are_one_group(tmp_path):
@@ -256,22 +256,22 @@ def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
     [
         ("metrics.jsonl", None, "No such file or directory"),
         ("config.json", None, "No such file or directory"),
-        ("metrics.jsonl", "", "not what a run writes (it holds no whole epoch)"),
-        ("metrics.jsonl", "{}\n", "not what a run writes ('epoch')"),
-        ("metrics.jsonl", "[]\n", "not what a run writes"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5)) + '\n{"epoch": 2, "tr', "not what a run writes"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": 3}), "not what a run writes"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": None}), "not what a run writes"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": [1.0]}), "must be lists of one number a stage in every epoch"),
-        ("metrics.jsonl", json.dumps(row(1, 0.5)) + "\n" + json.dumps(row(2, 0.5, 3)), "must be lists of one number a stage in every epoch"),
+        ("metrics.jsonl", "", "not a file of a run (it holds no complete epoch)"),
+        ("metrics.jsonl", "{}\n", "not a file of a run ('epoch')"),
+        ("metrics.jsonl", "[]\n", "not a file of a run"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5)) + '\n{"epoch": 2, "tr', "not a file of a run"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": 3}), "not a file of a run"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": None}), "not a file of a run"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5) | {"stage_kl": [1.0]}), "must be lists of one number per stage in every epoch"),
+        ("metrics.jsonl", json.dumps(row(1, 0.5)) + "\n" + json.dumps(row(2, 0.5, 3)), "must be lists of one number per stage in every epoch"),
         ("metrics.jsonl", json.dumps(row(1, 0.5) | {"certificate": ["x", 1]}), "could not convert string to float: 'x'"),
         ("metrics.jsonl", json.dumps(row(1, 0.5) | {"elapsed": "long"}), "could not convert string to float: 'long'"),
         ("metrics.jsonl", json.dumps(row(1, 0.5) | {"test_accuracy": None}), "test_accuracy must be numbers in every epoch"),
-        ("config.json", "[]", "not what a run writes"),
-        ("config.json", "\xff\x00", "not what a run writes"),
-        ("config.json", '{"alpha": 0.5, "classes": ["a"]}', "not what a run writes"),
-        ("config.json", '{"method": "sid", "alpha": [7], "classes": ["a"]}', "a share is not in [0, 1]"),
-        ("config.json", '{"method": "sid", "alpha": ["a"], "classes": ["a"]}', "not what a run writes"),
+        ("config.json", "[]", "not a file of a run"),
+        ("config.json", "\xff\x00", "not a file of a run"),
+        ("config.json", '{"alpha": 0.5, "classes": ["a"]}', "not a file of a run"),
+        ("config.json", '{"method": "sid", "alpha": [7], "classes": ["a"]}', "alpha, label_smoothing and label_noise must be in [0, 1]"),
+        ("config.json", '{"method": "sid", "alpha": ["a"], "classes": ["a"]}', "not a file of a run"),
         ("config.json", '{"method": "sid", "alpha": 0.5, "classes": []}', "classes a list"),
         ("config.json", '{"method": ["sid"], "alpha": 0.5, "classes": ["a"]}', "must be names"),
     ],
@@ -289,7 +289,7 @@ def test_a_damaged_file_is_one_line_that_names_it_and_nothing_is_written(file, t
 
 
 def test_no_folders(tmp_path):
-    with pytest.raises(ValueError, match="no run's folder was given"):
+    with pytest.raises(ValueError, match="folders must name at least one run"):
         write_report([], tmp_path / "out")
     with pytest.raises(ValueError, match="nowhere.*No such file"):
         write_report([tmp_path / "nowhere"], tmp_path / "out")
@@ -314,7 +314,7 @@ def test_the_ideal_cascade_is_every_stage_at_its_minimum(divergence, smoothing):
         expected.append(-math.log(belief[0]))
     assert ideal_kl(alphas, classes, 3, smoothing, divergence) == pytest.approx(expected, rel=1e-12)
     assert ideal_kl(0.5, classes, 2) == pytest.approx(ideal_kl([0.5, 0.5], classes, 2))
-    with pytest.raises(ValueError, match=r"alpha must have one value a stage \(2\), not 3"):
+    with pytest.raises(ValueError, match=r"alpha and label_smoothing must have 2 values, not 3 and 2"):
         ideal_kl(alphas, classes, 2)
 
 
@@ -361,8 +361,8 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
     ("change", "message"),
     [
         (lambda found: {}, "'bubble'"),
-        (lambda found: [], "not what a run writes"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "not what a run writes"),
+        (lambda found: [], "not a file of a run"),
+        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "not a file of a run"),
         (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": [[0, math.inf]]}]}, "every time and share must be a number"),
         (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": []}]}, "every time and share must be a number"),
         (lambda found: found | {"bubble": "much"}, "could not convert string to float: 'much'"),
