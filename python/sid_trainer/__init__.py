@@ -1,4 +1,4 @@
-"""Training networks by synergistic information distillation, over `sid_kernels`."""
+"""Train networks by synergistic information distillation (SID), with the kernels of `sid_kernels`."""
 
 from .data.datasets import load_data
 from .data.own import OwnData

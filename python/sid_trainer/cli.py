@@ -57,14 +57,14 @@ def train(args: argparse.Namespace) -> None:
         trainer = start_run(run, folder, overwrite=hasattr(args, "overwrite"))
     writes = trainer.strategy.writes_run_folder
     if writes:
-        introduce(trainer)
+        print_start(trainer)
     trainer.fit()
     if writes and trainer.folder:
-        show(trainer.folder)
+        print_end(trainer.folder)
 
 
-def introduce(trainer: Trainer) -> None:
-    """Print where a resumed run continues, and what is trained on what."""
+def print_start(trainer: Trainer) -> None:
+    """Print where a resumed run continues, and its method, data, network and operations."""
     if (trainer.epoch, trainer.step) != (1, 0):
         print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
     run, images = trainer.metadata, [trainer.strategy.batches[name].count for name in ("train", "test")]
@@ -77,8 +77,8 @@ def introduce(trainer: Trainer) -> None:
         print(f"operations per image: {counts['training']:.3g} to train, {counts['inference']:.3g} to run all stages")
 
 
-def show(folder: Path) -> None:
-    """Print the last epoch of the run in a folder by stage, and draw the run's picture."""
+def print_end(folder: Path) -> None:
+    """Print the last epoch of the run in a folder, stage by stage, and draw the run's picture."""
     from .files import PICTURE, write_atomically
     from .report.figures import draw_run
     from .report.results import load_runs
@@ -133,11 +133,11 @@ def evaluate(args: argparse.Namespace) -> None:
         if name in metrics:
             print(f"{name} {metrics[name]:.2%}   ({meaning})")
     if args.exit:
-        show_exits(metrics, args.run_folder)
+        print_exits(metrics, args.run_folder)
 
 
-def show_exits(metrics: dict, path: Path) -> None:
-    """Print a row per confidence and draw them beside the run."""
+def print_exits(metrics: dict, path: Path) -> None:
+    """Print a row per confidence, and draw them in a picture in the run's folder."""
     from .files import EXITS, write_atomically
     from .report.figures import draw_exits
 
@@ -166,7 +166,7 @@ def fail(command: str, message: str, status: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Return 0, or 1 if training failed, 2 if the request is not possible, 130 if interrupted."""
+    """Run `sid`. Return 0, or 1 if training failed, 2 for a request that cannot be met, 130 if interrupted."""
     command = "sid"
     try:
         run = {"train": train, "compare": compare, "report": report, "eval": evaluate, "export": export}

@@ -1,4 +1,4 @@
-"""Files of a run: their names, and how to write one completely or not at all."""
+"""Name the files of a run, and write a file completely or not at all."""
 
 import os
 import tempfile
@@ -24,12 +24,12 @@ def nonempty_path(path: str | os.PathLike, name: str) -> Path:
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], before: Callable[[], object] = lambda: None
 ) -> None:
-    """Write a file so that an interruption leaves either the old content or the new.
+    """Write a file such that an interruption leaves either the old content or the new.
 
     `write` fills a temporary file beside `path`, which is flushed to the disk. Then `before` is called, and the
     temporary file is renamed to `path`.
 
-    Raises OSError with the name `path` if that fails. `path` is unchanged then, and the temporary file is removed.
+    Raises OSError that names `path` if this fails. `path` is unchanged then, and the temporary file is removed.
     """
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -51,7 +51,7 @@ def write_atomically(
 
 
 def current_umask() -> int:
-    """Return the permissions that new files do not get."""
+    """Return this process's umask, the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,6 +1,6 @@
 """The arguments of the `sid` command. The flags of a run are made from the fields of `RunConfig`.
 
-Plain argparse makes them in 30 lines and keeps errors at one line, so that `sid` needs no package for its flags.
+Plain argparse does this in 30 lines and reports an error in one line, so `sid` needs no package for its flags.
 """
 
 import argparse
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """Convert an argument. Refuse the empty text, which pathlib takes for the current folder."""
+    """Convert an argument to a path. Reject the empty text, which pathlib takes for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
@@ -64,20 +64,18 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add("run_folder", **run_folder)
     add("--data", metavar="PATH", help="folder of its data set, if it was moved")
     add("--cache", metavar="DIR", help="folder for decoded images")
-    add("--exit", action="store_true", default=False, help="accuracy and operations if sure images leave early")
+    add("--exit", action="store_true", default=False, help="measure accuracy and operations if sure images leave early")
 
     add = parsers["export"].add_argument
     add("run_folder", **run_folder)
     add("--format", choices=("torch", "onnx"), default="torch", help="torch is for torch.export.load (default: torch)")
-    add(
-        "--plain", action="store_true", default=False, help="the trunk and the last head alone, without the other heads"
-    )
-    add("--out", metavar="FILE", type=path, default=None, help="(default: network.pt2 or .onnx in the run's folder)")
+    add("--plain", action="store_true", default=False, help="write the trunk and the last head alone")
+    add("--out", metavar="FILE", type=path, default=None, help="file (default: network.pt2 or .onnx in its folder)")
     return top
 
 
 def add_settings(parser: argparse.ArgumentParser, compared: Mapping[str, list] | None = None) -> None:
-    """Add a flag for each field of `RunConfig`. Those in `compared` take several values, and have these as default."""
+    """Add a flag for each field of `RunConfig`. Those in `compared` take several values, by default the ones there."""
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for setting in fields(RunConfig):
         flag, arguments = f"--{setting.name.replace('_', '-')}", flag_arguments(setting)

@@ -1,4 +1,4 @@
-"""Build the data, the network and the trainer of a run from its settings, and find a run again in its folder."""
+"""Build the data, the network and the trainer of a run from its settings, or load a run from its folder."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def make_data(run: RunConfig) -> ImageData:
 
 
 def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tuple[int, int]) -> Network:
-    """Build the network of a run with freshly drawn parameters."""
+    """Build the network of a run, with newly drawn parameters."""
     if run.network is not None:
         return make_own_network(run.network, classes, in_channels, image_size)
     return build_network(
@@ -62,7 +62,7 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
 
 
 def make_config(run: RunConfig) -> TrainConfig:
-    """Return the settings of the trainer of a run in this process."""
+    """Return the settings of this process's trainer for a run."""
     settings = {setting.name: getattr(run, setting.name) for setting in fields(TrainConfig)}
     device = run.device if run.parallel == "none" else rendezvous.local_device(run.device)
     return TrainConfig(**settings | {"device": device})
@@ -74,9 +74,9 @@ def make_config(run: RunConfig) -> TrainConfig:
 def make_trainer(
     run: RunConfig, folder: Path | None = None, *, quiet: bool = False, communicator: Communicator | None = None
 ) -> Trainer:
-    """Build the trainer of a run that has not started; the seed determines its network.
+    """Build the trainer of a new run; the seed determines the initial parameters of its network.
 
-    Under torchrun every process must call this at the same time.
+    Under torchrun every process must call this at the same time. Raises ValueError for settings that do not fit.
     """
     communicator = communicator or connect(run)
     if run.parallel != "none" and run.layout == "shared" and run.head_depth == 1:
@@ -102,10 +102,10 @@ def make_trainer(
 
 
 def connect(run: RunConfig, problem: str = "") -> Communicator:
-    """Connect to the processes that share a run. `problem` says what is wrong on this rank and ends all of them."""
+    """Connect to the processes that share a run. `problem`, an error of this rank, ends all of them if not empty."""
     if run.parallel == "none":
         if (size := rendezvous.world_size()) > 1:
-            raise ValueError(f"parallel must say how {size} processes share the work: data, shard or stage, not none")
+            raise ValueError(f"parallel must be data, shard or stage for {size} processes, not none")
         return Communicator(Topology())
     device = run.device
     try:
@@ -120,7 +120,7 @@ def connect(run: RunConfig, problem: str = "") -> Communicator:
 
 
 def make_strategy(run: RunConfig, network: Network, data: ImageData, communicator: Communicator) -> Strategy:
-    """Return the strategy by which this process takes part in a run."""
+    """Return the strategy with which this process takes part in a run."""
     if run.parallel == "none":
         return Strategy()
     assert isinstance(network, SIDNetwork)  # a network of the user's own is for one process
@@ -137,8 +137,8 @@ def assign_stages(run: RunConfig, network: SIDNetwork, data: ImageData, communic
         communicator.abort_all(f"{ranks} ranks cannot share {depth} stages: start at most {depth} for each replica")
     if counts is None:
         with communicator.raise_on_one_rank():
-            measures = topology.rank == 0 and ranks > 1
-            seconds = stage_seconds(run, network, data, topology.replicas) if measures else [1.0] * depth
+            is_measuring = topology.rank == 0 and ranks > 1
+            seconds = stage_seconds(run, network, data, topology.replicas) if is_measuring else [1.0] * depth
         return balance_stages(communicator.gather(seconds)[0], ranks)
     if len(counts) != ranks or sum(counts) != depth or min(counts) < 1:
         communicator.abort_all(f"stages_per_rank must be {ranks} positive numbers whose sum is {depth}, not {counts}")
@@ -194,8 +194,8 @@ def recorded_launch(folder: Path) -> str | None:
         return None
 
 
-def saved_run(path: Path) -> tuple[RunConfig, dict]:
-    """Return the settings and the checkpoint of a saved run. Raises ValueError if there is none that is whole."""
+def load_saved_run(path: Path) -> tuple[RunConfig, dict]:
+    """Return the settings and the checkpoint of a saved run. Raises ValueError if it is missing or damaged."""
     state = load_checkpoint(path)
     try:
         return RunConfig(**state["config"]["run"]), state
@@ -204,14 +204,14 @@ def saved_run(path: Path) -> tuple[RunConfig, dict]:
 
 
 def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
-    """Build the trainer of a saved run. `moved` replaces settings in MOVABLE; without it one process trains."""
+    """Build the trainer of a saved run. `moved` replaces settings in MOVABLE; by default one process trains."""
     alone = {name: getattr(RunConfig, name) for name in PROCESSES}
     moved = alone | {name: value for name, value in moved.items() if value is not None}
     if moved["parallel"] != "none":
         moved = {"download": False} | moved  # it was downloaded when the run started
     try:
-        run = replace(saved_run(path)[0], **moved)
-    except ValueError as error:  # tell the other ranks, which may have found the run
+        run = replace(load_saved_run(path)[0], **moved)
+    except ValueError as error:  # end the other ranks, which may have found the run
         processes = {name: moved[name] for name in PROCESSES}
         connect(RunConfig(**processes, layout="stagewise", device="cpu"), problem=str(error))
         raise
@@ -220,9 +220,9 @@ def resume_run(path: Path, *, quiet: bool = False, **moved: Any) -> Trainer:
     return trainer
 
 
-def trained_network(path: Path) -> tuple[Network, RunConfig, dict]:
-    """Return a saved network on the CPU in evaluation mode, its settings, and the content of config.json."""
-    run, state = saved_run(path)
+def load_network(path: Path) -> tuple[Network, RunConfig, dict]:
+    """Load a saved network on the CPU in evaluation mode; return it, its settings, and the content of config.json."""
+    run, state = load_saved_run(path)
     metadata = state["config"]
     network = make_network(run, len(metadata["classes"]), metadata["in_channels"], tuple(metadata["image_size"]))
     network.load_state_dict(state["network"])
@@ -233,13 +233,13 @@ CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # at wh
 
 
 def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
-    """Return the metrics of a saved network on its test images as `evaluate` does, and the number of `images`.
+    """Measure a saved network on its test images; return the metrics of `evaluate` and the number of `images`.
 
-    For a network of separate stages also the accuracy of `plain` inference, by the trunk and the last head alone, and
-    of the `averaged` beliefs. With `exits`, also what `measure_exits` returns. `moved` replaces settings, such as
-    `data`. Raises ValueError if other classes or sizes of images are found there.
+    A network of separate stages also has the accuracies of `plain` inference, by the trunk and the last head alone, and
+    of the `averaged` beliefs. `exits` adds what `measure_exits` returns. `moved` replaces settings, such as `data`.
+    Raises ValueError if the images there have other classes or another size.
     """
-    network, run, metadata = trained_network(path)
+    network, run, metadata = load_network(path)
     run = replace(run, **{name: value for name, value in moved.items() if value is not None})
     data = make_data(run)
     properties = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
@@ -257,9 +257,9 @@ def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
 
 
 def measure_exits(network: Network, batches: Batches, options: StepOptions, shape: tuple[int, ...]) -> dict:
-    """Return what it costs and saves to let images leave the cascade early.
+    """Measure the accuracy and the operations of a network if images leave it at the first stage that is sure.
 
-    "exits" has a dict for each of CONFIDENCES, and for "all" stages: the confidence, accuracy, share of images that
+    "exits" has a dict for each of CONFIDENCES, and one for "all" stages: confidence, accuracy, share of images that
     leave at each stage, and operations per image. "plain_operations" are those of the trunk and the last head.
 
     Raises ValueError for a network without several stages.
@@ -269,9 +269,9 @@ def measure_exits(network: Network, batches: Batches, options: StepOptions, shap
     operations = exit_operations(network, shape)
     curve = exit_curve(network, batches.in_order(), options, [*CONFIDENCES, math.inf])
     rows = [
-        {"confidence": name, "accuracy": right, "stages": shares,
+        {"confidence": name, "accuracy": exit_accuracy, "stages": shares,
          "operations": sum(share * cost for share, cost in zip(shares, operations, strict=True))}
-        for name, (right, shares) in zip([*CONFIDENCES, "all"], curve, strict=True)
+        for name, (exit_accuracy, shares) in zip([*CONFIDENCES, "all"], curve, strict=True)
     ]  # fmt: skip
     plain = operations[-1] if isinstance(network.stages, StackedHeads) else exit_operations(network.plain(), shape)[-1]
     return {"exits": rows, "plain_operations": plain}

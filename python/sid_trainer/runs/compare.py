@@ -11,46 +11,46 @@ from ..report.page import as_markdown, comparison_text, write_report
 from ..report.results import comparison_table, load_runs
 from ..training.checkpoint import check_same, has_checkpoint
 from ..training.config import MOVABLE, RunConfig, stage_alphas
-from .build import make_trainer, resume_run, saved_run
+from .build import load_saved_run, make_trainer, resume_run
 
 
 def compare_methods(
     base: RunConfig, out: Path, *, methods: Sequence[str], layouts: Sequence[str], seeds: Sequence[int],
     label_noises: Sequence[float] = (0.0,), command: str = "",
 ) -> str:  # fmt: skip
-    """Train every combination of methods, layouts, seeds and label noises on the settings `base`; return the table.
+    """Train all combinations of methods, layouts, seeds and label noises, otherwise as `base`; return a Markdown table.
 
-    Each run has a folder of its own in `out`; table.json, table.md and the report are written there too. Finished runs
-    are taken as they are and others are resumed, so a comparison that was stopped continues, and parts of it may run at
-    the same time.
+    Each run has a folder of its own in `out`; table.json, table.md and the report are written there, too. Finished runs
+    are kept and others are resumed, so a comparison that was stopped continues, and parts of it may run at the same
+    time.
 
     Raises ValueError, before anything is trained, if a run in `out` has other settings.
     """
     if base.parallel != "none":
         raise ValueError(f"parallel {base.parallel!r} is for one run; a comparison makes many, each in one process")
-    cells = []
+    runs = []
     for noise, layout, method, seed in product(label_noises, layouts, methods, seeds):
         name = f"{layout}-{method}" + (f"-noise{noise:g}" if noise else "") + f"-seed{seed}"
         run = replace(base, method=method, layout=layout, seed=seed, label_noise=noise)
-        cells.append((out / name, run))
-    for folder, run in cells:
+        runs.append((out / name, run))
+    for folder, run in runs:
         if run.network is None:
             stage_alphas(run)  # raises ValueError for alphas that do not fit the layout
         if has_checkpoint(folder):
             settings = asdict(run)
             names = [name for name in settings if name not in MOVABLE]
-            check_same(folder, asdict(saved_run(folder)[0]), settings, names)
-    for i, (folder, run) in enumerate(cells, 1):
+            check_same(folder, asdict(load_saved_run(folder)[0]), settings, names)
+    for i, (folder, run) in enumerate(runs, 1):
         if epochs_done(folder) < run.epochs:
-            print(f"\n[{i}/{len(cells)}] {folder.name}", flush=True)
+            print(f"\n[{i}/{len(runs)}] {folder.name}", flush=True)
             moved = {name: getattr(run, name) for name in MOVABLE}
             trainer = resume_run(folder, **moved) if has_checkpoint(folder) else make_trainer(run, folder)
             trainer.fit()
-    return write_table([folder for folder, _ in cells], out, command)
+    return write_table([folder for folder, _ in runs], out, command)
 
 
 def epochs_done(folder: Path) -> int:
-    """Return how many epochs the run in a folder has finished."""
+    """Return the number of epochs that the run in a folder has finished."""
     metrics = folder / METRICS
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from ..files import write_atomically
 from ..network.modules import SIDNetwork
 from ..network.own import Network
-from .build import trained_network
+from .build import load_network
 
-FORMATS = {"torch": "network.pt2", "onnx": "network.onnx"}  # and the default names of the files
+FORMATS = {"torch": "network.pt2", "onnx": "network.onnx"}  # format: default name of the file
 
 
 class PixelClassifier(nn.Module):
     """A network that normalizes its inputs: images (B, C, H, W), float32 in [0, 1], to logits (B, classes)."""
 
-    mean: Tensor  # (C, 1, 1)
-    std: Tensor
+    mean: Tensor  # (C, 1, 1), in [0, 1]
+    std: Tensor  # (C, 1, 1)
 
     def __init__(self, network: Network, mean: Tensor, std: Tensor):
         super().__init__()
@@ -49,7 +49,8 @@ def export_network(
 def write_program(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, format: str) -> None:
     """Write a program and the names of its classes to a file, completely or not at all.
 
-    format: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript.
+    format: "torch" for `torch.export.load`, or "onnx", which needs the packages onnx and onnxscript. Raises ValueError
+    for any other.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
@@ -69,9 +70,9 @@ def write_program(program: torch.export.ExportedProgram, classes: Sequence[str],
 def export_run(path: Path, file: Path | None, format: str, *, plain: bool = False) -> Path:
     """Export the network of a saved run to `file`, by default into the run's folder, and return that file.
 
-    With `plain` it is the trunk and the last head alone. Raises ValueError if the network has no stages of its own.
+    With `plain` it is the trunk and the last head alone. Raises ValueError if the network cannot be split like that.
     """
-    network, _, metadata = trained_network(path)
+    network, _, metadata = load_network(path)
     if plain:
         if not isinstance(network, SIDNetwork):
             raise ValueError("plain is for the networks of --arch; of a network cut by names export `network.model`")

@@ -13,7 +13,7 @@ from helpers.processes import forked
 from sid_trainer import build_network
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import load_digits
-from sid_trainer.runs.build import trained_network
+from sid_trainer.runs.build import load_network
 from sid_trainer.runs.export import export_network, write_program
 
 ODD_NAMES = ["a", "b c", 'quo"te', "ü ☃", "back\\slash", "<b>", ""]
@@ -40,7 +40,7 @@ def pixels():
 
 
 def expected(folder, images):
-    network, _, about = trained_network(folder)
+    network, _, about = load_network(folder)
     mean, std = (torch.tensor(about[f"pixel_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
         return network((255 * images - mean) / std)

@@ -9,7 +9,7 @@ import torch
 from sid_trainer import CutNetwork
 from sid_trainer.cli import main
 from sid_trainer.data.datasets import load_digits
-from sid_trainer.runs.build import trained_network
+from sid_trainer.runs.build import load_network
 
 MODULE = """
 import torch
@@ -77,7 +77,7 @@ def test_it_is_measured_and_exported(run, capsys):
     accuracy = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["stage_accuracy"]
     assert f"{accuracy[-1]:.2%}" in capsys.readouterr().out
     assert main(["export", str(run)]) == 0
-    network, _, metadata = trained_network(run)
+    network, _, metadata = load_network(run)
     assert isinstance(network, CutNetwork)
     mean, std = (torch.tensor(metadata[f"pixel_{name}"]).view(-1, 1, 1) for name in ("mean", "std"))
     pixels = load_digits().test.images[:20].permute(0, 3, 1, 2).float()
@@ -103,7 +103,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(folder, monkeypatch):
         patch.setattr(Trainer, "train_step", killed)
         assert main([*words, "--out", "parts"]) == 130
     assert main(["train", "--resume", "parts"]) == 0
-    states = [trained_network(folder / name)[0].state_dict() for name in ("whole", "parts")]
+    states = [load_network(folder / name)[0].state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
