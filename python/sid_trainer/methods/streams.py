@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 
 
-def do_nothing() -> None:
-    """Do nothing, as the deferred update if no update is pending."""
-
-
 class StageHooks:
     """Hooks that a step calls around its stages. This base class runs one stage after the other.
 
@@ -23,7 +19,7 @@ class StageHooks:
 
     def __init__(self, defer_updates: bool = False):
         self.defer_updates = defer_updates
-        self.deferred = do_nothing
+        self.deferred: Callable[[], None] = lambda: None
 
     def step_started(self) -> None:
         """Called before the first stage."""
@@ -44,7 +40,7 @@ class StageHooks:
     def step_finished(self) -> None:
         """Called after the last stage: run what was deferred, and let the caller's work wait for all stages."""
         self.deferred()
-        self.deferred = do_nothing
+        self.deferred = lambda: None
 
 
 class StageStreams(StageHooks):

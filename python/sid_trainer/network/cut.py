@@ -85,13 +85,8 @@ def cut(
         if heads is not None:
             head = heads(i, features.tensor) if callable(heads) else heads[i]
         else:
-            told = channels or features.channels
-            if told is None:
-                raise ValueError(
-                    f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of {at[i]!r}:"
-                    " the model's layers do not tell"
-                )
-            head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, options, per_position=per_position)
+            place = known_channels(channels or features.channels, features, repr(at[i]))
+            head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
     check_logits(network, example)
     return network
@@ -109,6 +104,14 @@ def make_head(
     pooling = FeaturePooling(shape, grid, channels)
     dim = pooling.dim
     return StageHead(dim, num_classes, pooling=nn.Sequential(*tail, pooling) if tail else pooling, **common)
+
+
+def known_channels(channels: str | None, features: Features, name: str) -> str:
+    """Return `channels`. Raises ValueError if it is None: neither the caller nor the layers tell where they are."""
+    if channels is None:
+        shape = tuple(features.tensor.shape)
+        raise ValueError(f"channels must be 'first' or 'last' for the features {shape} of {name}: no layer tells")
+    return channels
 
 
 def check_arguments(model: nn.Module, num_classes: int, example: Any, channels: str | None) -> None:
@@ -271,12 +274,8 @@ def cut_sequential(
     heads = []
     for i, features in enumerate(block_features(bodies, example)):
         told = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)
-        if told is None:
-            raise ValueError(
-                f"channels must be 'first' or 'last' for the features {tuple(features.tensor.shape)} of stage {i + 1}:"
-                " their layers do not tell"
-            )
-        head = make_head(tuple(features.tensor.shape[1:]), told, num_classes, options)
+        place = known_channels(told, features, f"stage {i + 1}")
+        head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options)
         heads.append(head.to(features.tensor.device, features.tensor.dtype))
     return SIDNetwork(nn.Identity(), map(Stage, heads, bodies), num_classes)
 
