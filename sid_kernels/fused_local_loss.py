@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .core.autograd import apply_of, first_derivative, needs_operator, overrides, scale_gradient, wants_grad
+from .core.autograd import apply_of, attach, first_derivative, needs_operator, overrides, scale_gradient, wants_grad
 from .core.options import DEFAULTS, HALF, OPTION_NAMES, make_options
 from .local_loss import cpu, torch_op
-from .local_loss.backward import AttachHalf, computes_ahead
+from .local_loss.backward import AttachHalf, computes_ahead, keeps_float32
 from .local_loss.dispatch import run_shaped
 from .local_loss.problem import LocalLoss, check_out_like, make_problem
 
@@ -76,12 +76,20 @@ def fused_local_loss(
         need_grad = wants_grad(logits)
         problem = make_problem(logits, prior, target, alpha, make_options(*options), need_grad=need_grad)
         half = need_grad and logits.dtype in HALF
-        if half:
+        kept = half and keeps_float32(problem)
+        if kept:
+            problem = problem._replace(out=torch.empty(problem.logits.shape, dtype=torch.float32))
+        elif half:
             problem = problem._replace(need_grad=computes_ahead(problem, backend))
         outputs = run_shaped(problem, backend, logits.shape)
         if half:
-            loss = _attach_half(logits, (outputs.loss, outputs.dlogits), problem, backend)
-            return LocalLoss(loss, outputs.belief, outputs.fidelity, outputs.consistency)
+            loss, belief, fidelity, consistency, gradient = outputs
+            if kept:
+                assert gradient is not None
+                loss = attach("fused_local_loss", loss, (gradient.view(logits.shape),), (logits,))
+            else:
+                loss = _attach_half(logits, (loss, gradient), problem, backend)
+            return LocalLoss(loss, belief, fidelity, consistency)
     loss, belief, fidelity, consistency, dlogits = outputs
     if logits.requires_grad and torch.is_grad_enabled():
         loss = _attach(logits, (loss, dlogits))
@@ -120,8 +128,8 @@ def local_loss_and_grad(
             out.detach().copy_(dlogits)
         return LocalLoss(*values), dlogits if out is None else out
     outputs = None
-    if out is None and backend == "auto" and options == _DEFAULTS:
-        outputs = cpu.run_ordinary(logits, prior, target, alpha)
+    if backend == "auto" and options == _DEFAULTS:
+        outputs = cpu.run_ordinary(logits, prior, target, alpha, out)
     if outputs is None:
         problem = make_problem(logits, prior, target, alpha, make_options(*options), out=out)
         outputs = run_shaped(problem, backend, logits.shape)

@@ -19,6 +19,9 @@ namespace {
 // Columns of a block. Each lane adds 64 values before the block's sums are merged into the row's, for any vector width.
 // z, q, p and dz of a block take at most 16 KiB, half of a typical L1 cache.
 constexpr int64_t kBlock = 64 * kWidth;
+// Longest row, in blocks, whose exponentials are kept for `write_row`. In a longer one, and with AVX-512 in every row
+// of more than one block, to compute them again takes no longer (measured).
+constexpr int64_t kKept = kWidth == 16 ? 1 : 16384 / kBlock;
 
 // A matrix to read from, as float32: its rows themselves, or copies that are widened block by block.
 struct Reader {
@@ -71,7 +74,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
   Reader z, q, y;
   Writer p, dz;
   bool streaming;
-  float* exponentials;  // kBlock floats: exp(t) of a block, reused by `write_row` if the row has only one block
+  float* exponentials;  // kKept blocks: exp(t) of each, relative to the largest logit up to its end
 
   // The result of `sum_row`, the input of `write_row`.
   struct SummedRow {
@@ -80,23 +83,25 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     float base;     // t = z - base
     int64_t label;  // -1: the target is soft, or the row is ignored
     bool counts;
+    float bases[kKept];  // those of `exponentials`
   };
 
   // Add n elements of a block to its sums, relative to `base`.
   void add_block(Divergence<Vec>& block, const RowTarget& row, float base, const float* zb, const float* qb,
-                 const float* yb, int64_t n) const {
+                 const float* yb, float* eb, int64_t n) const {
     const Vec off = broadcast(row.off_label());
     const float keep = 1.0f - row.smoothing;
-    int64_t i = 0;
+    const int64_t whole = n - n % kWidth;
     auto add = [&](Vec zi, Vec qi, Vec yi, Vec one) __attribute__((always_inline)) {
       const Vec t = zi - base, e = exp_(t);
-      store(exponentials + i, e);
+      store(eb, e), eb += kWidth;
       block.add(t, e);
       if (LogitSum) block.add_logit(one == broadcast(0.0f) ? one : t, one);
       if (Prior) block.add_prior(t, e, qi);
       if (Soft) block.add_target(t, e, yi);
     };
-    for (; i + kWidth <= n; i += kWidth)
+    int64_t i = 0;
+    for (; i < whole; i += kWidth)
       add(load(zb + i), Prior ? load(qb + i) : Vec{}, Soft ? load(yb + i) * keep + off : Vec{}, broadcast(1.0f));
     if (i < n) {
       const int m = static_cast<int>(n - i);
@@ -127,6 +132,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
                   0.0f};
     if (!Soft && counts) row.label_logit = z.element(r, label);
     Divergence<Vec> total, block;
+    SummedRow summed;
     float max = kMasked;
     for (int64_t start = 0; start < problem.classes; start += kBlock) {
       const int64_t n = std::min(kBlock, problem.classes - start);
@@ -135,7 +141,9 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const float* yb = Soft ? y.widen(r, start, n) : nullptr;
       const float next = std::max(max, max_block(zb, n));
       block.clear();  // each block is summed separately: less rounding error in long rows
-      add_block(block, row, reference(next), zb, qb, yb, n);
+      const int64_t kept = std::min(start / kBlock, kKept - 1);
+      summed.bases[kept] = reference(next);
+      add_block(block, row, reference(next), zb, qb, yb, exponentials + kept * kBlock, n);
       if (start == 0) {
         total = block;
       } else {
@@ -147,7 +155,9 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     Divergence<float> scalar;
     for (int i = 0; i < Divergence<Vec>::N; ++i)
       scalar.sums.v[i] = Divergence<Vec>::uses(i, Prior, LogitSum, Soft) ? sum_lanes(total.sums.v[i]) : 0.0f;
-    return {row, scalar.finish(row, max), reference(max), counts ? label : -1, counts};
+    summed.row = row, summed.result = scalar.finish(row, max), summed.base = reference(max);
+    summed.label = counts ? label : -1, summed.counts = counts;
+    return summed;
   }
 
   void write_row(const SummedRow& s, int64_t r, float scale) const {
@@ -165,13 +175,16 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const float* yb = Soft ? y.reread(r, start) : nullptr;
       float* pb = p.block(r, start);
       float* db = gradient ? dz.block(r, start) : nullptr;
+      const int64_t kept = std::min(start / kBlock, kKept - 1);
+      const float* eb = exponentials + kept * kBlock;
+      const float belief_of = s.bases[kept] == base ? result.scale : exp_(s.bases[kept] - base) * result.scale;
       auto write = [&](int64_t i, int m, auto past_caches, auto has_exponentials) __attribute__((always_inline)) {
         const bool full = m == kWidth;
         // In a contiguous matrix, `sum_row` next reads what follows this block. Prefetch it during the writes.
         __builtin_prefetch(zb + i + n);
         if (Prior) __builtin_prefetch(qb + i + n);
         const Vec t = (full ? load(zb + i) : load_first(zb + i, m, kMasked)) - base;
-        const Vec belief = has_exponentials ? load(exponentials + i) * result.scale : exp_(t - log_sum);
+        const Vec belief = has_exponentials ? load(eb + i) * belief_of : exp_(t - log_sum);
         const Vec qi = !Prior ? uniform : full ? load(qb + i) : load_first(qb + i, m, 0.0f);
         Vec yi = !Soft ? off : (full ? load(yb + i) : load_first(yb + i, m, 0.0f)) * keep + off;
         if (!Soft && label - start - i >= 0 &&
@@ -201,7 +214,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
         for (; i + kWidth <= n; i += kWidth) write(i, kWidth, no, has_exponentials);
         if (i < n) write(i, static_cast<int>(n - i), no, has_exponentials);
       };
-      problem.classes <= kBlock ? write_block(std::true_type{}) : write_block(std::false_type{});
+      problem.classes <= kKept* kBlock ? write_block(std::true_type{}) : write_block(std::false_type{});
       p.flush(r, start, n);
       if (gradient) dz.flush(r, start, n);
     }
@@ -271,7 +284,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
 
 // Memory for blocks that are widened or narrowed, kept by each thread between calls.
 struct Scratch {
-  std::vector<float> z, q, y, p, dz, exponentials = std::vector<float>(kBlock);
+  std::vector<float> z, q, y, p, dz, exponentials = std::vector<float>(kKept * kBlock);
   template <class Matrix> static float* of(std::vector<float>& v, const Matrix& m, int64_t n) {
     if (m.data && m.dtype == DType::f32) return nullptr;
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);

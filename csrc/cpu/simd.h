@@ -86,11 +86,11 @@ inline Vec log_(Vec x) {
 }
 #else
 inline Vec exp_(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  // Adding 1.5 * 2^23 + 127 rounds to an integer in the low bits: n and the bias of an exponent.
+  const Vec magic = broadcast(12583039.0f);
   const Vec y = x * 1.44269504088896341f;
   const Vec k = y + magic;
-  const Vec power = bits_as<Vec>((bits_as<VecI>(k) << 23) + 0x3f800000);  // 2^n
-  const Vec value = exp2_fraction(y - (k - magic)) * power;
+  const Vec value = exp2_fraction(y - (k - magic)) * bits_as<Vec>(bits_as<VecI>(k) << 23);
   return y < broadcast(-126.0f) ? broadcast(0.0f) : value;
 }
 inline Vec log_(Vec x) {

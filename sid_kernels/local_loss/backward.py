@@ -1,7 +1,8 @@
 """The gradient of the local loss in half precision: the incoming gradient multiplies it before it is rounded.
 
-The gradient of a mean is small, and in float16 much of it would vanish before a loss scale arrives. So what the loss
-was computed from is saved, and `backward` computes the gradient again if the incoming gradient is not 1.
+The gradient of a mean is small, and in float16 much of it would vanish before a loss scale arrives. So a small one is
+kept in float32 for `backward`; else what the loss was computed from is saved, and `backward` computes the gradient
+again if the incoming gradient is not 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from ..core.autograd import batched, keeps_graph, once_differentiable, scaled
 from ..core.options import HALF, LossSpec
 from .dispatch import run
 from .problem import LocalLossProblem
+
+MOST_KEPT = 1 << 18  # numbers; above, to compute a gradient again takes less time than new memory for it in float32
+
+
+def keeps_float32(problem: LocalLossProblem) -> bool:
+    """Return whether the forward pass computes the gradient in float32 and keeps it: small float16 ones on a CPU."""
+    logits = problem.logits
+    return logits.dtype is torch.float16 and logits.is_cpu and logits.numel() <= MOST_KEPT
 
 
 def computes_ahead(problem: LocalLossProblem, backend: str) -> bool:

@@ -33,12 +33,13 @@ _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 
 
 def run_ordinary(
-    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor
+    logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, out: Tensor | None = None
 ) -> LocalLossOutputs | None:
     """Return what `run` gives for the call of a training step, or None if the call is not of this kind.
 
-    The kind: contiguous float32 logits and prior (N, C), int64 labels, a float alpha, default options. At (128, 10) the
-    general checks take longer than the kernel. Any other call takes the general path, which checks it by name.
+    The kind: contiguous float32 logits and prior (N, C), int64 labels, a float alpha, default options, and `out` (N, C)
+    contiguous, the logits or memory of its own. At (128, 10) the general checks take longer than the kernel. Any other
+    call takes the general path, which checks it by name.
     """
     if not (
         cpu.compiled is not None
@@ -63,14 +64,14 @@ def run_ordinary(
         if len(shape) != 2 or prior.shape != shape:
             return None
         rows, classes = shape
-        if not classes or target.shape != (rows,):
+        if not classes or target.shape != (rows,) or not (out is None or _takes(out, logits, prior, target)):
             return None
     except RuntimeError:  # a nested tensor
         return None
     z, q = logits.data_ptr(), prior.data_ptr()
     if not z or not q:  # implied zeros, or no rows
         return None
-    belief, dlogits = _like(prior), _like(prior)
+    belief, dlogits = _like(prior), _like(prior) if out is None else out
     loss, fidelity, consistency = _like(_SCALAR), _like(_SCALAR), _like(_SCALAR)
     bad = cpu.compiled.local_loss(
         rows,
@@ -91,3 +92,17 @@ def run_ordinary(
         row, label = bad
         raise label_error(row, label, classes, DEFAULTS.ignore_index)
     return LocalLossOutputs(loss, belief, fidelity, consistency, dlogits)
+
+
+def _takes(out: Tensor, logits: Tensor, prior: Tensor, target: Tensor) -> bool:
+    """Return whether dlogits can go to `out`, (N, C): it is the logits, or contiguous and in a storage of its own."""
+    if out is logits:
+        return True
+    if not (type(out) is Tensor and out.dtype is _float32 and out.is_cpu and out.shape == logits.shape):
+        return False
+    storage = _storage(out)
+    return out.is_contiguous() and storage not in (0, _storage(logits), _storage(prior), _storage(target))
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
