@@ -22,9 +22,10 @@ def bp_step(
     """Backpropagate the last stage's cross-entropy through the whole network.
 
     Args:
-        optimizers: Over the network's parameters. Inputs, targets, label smoothing and dtype are those of `sid_step`.
-        checkpointed: Hold only what passes between blocks, and run each block again in the backward pass.
-        parts: Split the batch into this number of parts that run one after the other; batch-norm sees one at a time.
+        inputs, targets, label_smoothing, dtype: As in `sid_step`.
+        optimizers: Optimizers of the network's parameters. Gradients they own are cleared first.
+        checkpointed: Hold only the tensors between blocks, and run each block again in the backward pass.
+        parts: Number of parts of the batch that run one after the other; batch-norm sees one part at a time.
 
     Returns the loss (1,) and the last logits (B, C). Raises ValueError if an optimizer owns other parameters.
     """
@@ -54,17 +55,17 @@ def recompute_in_backward(module: Callable[..., Any], *inputs: Tensor) -> Any:
 
 @contextmanager
 def frozen_statistics(module: Callable[..., Any]) -> Iterator[None]:
-    """Keep the running statistics of batch-norm as they are within the context; it has seen this batch already."""
+    """Do not update the running statistics of batch-norm within the context: they include this batch already."""
     layers = module.modules() if isinstance(module, nn.Module) else ()
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, kept in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = kept
+        for norm, values in zip(norms, saved, strict=True):
+            norm.momentum, norm.num_batches_tracked = values
 
 
 def deep_supervision_step(

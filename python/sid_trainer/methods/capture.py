@@ -1,7 +1,7 @@
 """A training step captured once in a CUDA graph and replayed with new data and new learning rates.
 
 A replay launches all kernels of the step at once, without the Python, dispatch and allocation between them. On a device
-without graphs the step runs as it is, behind the same checks.
+without graphs the step runs as it is, after the same checks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ class CapturedStep:
     """A training step captured in a CUDA graph, called with batches like the example; `capture` creates it.
 
     A call returns the step's result, in the same memory every time, and raises ValueError for a batch that differs from
-    the example.
+    the example in the number of tensors, their shapes or dtypes.
 
     Args:
-        step: Does one whole step on tensors alone. It reads no number back from the device, and what changes from call
-            to call is a tensor (alpha, for example). It may run on several streams if it joins them again.
+        step: Function that does one whole step on tensors. It reads no number back from the device, and what changes
+            between calls is a tensor (alpha, for example). It may run on several streams if it joins them again.
         example_batch: Tensors with the sizes, dtypes and device of every later batch.
         network, optimizers: What the step changes. The runs for warm-up and capture are undone, except for `.grad`.
             The optimizers must be Adam, AdamW or SGD with fused=True, whose updates read the learning rate on the
@@ -81,12 +81,12 @@ class CapturedStep:
             raise ValueError(f"batch must be {len(self.example)} tensors like the example's, not {len(batch)}")
         for i, (new, example) in enumerate(zip(batch, self.example, strict=True)):
             if not isinstance(new, Tensor) or new.shape != example.shape or new.dtype != example.dtype:
-                found = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
-                raise ValueError(f"batch[{i}] must be {tuple(example.shape)} {example.dtype} as captured, not {found}")
+                given = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
+                raise ValueError(f"batch[{i}] must be {tuple(example.shape)} {example.dtype} as captured, not {given}")
         if self.graph is None:
             return self.step(*batch)
-        for own, new in zip(self.batch, batch, strict=True):
-            own.copy_(new, non_blocking=True)
+        for captured, new in zip(self.batch, batch, strict=True):
+            captured.copy_(new, non_blocking=True)
         for optimizer, i, rate in self.rates:
             group = optimizer.param_groups[i]
             if group["lr"] is not rate:

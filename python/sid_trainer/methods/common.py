@@ -1,4 +1,4 @@
-"""What all training steps share: options, results, updates of optimizers, teacher beliefs."""
+"""Share options, results, optimizer updates, argument checks and teacher beliefs among all training steps."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,9 @@ STEP_SCHEDULES = ("one-pass", "two-phase", "reference")
 
 
 class StepResult(NamedTuple):
-    stage_loss: Tensor  # (L,) float32 on the network's device; (1,) for backpropagation: the last stage's
+    """The losses and logits of a training step."""
+
+    stage_loss: Tensor  # (L,) float32, on the network's device; (1,) for backpropagation: the last stage's
     logits: Tensor  # (B, C) of the last stage before the update, detached
 
 

@@ -9,7 +9,7 @@ from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradien
 def drop_in_step(
     network: CutNetwork, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
 ) -> StepResult:
-    """Call the network with targets, its loss's `backward`, and the optimizers, as a loop of one's own does."""
+    """Call the network with targets, the `backward` of its loss, and the optimizers, as your own loop would."""
     network.loss_options = options
     clear_gradients(optimizers)
     with forward_dtype(inputs, options.dtype) as dtype:

@@ -1,4 +1,4 @@
-"""The SID step as the public implementation does it, for comparison: one backward over the sum of all losses."""
+"""The SID step of the public implementation, for comparison: one backward over the sum of all losses."""
 
 from collections.abc import Iterable
 
@@ -38,7 +38,7 @@ def reference_step(
     plain = options.divergence == "forward" and not options.label_smoothing
     labels, soft = canonical_target(targets, stage_logits[0], stage_logits[0].shape)  # checks shapes
     if labels is not None and labels.is_cpu:
-        plain &= bool(((labels >= 0) & (labels < network.num_classes)).all())  # else a row is ignored, or an error
+        plain &= bool(((labels >= 0) & (labels < network.num_classes)).all())  # otherwise rows are ignored, or an error
     rows = F.one_hot(labels, network.num_classes) if plain and labels is not None else soft  # (B, C)
     losses = []
     alphas = options.stage_alphas(len(priors))

@@ -12,7 +12,7 @@ from .common import Optimizers, StepOptions, clear_gradients, owned_parameters, 
 def train_stacked(
     heads: StackedHeads, features: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Train all stages on features (B, D) as `stage_by_stage` does, at once.
+    """Train all stages at once on features (B, D), with the results of `stage_by_stage`.
 
     Returns the losses (L,), the last stage's logits (B, C) and the gradient of the features (B, D).
     """
@@ -34,7 +34,7 @@ def train_stacked(
 
 
 def reusable_gradients(heads: StackedHeads, optimizers: Optimizers) -> CascadeWeights | None:
-    """Return the heads' gradients if the step may overwrite them: on a CPU, if the optimizers own all of them.
+    """Return the heads' gradients if the step may overwrite them: on a CPU, if the optimizers own all; otherwise None.
 
     New memory for them would be mapped page by page at every step, which takes as long as the kernel. On a GPU the
     caching allocator gives the same memory again.

@@ -82,7 +82,7 @@ def local_step(
     clear_gradients(optimizers[:1])
     with own_terms() as terms, autocast(inputs, options.dtype):
         extracted = network.extractor(inputs)
-    # The extractor's graph ends here. What the stages send back to it is summed in float32.
+    # The extractor's graph ends here. The gradients that stages send back are summed in float32.
     features = at_least_float32(extracted.detach())
     if options.trains_at_once and isinstance(network.stages, StackedHeads):
         losses, logits, dfeatures = train_stacked(network.stages, features, targets, options, optimizers[1:])
@@ -139,9 +139,9 @@ def stage_by_stage(
 
 
 def backward(output: Tensor, gradient: Tensor | None, terms: Sequence[Tensor]) -> None:
-    """Backpropagate a gradient from `output`, if there is one, and 1 from every own term; frozen ones are left out."""
+    """Backpropagate `gradient` (None: nothing) from `output`, and 1 from every term; skip what needs no gradient."""
     pairs = [] if gradient is None else [(output, gradient)]
     pairs += [(term, torch.ones_like(term)) for term in terms]
-    if reached := [pair for pair in pairs if pair[0].requires_grad]:
-        outputs, gradients = zip(*reached, strict=True)
+    if pairs := [pair for pair in pairs if pair[0].requires_grad]:
+        outputs, gradients = zip(*pairs, strict=True)
         torch.autograd.backward(outputs, gradients)

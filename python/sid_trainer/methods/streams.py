@@ -22,23 +22,23 @@ class StageHooks:
         self.deferred: Callable[[], None] = lambda: None
 
     def step_started(self) -> None:
-        """Called before the first stage."""
+        """Prepare for a step; called before its first stage."""
 
     def run_stage(self, i: int) -> AbstractContextManager[Any]:
         """Return the context in which stage i runs; it waits for the outputs of stage i - 1."""
         return nullcontext()
 
     def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
-        """Called within a stage when its outputs for the next stage are complete, before its backward and update."""
+        """Pass on a stage's outputs; called within the stage when they are complete, before its backward and update."""
 
     def update(self, update_stage: Callable[[], None]) -> None:
-        """Called at the end of a stage: run `update_stage` now, or after the next stage if updates are deferred."""
+        """Run `update_stage`, or if updates are deferred, that of the stage before; called at the end of a stage."""
         if self.defer_updates:
             update_stage, self.deferred = self.deferred, update_stage
         update_stage()
 
     def step_finished(self) -> None:
-        """Called after the last stage: run what was deferred, and let the caller's work wait for all stages."""
+        """Run the deferred update, and let the caller's work wait for all stages; called after the last stage."""
         self.deferred()
         self.deferred = lambda: None
 
@@ -46,12 +46,12 @@ class StageHooks:
 class StageStreams(StageHooks):
     """Hooks that run each stage on its own stream, so that a stage's backward and update overlap the next forward.
 
-    Events order the forward passes. Autograd runs a backward on the stream of its forward. It adds the gradients of
-    shared features on the caller's stream, in stage order, where the step created the leaf's AccumulateGrad node; each
-    `backward` makes that stream wait for the stage's gradient, and the stage's stream for the sum.
+    Events order the forward passes. Autograd runs a backward pass on the stream of its forward pass. It sums the
+    gradients of shared features on the caller's stream, in stage order, because the step creates their AccumulateGrad
+    node there. Each `backward` makes that stream wait for the stage's gradient, and the stage's stream for the sum.
 
-    Tensors pass between streams without `record_stream`. Still no memory is reused too early: a stage's stream takes
-    its next work after the next `step_started`, so the next step is the first to reuse a block that was freed before.
+    Tensors pass between streams without `record_stream`. No memory is reused too early, because a stage's stream gets
+    its next work after the next `step_started`: memory freed in a step is reused in the next one at the earliest.
     """
 
     def __init__(self, device: torch.device | str, stages: int, backend: Any = torch.cuda):
