@@ -1,4 +1,4 @@
-"""Networks by name.
+"""Build networks by name.
 
 A backbone is a trunk of blocks. In the layout `stagewise` each block is the body of its own stage. In `shared` the
 trunk is the extractor, and all stages read the same features. A plain network is the trunk and a linear classifier.
@@ -16,7 +16,7 @@ from .heads import FeaturePooling, HeadOptions, LinearClassifier, StackedHeads, 
 from .modules import SIDNetwork, Stage
 
 SHARED_DEPTH = 10  # belief stages, as in the public implementation
-# (in_channels, image_size, stages, norm) -> blocks; networks that normalise in any case do not use `norm`
+# (in_channels, image_size, stages, norm) -> blocks; trunks that always normalize ignore `norm`
 Trunk = Callable[[int, tuple[int, int], int, bool], Sequence[nn.Module]]
 
 
@@ -24,10 +24,10 @@ Trunk = Callable[[int, tuple[int, int], int, bool], Sequence[nn.Module]]
 
 
 def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> list[nn.Module]:
-    """Return the convolutions of the public implementation, one per block: 32, 64 (pooled), 128, 128 (pooled).
+    """Return the convolutions of the public implementation, one per block: 32, 64 (pooled), 128, 128 (pooled) channels.
 
-    Each ReLU follows its pooling and runs on a quarter of the elements. The bits are those of the other order: the
-    maximum commutes with ReLU, and at ties of zero no gradient passes either way.
+    Each ReLU follows its pooling and so runs on a quarter of the elements. The results have the same bits as in the
+    other order: the maximum commutes with ReLU, and at ties of zero no gradient passes either way.
     """
     height, width = image_size
     if min(image_size) < 4:
@@ -35,14 +35,14 @@ def simple_cnn(in_channels: int, image_size: tuple[int, int], stages: int, norm:
 
     def block(before: int, after: int, pooled: bool) -> nn.Sequential:
         pooling = [nn.MaxPool2d(2)] if pooled else []
-        normalise = [nn.BatchNorm2d(after)] if norm else []
-        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), *normalise, *pooling, nn.ReLU(inplace=True))
+        batch_norm = [nn.BatchNorm2d(after)] if norm else []
+        return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), *batch_norm, *pooling, nn.ReLU(inplace=True))
 
     return [block(in_channels, 32, False), block(32, 64, True), block(64, 128, False), block(128, 128, True)]
 
 
 def vgg11(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool) -> list[nn.Module]:
-    """Return torchvision's VGG-11 features with batch-norm, cut after each pooling, which rounds up (8x8 images)."""
+    """Return torchvision's VGG-11 features with batch-norm, one block per pooling; it rounds up, so 8x8 images fit."""
     from torchvision.models.vgg import cfgs, make_layers
 
     layers = make_layers(cfgs["A"], batch_norm=True)
@@ -53,7 +53,7 @@ def vgg11(in_channels: int, image_size: tuple[int, int], stages: int, norm: bool
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = True
             blocks.append([])
-    for conv in (layer for layer in layers if isinstance(layer, nn.Conv2d)):  # initialised as in torchvision's VGG
+    for conv in (layer for layer in layers if isinstance(layer, nn.Conv2d)):  # initialized as in torchvision's VGG
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
@@ -66,7 +66,7 @@ def resnet18(in_channels: int, image_size: tuple[int, int], stages: int, norm: b
 
     net = resnet18()
     net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # initialised as in torchvision
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # initialized as in torchvision
     stem, layers = nn.Sequential(net.conv1, net.bn1, net.relu), [net.layer1, net.layer2, net.layer3, net.layer4]
     blocks = layers if stages == 4 else [block for layer in layers for block in layer]
     return [nn.Sequential(stem, blocks[0]), *blocks[1:]]
@@ -148,7 +148,7 @@ def build_network(
     hidden_dim: int = 256, grid: int = 4, fused: bool = True, norm: bool = False, tail: int = 0,
     prior_input: bool = True, prior_dropout: float = 0.0, classifier: str = "linear",
 ) -> SIDNetwork:  # fmt: skip
-    """Return a network with new parameters, drawn as PyTorch and torchvision do, from the global generator.
+    """Build a network. Its parameters are drawn from the global generator, as PyTorch and torchvision do.
 
     Args:
         arch: Name of the backbone, one of `TRUNKS`.
@@ -162,12 +162,13 @@ def build_network(
         fused: Build the shared layout's heads as `StackedHeads` if `head_depth` is 1. Otherwise `network.stages` is a
             ModuleList of `Stage(StageHead(...))`. The drawn parameters are the same.
         norm: Add batch-norm to the trunks that have none (simple_cnn, mlp) and to the hidden layers of stagewise heads.
-        tail: Stagewise heads read the features through this number of blocks of their own, made as the trunk's
-            following ones. The last stage has none left.
+        tail: Number of blocks through which each stagewise head reads its features. They are built like the trunk's
+            next blocks, so later stages have fewer and the last one has none.
         prior_input, prior_dropout: As in `HeadOptions`, for stagewise heads.
-        classifier: Of a plain stagewise network: "linear", or "mlp" as the last stage's head, which reads no belief.
+        classifier: Classifier of a plain stagewise network: "linear", or "mlp" like the last stage's head, without a
+            belief.
 
-    Raises ValueError for an unknown name and for sizes that make no network.
+    Raises ValueError for an unknown name and for sizes that are not allowed.
     """
     depth = stage_count(arch, layout, depth)
     trunk, depths = TRUNKS[arch]

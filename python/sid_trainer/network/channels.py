@@ -1,4 +1,4 @@
-"""Which dimension of a module's features holds the channels, told from the layers that computed them."""
+"""Infer which dimension of features holds the channels, from the layers that computed them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class Output(NamedTuple):
 
 
 @contextmanager
-def recorded(model: nn.Module, ran: set[str] | None = None) -> Iterator[list[Output]]:
+def record_outputs(model: nn.Module, ran: set[str] | None = None) -> Iterator[list[Output]]:
     """Yield a list to which every module that runs within the context adds its output, if that is a tensor.
 
     The names of the modules that run, whatever they return, are added to `ran`.
@@ -43,12 +43,12 @@ def recorded(model: nn.Module, ran: set[str] | None = None) -> Iterator[list[Out
 
 
 def infer_channels(outputs: list[Output], features: Tensor) -> str | None:
-    """Return "first" or "last" for features (B, ...), or None if the layers do not tell.
+    """Infer whether the channels of features (B, ...) are "first" or "last"; return None if the layers do not tell.
 
-    Layers whose output has the features' shape tell it: convolutions, pooling and batch-norm "first", linear layers
-    "last", other norms by the size of their weight. They must agree. If there are none, layers tell it whose output
-    differs from the features in the number of channels alone, as where features are concatenated. If the first and the
-    last size are equal, a permutation would not show: then only the layer counts that made the features.
+    The layers whose output has the features' shape decide, and must agree. Convolutions, pooling and batch-norm mean
+    "first", linear layers "last", other norms what the size of their weight fits. Without such layers, those decide
+    whose output has another number of channels but otherwise that shape, as before a concatenation. If the first and
+    the last size are equal, a permutation would not show, so only the layer that made the features decides.
     """
     shape = tuple(features.shape)
     if len(shape) == 2:
@@ -56,21 +56,21 @@ def infer_channels(outputs: list[Output], features: Tensor) -> str | None:
     if shape[1] == shape[-1]:
         return channels_of_maker(outputs, features)
     shapes = [(output.module, tuple(output.tensor.shape)) for output in outputs if output.tensor.dim() == len(shape)]
-    votes = {channels_of(module, shape) for module, its in shapes if its == shape} - {None}
+    votes = {channels_of(module, shape) for module, size in shapes if size == shape} - {None}
     if not votes:
-        first = any(its[2:] == shape[2:] and channels_of(module, its) == "first" for module, its in shapes)
-        last = any(its[:-1] == shape[:-1] and channels_of(module, its) == "last" for module, its in shapes)
+        first = any(size[2:] == shape[2:] and channels_of(module, size) == "first" for module, size in shapes)
+        last = any(size[:-1] == shape[:-1] and channels_of(module, size) == "last" for module, size in shapes)
         votes = {"first"} if first and not last else {"last"} if last and not first else set()
     return votes.pop() if len(votes) == 1 else None
 
 
 def channels_of_maker(outputs: list[Output], features: Tensor) -> str | None:
-    """Return what the layer tells that made these features, before activations and dropout; None without one."""
+    """Return where the layer that made the features, apart from activations and dropout, puts its channels, or None."""
     tensor: object = features
     for output in reversed(outputs):
         if output.tensor is tensor and not list(output.module.children()):
-            if told := channels_of(output.module, tuple(features.shape)):
-                return told
+            if channels := channels_of(output.module, tuple(features.shape)):
+                return channels
             if not any(kind.__name__ in ELEMENTWISE for kind in type(output.module).__mro__):
                 return None
             tensor = output.input

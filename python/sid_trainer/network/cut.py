@@ -1,4 +1,4 @@
-"""`cut`: stages made of a model of one's own, and the heads that fit its features."""
+"""Cut your own model into stages, and make heads that fit its features."""
 
 import copy
 import difflib
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .channels import infer_channels, recorded
+from .channels import infer_channels, record_outputs
 from .cut_network import CutNetwork, as_arguments, first_tensor
 from .heads import FeaturePooling, HeadOptions, PositionHead, StageHead
 from .modules import SIDNetwork, Stage
@@ -22,7 +22,7 @@ Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module]
 
 
 class Features(NamedTuple):
-    """What a stage computes of the example."""
+    """The features that a stage computes from the example."""
 
     tensor: Tensor  # (B, ...)
     channels: str | None  # "first" or "last"; None: not certain
@@ -50,12 +50,12 @@ def cut(
         grid: The heads read features of images, series and volumes pooled to `grid` cells a dimension.
         norm: Normalise the hidden layers of the heads: batch-norm, and layer-norm with `per_position`.
         prior_input: Whether the heads read the preceding belief. It is part of the loss in either case.
-        channels: "first" or "last", where the features have their channels; None: told from the model's layers.
+        channels: Where the features have their channels, "first" or "last"; None infers it from the model's layers.
         heads: The heads, or a function (stage counted from 0, features of the example) -> head. A head is called as
             head(features, prior), and as head(features, prior, mask) if there is a mask.
         own_classifier: Make the rest of the model one more stage, the last, with the model's own output as its logits.
         per_position: Predict a class for each token (B, T) or pixel (B, H, W).
-        shift: Take as the target of a token the label of the next one, as causal language models do.
+        shift: Use the label of the next token as the target of each token, as for causal language models.
         mask: Name of the keyword input (B, T) that is 0 at padding, which the heads leave out of their mean over the
             tokens. Default: "attention_mask" if the example has it.
 
@@ -78,10 +78,10 @@ def cut(
         model, [str(name) for name in at], (), num_classes, own_classifier=own_classifier, per_position=per_position,
         shift=shift, mask=mask,
     )  # fmt: skip
-    found = inspect(network, example)
+    stage_features = inspect(network, example)
     if heads is not None and not callable(heads) and len(heads) != len(at):
         raise ValueError(f"heads must be one for each of the {len(at)} cuts, not {len(heads)}")
-    for i, features in enumerate(found[: len(at)]):
+    for i, features in enumerate(stage_features[: len(at)]):
         if heads is not None:
             head = heads(i, features.tensor) if callable(heads) else heads[i]
         else:
@@ -96,7 +96,7 @@ def make_head(
     shape: tuple[int, ...], channels: str, num_classes: int, options: HeadOptions, *, per_position: bool = False,
     tail: Sequence[nn.Module] = (),
 ) -> nn.Module:  # fmt: skip
-    """Return a head for features of one shape without the batch, behind the modules of `tail`."""
+    """Make a head for features of `shape`, without the batch, that reads them through the modules of `tail`."""
     common = asdict(options)
     grid = common.pop("grid")
     if per_position:
@@ -147,14 +147,14 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
     names: dict[int, list[str]] = {}
     for name, parameter in network.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found: list[Features] = []
+    stage_features: list[Features] = []
     owner: dict[str, int] = {}
     ran: set[str] = set()
     start = sequence_number()
 
     def finish_stage(i: int, features: Tensor, channels: str | None) -> None:
         nonlocal start
-        found.append(Features(features.detach(), channels))
+        stage_features.append(Features(features.detach(), channels))
         for name, *others in sorted(names[key] for key in parameters_behind(features, start) & names.keys()):
             if name in owner:
                 tied = " = ".join([name, *others])
@@ -162,7 +162,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
             owner[name] = i
         start = sequence_number()
 
-    with evaluating(network.model), recorded(network.model, ran) as outputs:
+    with evaluating(network.model), record_outputs(network.model, ran) as outputs:
 
         def visit(i: int, features: Tensor) -> bool:
             finish_stage(i, features, infer_channels(outputs, features))
@@ -174,7 +174,7 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
             finish_stage(network.depth - 1, network.own_logits(output), None)
     assign_idle_parameters(network, owner, ran)
     network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
-    return found
+    return stage_features
 
 
 def check_logits(network: CutNetwork, example: Any) -> None:
@@ -189,9 +189,9 @@ def check_logits(network: CutNetwork, example: Any) -> None:
 
 
 def assign_idle_parameters(network: CutNetwork, owner: dict[str, int], ran: set[str]) -> None:
-    """Give parameters that the example did not need, such as those of idle experts, to the stage of the module around.
+    """Assign parameters that the example did not use, such as those of idle experts, to the stage around them.
 
-    Warn of parameters that ran and that no stage trains: its loss does not depend on them.
+    Warn about parameters that the example used but no stage trains, because its loss does not depend on them.
 
     Args:
         owner: The stage of each parameter that has one; it is extended.
@@ -273,8 +273,8 @@ def cut_sequential(
     bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
     heads = []
     for i, features in enumerate(block_features(bodies, example)):
-        told = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)
-        place = known_channels(told, features, f"stage {i + 1}")
+        place = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)
+        place = known_channels(place, features, f"stage {i + 1}")
         head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options)
         heads.append(head.to(features.tensor.device, features.tensor.dtype))
     return SIDNetwork(nn.Identity(), map(Stage, heads, bodies), num_classes)
@@ -282,11 +282,11 @@ def cut_sequential(
 
 @torch.no_grad()
 def block_features(blocks: Sequence[nn.Module], example: Tensor) -> list[Features]:
-    """Return the example's features after each block, without a change of the blocks' statistics."""
+    """Return the example's features after each block; copies of the blocks run, so no statistics change."""
     features = []
     for block in blocks:
         trial = copy.deepcopy(block).eval()
-        with recorded(trial) as outputs:
+        with record_outputs(trial) as outputs:
             example = first_tensor(trial(example))
         features.append(Features(example, infer_channels(outputs, example)))
     return features
@@ -303,8 +303,8 @@ def stagewise(
     stages = []
     tails = tails or [()] * len(blocks)
     for block, tail, features in zip(blocks, tails, block_features(blocks, example), strict=True):
-        read = block_features(tail, features.tensor)[-1] if tail else features
-        shape = tuple(read.tensor.shape[1:])
+        head_input = block_features(tail, features.tensor)[-1] if tail else features
+        shape = tuple(head_input.tensor.shape[1:])
         head = make_head(shape, "first" if len(shape) > 2 else "last", num_classes, options, tail=tail)
         stages.append(Stage(head, block))
     return SIDNetwork(nn.Identity(), stages, num_classes)

@@ -1,9 +1,9 @@
 """Any `nn.Module`, cut into stages by the names of its submodules.
 
 The model stays one module and runs its own `forward`. Hooks at the cuts, present during a call only, give the features
-to a head and pass them on detached. A stage's gradients are computed for its own parameters only, so what skips a cut
-passes its value and no gradient. Tracing (`torch.fx`, `torch.export`) would need models without data-dependent control
-flow, and a new module for each stage with another state dict.
+to a head and pass them on detached. A stage's gradients are computed for its own parameters only, so a connection that
+skips a cut passes its value but no gradient. Tracing (`torch.fx`, `torch.export`) would need models without
+data-dependent control flow, and a new module for each stage with another state dict.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ Visit = Callable[[int, Tensor], Any]  # stage, its features
 
 
 class EndOfLastStage(Exception):
-    """Ends the model's forward after the last cut."""
+    """Raised to end the model's forward after the last cut."""
 
 
 class CutNetwork(nn.Module):
@@ -55,7 +55,7 @@ class CutNetwork(nn.Module):
         self.shift, self.mask = shift, mask
         self.loss_options = StageLossOptions()
         self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
-        self.known = [name for name, _ in model.named_parameters()]
+        self.parameter_names = [name for name, _ in model.named_parameters()]
 
     @property
     def depth(self) -> int:
@@ -73,7 +73,7 @@ class CutNetwork(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel must not wait for a gradient of."""
+        """The parameters for which DistributedDataParallel must not wait for a gradient."""
         return [f"model.{name}" for name in self.untrained]
 
     def parameters_of_stage(self, i: int) -> list[nn.Parameter]:
@@ -84,14 +84,14 @@ class CutNetwork(nn.Module):
     def check_parameters(self) -> None:
         """Raise ValueError if the model has other parameters than when it was cut: no stage would train new ones."""
         names = [name for name, _ in self.model.named_parameters()]
-        if names != self.known and (changed := sorted(set(names) ^ set(self.known))):
+        if names != self.parameter_names and (changed := sorted(set(names) ^ set(self.parameter_names))):
             raise ValueError(f"model has other parameters than when it was cut, such as {changed[0]}: cut it again")
 
     def run(self, inputs: Any, keywords: Mapping[str, Any], visit: Visit) -> Any:
-        """Run the model and call visit(i, features) at the end of stage i; features of what it returns go on.
+        """Run the model, and call visit(i, features) at the end of stage i.
 
-        `visit` returns True if the features go on detached. Returns the model's output, or None if the model ends with
-        the last cut. Raises ValueError if the cuts are not reached once each, in order.
+        `visit` returns True if the model continues with detached features. Returns the model's output, or None if the
+        model ends with the last cut. Raises ValueError if the cuts are not reached once each, in order.
         """
         reached, visiting, learning = 0, False, torch.is_grad_enabled()
 
@@ -112,10 +112,8 @@ class CutNetwork(nn.Module):
                 raise EndOfLastStage
             return tree_map_only(Tensor, Tensor.detach, output) if detach else output
 
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(partial(end_stage, i))
-            for i, name in enumerate(self.at)
-        ]
+        modules = [self.model.get_submodule(name) for name in self.at]
+        handles = [module.register_forward_hook(partial(end_stage, i)) for i, module in enumerate(modules)]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it passes nested tensors, which heads cannot read
         try:
@@ -138,42 +136,40 @@ class CutNetwork(nn.Module):
     def own_logits(self, output: Any) -> Tensor:
         """Return the logits (B, ..., C) in the model's own output."""
         logits = output.logits if hasattr(output, "logits") else first_tensor(output)
-        if self.per_position and logits.dim() > 3:  # as F.cross_entropy takes them
+        if self.per_position and logits.dim() > 3:  # (B, C, H, W), as F.cross_entropy takes them
             logits = logits.movedim(1, -1)
         if logits.shape[-1] != self.num_classes:
             own = logits.shape[-1]
             raise ValueError(f"num_classes must be {own}, as the model's own classifier has, not {self.num_classes}")
         return logits
 
-    def first_prior(self, features: Tensor, given: Any, targets: Tensor | None) -> Tensor:
+    def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
         """Return the uniform belief (B, C), or (B, T, C) or (B, H, W, C) with a prediction per position."""
         shape = features.shape[:1]
         if self.per_position and features.dim() == 3:
             shape = features.shape[:2]
         elif self.per_position and targets is not None:
             shape = targets.shape[:-1] if targets.is_floating_point() else targets.shape
-        elif self.per_position:  # as many as the first input of these dimensions has
+        elif self.per_position:  # those of the first input that has them
             shape += next(
-                x.shape[2:] for x in tree_leaves(given) if getattr(x, "shape", ())[:1] == shape and x.dim() > 3
+                x.shape[2:] for x in tree_leaves(inputs) if getattr(x, "shape", ())[:1] == shape and x.dim() > 3
             )
         return uniform_belief((*shape, self.num_classes), features)
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
         """Return the logits (B, ..., C) of every stage, first to last. Gradients flow through the whole chain."""
         inputs, keywords = as_arguments(inputs, keywords)
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
 
         def visit(i: int, features: Tensor) -> bool:
             prior = (
-                self.first_prior(features, (inputs, keywords), None)
-                if i == 0
-                else at_least_float32(found[-1]).softmax(-1)
+                at_least_float32(logits[-1]).softmax(-1) if i else self.first_prior(features, (inputs, keywords), None)
             )
-            found.append(self.head_logits(i, features, prior, keywords.get(self.mask or "")))
+            logits.append(self.head_logits(i, features, prior, keywords.get(self.mask or "")))
             return False
 
         output = self.run(inputs, keywords, visit)
-        return [*found, self.own_logits(output)] if self.own_classifier else found
+        return [*logits, self.own_logits(output)] if self.own_classifier else logits
 
     def forward(
         self, inputs: Any = None, targets: Tensor | None = None, *, labels: Tensor | None = None, **keywords: Any
@@ -181,7 +177,7 @@ class CutNetwork(nn.Module):
         """Return the last stage's logits, or with targets (or `labels`, as in Hugging Face) a `LocalOutput`."""
         targets = labels if targets is None else targets
         if targets is None:
-            return self.in_order(self.stage_logits(inputs, **keywords)[-1])
+            return self.classes_first(self.stage_logits(inputs, **keywords)[-1])
         inputs, keywords = as_arguments(inputs, keywords)
         if self.shift:
             targets = shift_labels(targets, self.loss_options.ignore_index)
@@ -209,9 +205,9 @@ class CutNetwork(nn.Module):
             if self.own_classifier:
                 learn(self.depth - 1, self.own_logits(output))
             assert logits is not None
-            return local.output(self.in_order(logits))
+            return local.output(self.classes_first(logits))
 
-    def in_order(self, logits: Tensor) -> Tensor:
+    def classes_first(self, logits: Tensor) -> Tensor:
         """Return logits (B, H, W, C) as (B, C, H, W), others as they are."""
         return logits.movedim(-1, 1) if logits.dim() > 3 else logits
 
@@ -222,7 +218,7 @@ class CutNetwork(nn.Module):
 
 
 def as_arguments(inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a dict of keyword inputs, given as the only input, among the keywords."""
+    """Return (inputs, keywords); a dict of keyword inputs, given as the only input, joins the keywords."""
     return (None, {**inputs, **keywords}) if isinstance(inputs, Mapping) else (inputs, keywords)
 
 

@@ -17,13 +17,13 @@ StageCall = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # features, prior
 
 
 class FeaturePooling(nn.Sequential):
-    """Pool features of one shape to vectors (B, `dim`): average over cells of a grid, normalise and average tokens.
+    """Pool features of one shape to vectors (B, `dim`): average grid cells, or normalize and average tokens.
 
     Args:
         shape: Shape of one example's features: (D,); (T, D) tokens; (D, T), (D, H, W) or (D, Z, H, W) with
             channels="first"; (H, W, D) or (Z, H, W, D) with channels="last".
-        grid: Features are averaged within each cell of a raster of `grid` cells a dimension; smaller ones have one
-            cell per position.
+        grid: Number of cells per dimension over which features are averaged; smaller features have one cell per
+            position.
         channels: "first" or "last"; None: "last" for two dimensions, "first" for more.
 
     Raises ValueError for features of another number of dimensions.
@@ -59,7 +59,7 @@ class FeaturePooling(nn.Sequential):
 
 
 class Mean(nn.Module):
-    """The mean over one dimension."""
+    """Average over one dimension."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -70,7 +70,7 @@ class Mean(nn.Module):
 
 
 class MoveDim(nn.Module):
-    """One dimension moved to another place."""
+    """Move one dimension to another place."""
 
     def __init__(self, source: int, destination: int):
         super().__init__()
@@ -86,8 +86,8 @@ class HeadOptions:
 
     Args:
         depth, hidden_dim: Number and size of the hidden layers; depth 0 makes the head linear.
-        grid: Features of images, series and volumes are pooled to `grid` cells a dimension.
-        norm: Normalise hidden layers before their ReLU: batch-norm, and layer-norm for a head per position.
+        grid: Features of images, series and volumes are pooled to `grid` cells per dimension.
+        norm: Normalize hidden layers before their ReLU: batch-norm, and layer-norm for a head per position.
         prior_input: Whether the head reads the preceding belief. It is part of the loss in either case.
         prior_dropout: Share of the examples for which the head reads the uniform belief instead, in training.
     """
@@ -151,7 +151,8 @@ class StageHead(nn.Module):
 class PositionHead(StageHead):
     """A `StageHead` applied to every token, pixel or voxel.
 
-    Features of a lower resolution than the belief read its mean over their cells; their logits are interpolated.
+    If features have a lower resolution than the belief, the head reads the belief's mean over their cells, and its
+    logits are interpolated.
 
     Args:
         shape: Shape of one example's features, as for `FeaturePooling`.

@@ -15,7 +15,7 @@ from sid_kernels.core.options import HALF
 
 from .loss_options import StageLossOptions
 
-FLOAT16_SCALE = 2.0**12  # of the gradients inside a float16 stage, which would be rounded to zero without it
+FLOAT16_SCALE = 2.0**12  # of gradients inside a float16 stage; unscaled, they would be rounded to zero
 extra_losses: list[Tensor] | None = None  # of the stage that runs; None outside of a training pass
 
 
@@ -93,7 +93,7 @@ class LocalPass:
     ) -> Tensor:
         """Compute the next stage's loss and its gradients, and return its belief (..., C).
 
-        The stage's graph is free afterwards.
+        The stage's graph is freed.
 
         Args:
             logits, prior: (..., C) of the stage.
@@ -108,9 +108,9 @@ class LocalPass:
             terms, weight = self.options.loss_of_stage(i), self.options.class_weight
             loss, belief, dlogits = stage_loss(logits, prior, self.targets, self.alphas[i], terms, weight)
             self.losses.append(add_terms(loss, extra))
-            outputs, ahead = [logits, *extra], [dlogits * scale if scale != 1 else dlogits]
-            ahead += [torch.full_like(term, scale) for term in extra]
-            self.collect(outputs, ahead, parameters, features, scale)
+            outputs, output_gradients = [logits, *extra], [dlogits * scale if scale != 1 else dlogits]
+            output_gradients += [torch.full_like(term, scale) for term in extra]
+            self.collect(outputs, output_gradients, parameters, features, scale)
         return belief
 
     def learn_cascade(self, features: Tensor, weights: CascadeWeights) -> Tensor:
@@ -118,18 +118,15 @@ class LocalPass:
         if self.options.class_weight is not None:
             raise ValueError("class_weight must be None for StackedHeads; build the network with fused=False")
         alpha = self.options.cascade_alpha(len(weights[0]), features)
-        leaf, given, device = features, weights, features.device.type
-        if (
-            features.is_cuda
-            and torch.is_autocast_enabled(device)
-            and torch.get_autocast_dtype(device) == torch.bfloat16
-        ):
-            features, given = features.bfloat16(), CascadeWeights(*(weight.bfloat16() for weight in weights))
+        leaf, kernel_weights, device = features, weights, features.device.type
+        bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
+        if features.is_cuda and bfloat16:
+            features, kernel_weights = features.bfloat16(), CascadeWeights(*(weight.bfloat16() for weight in weights))
         if not torch.is_grad_enabled():
-            result = refine_cascade(features, given, self.targets, alpha, **self.options.loss)
+            result = refine_cascade(features, kernel_weights, self.targets, alpha, **self.options.loss)
         else:
             result, dfeatures, gradients = refine_cascade_and_grad(
-                features, given, self.targets, alpha, **self.options.loss
+                features, kernel_weights, self.targets, alpha, **self.options.loss
             )
             if dfeatures is not None and leaf.requires_grad:
                 leaf.grad = dfeatures.to(leaf.dtype)
@@ -140,20 +137,20 @@ class LocalPass:
         return result.logits
 
     def collect(
-        self, outputs: Sequence[Tensor], ahead: Sequence[Tensor], parameters: Iterable[Tensor],
+        self, outputs: Sequence[Tensor], output_gradients: Sequence[Tensor], parameters: Iterable[Tensor],
         features: Tensor | None = None, scale: float = 1.0,
     ) -> None:  # fmt: skip
         """Compute the parameters' gradients from those of `outputs`, which are `scale` times too large."""
-        pairs = [(x, g) for x, g in zip(outputs, ahead, strict=True) if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(outputs, output_gradients, strict=True) if x.requires_grad]
         leaves = [parameter for parameter in parameters if parameter.requires_grad]
         leaves += [features] if features is not None and features.requires_grad else []
         if not pairs or not leaves:  # a frozen stage
             return
-        heads, ahead = zip(*pairs, strict=True)
+        heads, output_gradients = zip(*pairs, strict=True)
         if any(hasattr(leaf, "to_local") for leaf in leaves):
-            gradients = backward_through_shards(heads, ahead, leaves)
+            gradients = backward_through_shards(heads, output_gradients, leaves)
         else:
-            gradients = list(torch.autograd.grad(heads, leaves, ahead, allow_unused=True))
+            gradients = list(torch.autograd.grad(heads, leaves, output_gradients, allow_unused=True))
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 continue
@@ -184,15 +181,15 @@ def reshard(network: nn.Module) -> None:
 
 
 def backward_through_shards(
-    outputs: Sequence[Tensor], ahead: Sequence[Tensor], leaves: Sequence[Tensor]
+    outputs: Sequence[Tensor], output_gradients: Sequence[Tensor], leaves: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the gradients of leaves that `fully_shard` shards; it reduces them in a backward that fills `.grad`."""
-    kept = [leaf.grad for leaf in leaves]
+    saved = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    torch.autograd.backward(outputs, ahead)
+    torch.autograd.backward(outputs, output_gradients)
     gradients = [leaf.grad for leaf in leaves]
-    for leaf, gradient in zip(leaves, kept, strict=True):
+    for leaf, gradient in zip(leaves, saved, strict=True):
         leaf.grad = gradient
     if all(gradient is None for gradient in gradients):
         raise RuntimeError("set_requires_gradient_sync must be True: a pass reduces the gradients of its stages itself")
@@ -242,7 +239,7 @@ class HandOut(torch.autograd.Function):
         if factor.is_cpu and factor == 1:
             return None, None, *gradients
         scaled = []
-        while gradients:  # not in place: two parameters may share a gradient's memory; not at once: it is freed here
+        while gradients:  # not in place, as parameters may share a gradient's memory; one by one, to free each
             scaled.append(gradients.pop() * factor)
         return None, None, *reversed(scaled)
 

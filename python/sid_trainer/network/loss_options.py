@@ -14,15 +14,15 @@ Alpha = float | Tensor | Sequence[float | Tensor]  # a captured CUDA graph can c
 
 @dataclass(frozen=True)
 class StageLossOptions:
-    """What every stage minimises. Raises ValueError for a value that is not allowed.
+    """What every stage minimizes. Raises ValueError for a value that is not allowed.
 
     Args:
         alpha: Weight of fidelity against consistency in [0, 1]; one number or one per stage.
         divergence: As in `sid_kernels.local_loss_and_grad`.
         label_smoothing: As there; one number or one per stage. Stages trained at once share one number.
         ignore_index: Examples, tokens or pixels with this label have no loss.
-        class_weight: (C,), the weight of each class. The loss is the mean over examples, weighted by the weight of each
-            one's label, as in `F.cross_entropy`; of class probabilities by their mean weight.
+        class_weight: (C,), the weight of each class. The loss is the weighted mean over examples, as in
+            `F.cross_entropy`. Class probabilities weigh as much as the classes do on average over them.
     """
 
     alpha: Alpha = 0.5

@@ -80,7 +80,7 @@ class SIDNetwork(nn.Module):
         """Return p_0, the belief that the first stage reads: (B, C), every entry 1/C."""
         return uniform_belief((features.shape[0], self.num_classes), features)
 
-    def leave_half(self, features: Tensor) -> Tensor:
+    def upcast(self, features: Tensor) -> Tensor:
         """Return the extractor's features in float32 if they are half precision and the stages' parameters are not."""
         parameter = next(self.stages.parameters(), features)
         return features if parameter.dtype == features.dtype else at_least_float32(features)
@@ -102,7 +102,7 @@ class SIDNetwork(nn.Module):
         features = inputs
         for block in self.extractor if isinstance(self.extractor, nn.Sequential) else [self.extractor]:
             features = call(block, features)
-        features = self.leave_half(features)
+        features = self.upcast(features)
         prior, stage_logits = self.uniform(features), []
         for stage in self.stages:
             features, logits = call(stage, features, prior)
@@ -116,15 +116,15 @@ class SIDNetwork(nn.Module):
         It shares its modules with this network and needs no other head. Raises ValueError for `StackedHeads`.
         """
         if isinstance(self.stages, StackedHeads):
-            raise ValueError("plain inference is for networks of separate stages: the heads of others are the network")
+            raise ValueError("plain inference needs a network of separate stages, not StackedHeads")
         *before, last = list(self.stages)[: len(self.stages) if stage == -1 else stage + 1]
         trunk = nn.Sequential(self.extractor, *(module.get_submodule("body") for module in before))
         return SIDNetwork(trunk, [last], self.num_classes).train(self.training)
 
     def averaged(self, inputs: Tensor) -> Tensor:
         """Return the mean over the stages of the logarithms of their beliefs (B, C); its argmax is a prediction."""
-        logs = [at_least_float32(logits).log_softmax(dim=1) for logits in self.stage_logits(inputs)]
-        return torch.stack(logs).mean(0)
+        log_beliefs = [at_least_float32(logits).log_softmax(dim=1) for logits in self.stage_logits(inputs)]
+        return torch.stack(log_beliefs).mean(0)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, confidence: float = 0.9) -> Prediction:
@@ -135,21 +135,21 @@ class SIDNetwork(nn.Module):
         """
         if not 0 <= confidence <= 1:
             raise ValueError(f"confidence must be in [0, 1], not {confidence}")
-        features = self.leave_half(self.extractor(inputs))
-        prior, left = self.uniform(features), torch.arange(len(inputs), device=features.device)
+        features = self.upcast(self.extractor(inputs))
+        prior, remaining = self.uniform(features), torch.arange(len(inputs), device=features.device)
         logits = torch.empty_like(prior)
-        exits = torch.full_like(left, self.depth - 1)
+        exits = torch.full_like(remaining, self.depth - 1)
         stages: Iterable[StageCall] = self.stages
         for i, stage in enumerate(stages):
             features, stage_logits = stage(features, prior)
             stage_logits = at_least_float32(stage_logits)
             prior = stage_logits.softmax(dim=1)
-            logits[left] = stage_logits.to(logits.dtype)
+            logits[remaining] = stage_logits.to(logits.dtype)
             sure = prior.amax(dim=1) >= confidence
             if sure.any():
-                exits[left[sure]], unsure = i, ~sure
-                features, prior, left = features[unsure], prior[unsure], left[unsure]
-            if not len(left):
+                exits[remaining[sure]], unsure = i, ~sure
+                features, prior, remaining = features[unsure], prior[unsure], remaining[unsure]
+            if not len(remaining):
                 break
         return Prediction(logits, exits)
 
@@ -165,12 +165,12 @@ class SIDNetwork(nn.Module):
         return self.stage_logits(inputs)[-1] if targets is None else self.learn(inputs, targets)
 
     def learn(self, inputs: Tensor, targets: Tensor) -> LocalOutput:
-        """Compute every stage's loss and gradients; see the class."""
+        """Compute every stage's loss and gradients, as a call with targets does."""
         reshard(self)
         with LocalPass(targets, self.loss_options, len(self.stages)) as local:
             extracted = self.extractor(inputs)
             terms = take_terms(local.terms)
-            features = self.leave_half(extracted.detach()).requires_grad_(extracted.requires_grad)
+            features = self.upcast(extracted.detach()).requires_grad_(extracted.requires_grad)
             shared = features
             if isinstance(self.stages, StackedHeads):
                 logits = local.learn_cascade(features, self.stages.weights)
@@ -182,8 +182,8 @@ class SIDNetwork(nn.Module):
                     prior = local.learn(logits, prior, parameters, features)
                     features = outputs if outputs is features else outputs.detach()
             local.losses[0] = add_terms(local.losses[0], terms)
-            outputs, ahead = list(terms), [torch.ones_like(term) for term in terms]
+            outputs, output_gradients = list(terms), [torch.ones_like(term) for term in terms]
             if shared.grad is not None:
-                outputs, ahead = [extracted, *outputs], [shared.grad.to(extracted.dtype), *ahead]
-            local.collect(outputs, ahead, self.extractor.parameters())
+                outputs, output_gradients = [extracted, *outputs], [shared.grad.to(extracted.dtype), *output_gradients]
+            local.collect(outputs, output_gradients, self.extractor.parameters())
             return local.output(logits)

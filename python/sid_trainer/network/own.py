@@ -1,4 +1,4 @@
-"""A network made by a function of the user, named as text, so that a saved run can make it again."""
+"""Make a network by your own function, named as text, so that a saved run can make it again."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ Network = SIDNetwork | CutNetwork
 
 
 def make_own_network(function: str, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> Network:
-    """Call a function by its name "package.module:function" and return the network that it makes.
+    """Call the function with a name "package.module:function", and return the network that it makes.
 
     It is called with the keyword arguments num_classes, in_channels and image_size (height, width), and returns what
     `cut` or `build_network` return. Modules in the current folder are found. Raises ValueError if it is missing or

@@ -218,7 +218,7 @@ def test_the_plain_network_is_the_trunk_and_one_head(arch):
 
 
 def test_plain_inference_of_stacked_heads_is_refused():
-    with pytest.raises(ValueError, match="plain inference is for networks of separate stages"):
+    with pytest.raises(ValueError, match="plain inference needs a network of separate stages"):
         build_network("mlp", image_size=(8, 8), depth=2).plain()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sid_trainer import StageLossOptions, bp_step, cut
 from sid_trainer.network import local_pass
-from sid_trainer.network.channels import infer_channels, recorded
+from sid_trainer.network.channels import infer_channels, record_outputs
 
 CLASSES, BATCH, STEPS = 5, 4, 20
 
@@ -398,7 +398,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_channels_are_inferred_where_they_are_certain(name):
     model, inputs, channels = LAYOUTS[name]
-    with recorded(model) as outputs:
+    with record_outputs(model) as outputs:
         features = model(inputs)
     assert infer_channels(outputs, features) == channels
 
