@@ -16,10 +16,10 @@ METHODS = ("sid", "greedy", "deep-supervision", "bp", "bp-checkpoint", "bp-accum
 FAMILY = ["arch", "layout", "label_noise", "method"]  # settings with a column of their own
 # Settings in which runs of one group may differ: the seed, how the run was started, where its files are.
 NOT_SETTINGS = {
-    "seed", "run", "threads", "torchrun", "data", "cache", "download", "workers", "save_every", "parallel", "replicas",
+    "seed", "run", "threads", "launch", "data", "cache", "download", "workers", "save_every", "parallel", "replicas",
     "stages_per_rank", "in_flight", "timeout",
 }  # fmt: skip
-DERIVED = {"num_parameters", "classes", "in_channels", "pixel_mean", "pixel_std"}  # from the data and other settings
+DERIVED = {"num_parameters", "operations", "classes", "in_channels", "pixel_mean", "pixel_std"}  # from other settings
 NUMBERS = ["epoch", "train_loss", "test_accuracy"]
 OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them
 LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number per stage; the last is optional

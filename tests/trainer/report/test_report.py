@@ -88,6 +88,18 @@ def test_constants_that_the_report_repeats():
     assert set(MOVABLE) - {"device"} <= results.NOT_SETTINGS
 
 
+def test_operations_follow_from_settings_and_are_not_named(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{depth}-{seed}", stages=depth, seed=seed, operations={"training": depth})
+        for depth in (2, 3)
+        for seed in (0, 1)
+    ]
+    assert [(one["n"], one["settings"]) for one in compared(folders)] == [
+        (2, "depth 2, alpha 0.5"),
+        (2, "depth 3, alpha 0.5"),
+    ]
+
+
 def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
     folders = [
         write_run(tmp_path / f"sid{seed}", (0.3, last), seed=seed) for seed, last in ((2, 0.7), (0, 0.6), (1, 0.8))
@@ -149,7 +161,7 @@ def test_bytes_have_a_unit(count, text):
 
 
 def test_runs_that_differ_in_who_started_them_are_one_group(tmp_path):
-    starts = ({}, {"torchrun": None}, {"torchrun": "here"}, {"torchrun": "there"})
+    starts = ({}, {"launch": None}, {"launch": "here"}, {"launch": "there"})
     folders = [write_run(tmp_path / f"r{seed}", (0.6,), seed=seed, **start) for seed, start in enumerate(starts)]
     page = write_report(folders, tmp_path / "out")
     assert [one["seeds"] for one in Tables(page.read_text()).rows("accuracy, last epoch")] == ["0, 1, 2, 3"]
