@@ -3,9 +3,10 @@
 import copy
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from .cut_network import CutNetwork, as_arguments, first_tensor
 from .heads import FeaturePooling, HeadOptions, PositionHead, StageHead
 from .modules import SIDNetwork, Stage
 
-Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module]
+Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module] | nn.ModuleList
 
 
 class Features(NamedTuple):
@@ -57,39 +58,66 @@ def cut(
         per_position: Predict a class for each token (B, T) or pixel (B, H, W).
         shift: Use the label of the next token as the target of each token, as for causal language models.
         mask: Name of the keyword input (B, T) that is 0 at padding, which the heads leave out of their mean over the
-            tokens. Default: "attention_mask" if the example has it.
+            tokens; "" for none. Default: "attention_mask" if the example has it.
 
     Returns a `SIDNetwork` for indices and a `CutNetwork` for names. Raises ValueError for cuts that the model does not
     have or does not reach in this order, for parameters used in more than one stage, and for features whose layout is
     not certain.
     """
     options = HeadOptions(head_depth, hidden_dim, grid, norm, prior_input)
-    check_arguments(model, num_classes, example, channels)
-    if isinstance(at, str):
-        raise ValueError(f"at must be a list of names of submodules, not {at!r}")
-    if not at or not all(isinstance(name, str) for name in at):
+    check_arguments(model, at, num_classes, example, channels)
+    if not at or not isinstance(at[0], str):
         if per_position or own_classifier or shift or mask or heads is not None:
             raise ValueError("at must be names of submodules for the options that only they have, not indices")
         return cut_sequential(model, at, num_classes, example, options, channels)
-    check_names(model, [str(name) for name in at])
-    if mask is None and isinstance(example, Mapping) and "attention_mask" in example and not per_position:
+    names = [str(name) for name in at]
+    check_names(model, names)
+    keywords = example if isinstance(example, Mapping) else {}
+    if mask and mask not in keywords:
+        raise ValueError(f"mask must be the name of a keyword input of the example, not {mask!r}")
+    if mask is None and "attention_mask" in keywords and not per_position:
         mask = "attention_mask"
     network = CutNetwork(
-        model, [str(name) for name in at], (), num_classes, own_classifier=own_classifier, per_position=per_position,
-        shift=shift, mask=mask,
+        model, names, (), num_classes, own_classifier=own_classifier, per_position=per_position, shift=shift,
+        mask=mask or None,
     )  # fmt: skip
-    stage_features = inspect(network, example)
-    if heads is not None and not callable(heads) and len(heads) != len(at):
-        raise ValueError(f"heads must be one for each of the {len(at)} cuts, not {len(heads)}")
-    for i, features in enumerate(stage_features[: len(at)]):
-        if heads is not None:
-            head = heads(i, features.tensor) if callable(heads) else heads[i]
-        else:
-            place = known_channels(channels or features.channels, features, repr(at[i]))
-            head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
+    stage_features = inspect(network, example)[: len(names)]
+    if heads is not None:
+        arguments = "features, prior, mask" if mask else "features, prior"
+        made = own_heads(heads, [features.tensor for features in stage_features], arguments)
+    else:
+        places = [
+            known_channels(channels or f.channels, f, repr(name)) for name, f in zip(names, stage_features, strict=True)
+        ]
+        made = [
+            make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
+            for place, features in zip(places, stage_features, strict=True)
+        ]
+    for head, features in zip(made, stage_features, strict=True):
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
+    check_shared(network)
     check_logits(network, example)
     return network
+
+
+def own_heads(heads: Heads, features: Sequence[Tensor], arguments: str) -> list[nn.Module]:
+    """Return the heads of the user. Raises ValueError unless there is one per cut that takes these arguments."""
+    if isinstance(heads, nn.ModuleList) or not callable(heads):
+        made = list(heads) if isinstance(heads, Iterable) else [heads]
+    elif isinstance(heads, nn.Module):
+        raise ValueError(f"heads must be a list of modules or a function that makes them, not a {type(heads).__name__}")
+    else:
+        made = [heads(i, tensor) for i, tensor in enumerate(features)]
+    if len(made) != len(features):
+        raise ValueError(f"heads must be one for each of the {len(features)} cuts, not {len(made)}")
+    for head in made:
+        if not isinstance(head, nn.Module):
+            raise ValueError(f"heads must be modules, not {type(head).__name__}")
+        try:
+            signature(head.forward).bind(*arguments.split())
+        except TypeError as error:
+            raise ValueError(f"heads must be called as head({arguments}), but {type(head).__name__} is not") from error
+    return made
 
 
 def make_head(
@@ -114,8 +142,16 @@ def known_channels(channels: str | None, features: Features, name: str) -> str:
     return channels
 
 
-def check_arguments(model: nn.Module, num_classes: int, example: Any, channels: str | None) -> None:
+def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, channels: str | None) -> None:
     """Raise ValueError for arguments of `cut` that no model could have."""
+    listed = isinstance(at, Sequence) and not isinstance(at, str)
+    if not listed or not any(all(isinstance(name, kind) for name in at) for kind in (str, Integral)):
+        given = f"of {', '.join(type(name).__name__ for name in at)}" if listed else repr(at)
+        raise ValueError(f"at must be a list of names of submodules, or of indices, not {given}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("model must not be compiled as a whole: cut it, and compile its blocks")
     if isinstance(model, (CutNetwork, SIDNetwork)):
         raise ValueError(f"model must not be cut already, as this {type(model).__name__} is; cut its own model")
     if not isinstance(num_classes, Integral) or num_classes < 2:
@@ -150,16 +186,18 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
     stage_features: list[Features] = []
     owner: dict[str, int] = {}
     ran: set[str] = set()
+    frozen = {name for name, parameter in network.model.named_parameters() if not parameter.requires_grad}
     start = sequence_number()
 
     def finish_stage(i: int, features: Tensor, channels: str | None) -> None:
         nonlocal start
         stage_features.append(Features(features.detach(), channels))
         for name, *others in sorted(names[key] for key in parameters_behind(features, start) & names.keys()):
-            if name in owner:
-                tied = " = ".join([name, *others])
-                raise ValueError(f"parameter {tied} is used in stages {owner[name] + 1} and {i + 1}: untie it")
-            owner[name] = i
+            if owner.setdefault(name, i) == i:
+                continue
+            if name not in frozen:
+                raise ValueError(tied([name, *others], owner[name], i))
+            network.shared.append(name)
         start = sequence_number()
 
     with evaluating(network.model), record_outputs(network.model, ran) as outputs:
@@ -175,6 +213,23 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
     assign_idle_parameters(network, owner, ran)
     network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
     return stage_features
+
+
+def check_shared(network: CutNetwork) -> None:
+    """Raise ValueError if a head has a parameter that another stage trains, too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    owner: dict[int, int] = {}
+    for i in range(network.depth):
+        for parameter in network.parameters_of_stage(i):
+            if parameter.requires_grad and owner.setdefault(id(parameter), i) != i:
+                raise ValueError(tied(names[id(parameter)], owner[id(parameter)], i))
+
+
+def tied(names: Sequence[str], first: int, second: int) -> str:
+    """Return the error for a parameter of two stages, counted from 0."""
+    return f"parameter {' = '.join(names)} is used in stages {first + 1} and {second + 1}: untie it"
 
 
 def check_logits(network: CutNetwork, example: Any) -> None:
@@ -268,9 +323,17 @@ def cut_sequential(
     """Cut an `nn.Sequential` before the layers with the indices `at`. The other arguments are those of `cut`."""
     if not isinstance(trunk, nn.Sequential):
         raise ValueError(f"at must be names of submodules for a {type(trunk).__name__}; indices are for nn.Sequential")
+    if not isinstance(example, Tensor):
+        raise ValueError(f"example must be a tensor (B, ...) for cuts by indices, not {type(example).__name__}")
     if list(at) != sorted(set(at)) or (at and not (0 < at[0] and at[-1] < len(trunk))):
         raise ValueError(f"at must be increasing numbers of layers in 1..{len(trunk) - 1}, not {list(at)}")
     bodies = [trunk[start:end] for start, end in pairwise([0, *at, len(trunk)])]
+    owner: dict[int, int] = {}
+    for i, body in enumerate(bodies):
+        for parameter in body.parameters():
+            if parameter.requires_grad and owner.setdefault(id(parameter), i) != i:
+                names = [name for name, other in trunk.named_parameters(remove_duplicate=False) if other is parameter]
+                raise ValueError(tied(names, owner[id(parameter)], i))
     heads = []
     for i, features in enumerate(block_features(bodies, example)):
         place = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)

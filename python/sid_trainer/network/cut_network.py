@@ -55,6 +55,7 @@ class CutNetwork(nn.Module):
         self.shift, self.mask = shift, mask
         self.loss_options = StageLossOptions()
         self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
+        self.shared: list[str] = []  # frozen parameters that several stages use
         self.parameter_names = [name for name, _ in model.named_parameters()]
 
     @property
@@ -68,8 +69,8 @@ class CutNetwork(nn.Module):
 
     @property
     def untrained(self) -> list[str]:
-        trained = set().union(*self.stage_parameters)
-        return [name for name, _ in self.model.named_parameters() if name not in trained]
+        trained = {id(parameter) for i in range(self.depth) for parameter in self.parameters_of_stage(i)}
+        return [name for name, parameter in self.model.named_parameters() if id(parameter) not in trained]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -82,10 +83,13 @@ class CutNetwork(nn.Module):
         return own + (list(self.heads[i].parameters()) if i < len(self.heads) else [])
 
     def check_parameters(self) -> None:
-        """Raise ValueError if the model has other parameters than when it was cut: no stage would train new ones."""
+        """Raise ValueError if the model has other parameters than when it was cut, or trains one that stages share."""
         names = [name for name, _ in self.model.named_parameters()]
         if names != self.parameter_names and (changed := sorted(set(names) ^ set(self.parameter_names))):
             raise ValueError(f"model has other parameters than when it was cut, such as {changed[0]}: cut it again")
+        for name in self.shared:
+            if self.model.get_parameter(name).requires_grad:
+                raise ValueError(f"parameter {name} must stay frozen, or be untied: several stages use it")
 
     def run(self, inputs: Any, keywords: Mapping[str, Any], visit: Visit) -> Any:
         """Run the model, and call visit(i, features) at the end of stage i.

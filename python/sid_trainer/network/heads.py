@@ -51,9 +51,17 @@ class FeaturePooling(nn.Sequential):
             self.dim = width * math.prod(cells)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (B, dim). `mask` (B, T) is not 0 at the tokens that count; None: all do."""
-        if mask is None:
+        """Return (B, dim). `mask` (B, T) is not 0 at the tokens that count; None: all do.
+
+        Raises ValueError for a mask of other tokens, or of features that are no tokens; vectors (B, D) need none.
+        """
+        if mask is None or len(self) == 0:
             return super().forward(features)
+        if not isinstance(self[-1], Mean) or mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"mask must be (B, T) for tokens (B, T, D), not {tuple(mask.shape)} for features"
+                f" {tuple(features.shape)}; cut with mask='' or heads of your own"
+            )
         weights = mask.to(features.dtype).unsqueeze(-1)
         return (self[0](features) * weights).sum(1) / weights.sum(1).clamp(min=1)
 

@@ -273,6 +273,26 @@ def test_padding_does_not_count():
     torch.testing.assert_close(network.eval()(inputs), network(**other))
 
 
+def test_a_mask_is_for_tokens():
+    """Vectors after a mean need none; tokens of another number have another mask, or none."""
+
+    class Pairs(nn.Module):
+        def __init__(self, joined):
+            super().__init__()
+            self.embed, self.pairs, self.pool = nn.Embedding(40, 8), nn.Linear(16, 8), nn.Linear(8, 8)
+            self.joined = joined
+
+        def forward(self, input_ids, attention_mask):
+            x = self.embed(input_ids)
+            return self.pool((self.pairs(x.reshape(len(x), -1, 16)) if self.joined else x).mean(1))
+
+    first, last = train(cut(Pairs(False), ["embed", "pool"], CLASSES, tokens()), tokens(), labels(), 5, lr=1e-2)
+    assert (last < first).all()
+    with pytest.raises(ValueError, match=r"mask must be \(B, T\) for tokens \(B, T, D\), not \(4, 12\) for features"):
+        cut(Pairs(True), ["pairs", "pool"], CLASSES, tokens())
+    assert cut(Pairs(True), ["pairs", "pool"], CLASSES, tokens(), mask="").mask is None
+
+
 def test_the_own_classifier_is_the_last_stage():
     import torchvision.models
 
@@ -303,7 +323,7 @@ def test_own_heads_as_a_list_and_as_a_function():
             return self.linear(features.mean((2, 3)))
 
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3))
-    for heads in ([Head(4), Head(6)], lambda i, features: Head(features.shape[1])):
+    for heads in ([Head(4), Head(6)], nn.ModuleList([Head(4), Head(6)]), lambda i, features: Head(features.shape[1])):
         network = cut(trunk, ["0", "1"], CLASSES, images(8), heads=heads)
         first, last = train(network, images(8), labels(), 10, lr=1e-2)
         assert (last < first).all()
