@@ -55,7 +55,7 @@ def cut(
         heads: The heads, or a function (stage counted from 0, features of the example) -> head. A head is called as
             head(features, prior), and as head(features, prior, mask) if there is a mask.
         own_classifier: Make the rest of the model one more stage, the last, with the model's own output as its logits.
-        per_position: Predict a class for each token (B, T) or pixel (B, H, W).
+        per_position: Predict a class for each token (B, T), pixel (B, H, W) or step of a series (B, T).
         shift: Use the label of the next token as the target of each token, as for causal language models.
         mask: Name of the keyword input (B, T) that is 0 at padding, which the heads leave out of their mean over the
             tokens; "" for none. Default: "attention_mask" if the example has it.
@@ -70,6 +70,8 @@ def cut(
         if per_position or own_classifier or shift or mask or heads is not None:
             raise ValueError("at must be names of submodules for the options that only they have, not indices")
         return cut_sequential(model, at, num_classes, example, options, channels)
+    if shift and not per_position:
+        raise ValueError("shift must be False without per_position=True: it is for labels of each token")
     names = [str(name) for name in at]
     check_names(model, names)
     keywords = example if isinstance(example, Mapping) else {}
@@ -81,7 +83,7 @@ def cut(
         model, names, (), num_classes, own_classifier=own_classifier, per_position=per_position, shift=shift,
         mask=mask or None,
     )  # fmt: skip
-    stage_features = inspect(network, example)[: len(names)]
+    stage_features = inspect(network, example, channels)[: len(names)]
     if heads is not None:
         arguments = "features, prior, mask" if mask else "features, prior"
         made = own_heads(heads, [features.tensor for features in stage_features], arguments)
@@ -178,7 +180,7 @@ def check_names(model: nn.Module, at: Sequence[str]) -> None:
 
 
 @torch.enable_grad()
-def inspect(network: CutNetwork, example: Any) -> list[Features]:
+def inspect(network: CutNetwork, example: Any, channels: str | None = None) -> list[Features]:
     """Run the example, set `network.stage_parameters`, and return the features of every stage."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.model.named_parameters(remove_duplicate=False):
@@ -208,6 +210,8 @@ def inspect(network: CutNetwork, example: Any) -> list[Features]:
             return True
 
         output = network.run(*as_arguments(example, {}), visit)
+        first = stage_features[0]
+        network.series &= first.tensor.dim() == 3 and (channels or first.channels) == "first"
         if network.own_classifier:
             finish_stage(network.depth - 1, network.own_logits(output), None)
     assign_idle_parameters(network, owner, ran)

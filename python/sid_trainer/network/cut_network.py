@@ -39,6 +39,7 @@ class CutNetwork(nn.Module):
         loss_options: What the stages learn.
         own_classifier: Whether the rest of the model is the last stage and its output the logits.
         per_position: Whether there is a prediction for each token or pixel.
+        series: Whether these are the positions of series (B, D, T), not of tokens (B, T, D).
         shift: Whether the target at a position is the label of the next one, as for causal language models.
         mask: The name of the keyword input (B, T) that is 0 at padding; None if there is none.
     """
@@ -52,7 +53,7 @@ class CutNetwork(nn.Module):
         super().__init__()
         self.model, self.at, self.heads = model, list(at), nn.ModuleList(heads)
         self.num_classes, self.own_classifier, self.per_position = num_classes, own_classifier, per_position
-        self.shift, self.mask = shift, mask
+        self.shift, self.mask, self.series = shift, mask, per_position
         self.loss_options = StageLossOptions()
         self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
         self.shared: list[str] = []  # frozen parameters that several stages use
@@ -140,7 +141,7 @@ class CutNetwork(nn.Module):
     def own_logits(self, output: Any) -> Tensor:
         """Return the logits (B, ..., C) in the model's own output."""
         logits = output.logits if hasattr(output, "logits") else first_tensor(output)
-        if self.per_position and logits.dim() > 3:  # (B, C, H, W), as F.cross_entropy takes them
+        if self.per_position and logits.dim() > 3 - self.series:  # (B, C, H, W), as F.cross_entropy takes them
             logits = logits.movedim(1, -1)
         if logits.shape[-1] != self.num_classes:
             own = logits.shape[-1]
@@ -148,16 +149,25 @@ class CutNetwork(nn.Module):
         return logits
 
     def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
-        """Return the uniform belief (B, C), or (B, T, C) or (B, H, W, C) with a prediction per position."""
+        """Return the uniform belief (B, C), or (B, T, C) or (B, H, W, C) with a prediction per position.
+
+        Raises ValueError for targets that are not one for each position.
+        """
         shape = features.shape[:1]
-        if self.per_position and features.dim() == 3:
+        if self.per_position and features.dim() == 3 and not self.series:
             shape = features.shape[:2]
         elif self.per_position and targets is not None:
             shape = targets.shape[:-1] if targets.is_floating_point() else targets.shape
-        elif self.per_position:  # those of the first input that has them
-            shape += next(
-                x.shape[2:] for x in tree_leaves(inputs) if getattr(x, "shape", ())[:1] == shape and x.dim() > 3
+            if len(shape) != features.dim() - 1:
+                raise ValueError(
+                    f"targets must be one for each position of features {tuple(features.shape)}, not"
+                    f" {tuple(targets.shape)}"
+                )
+        elif self.per_position:  # those of the first input that has them, or else of the features
+            like = (
+                x for x in tree_leaves(inputs) if getattr(x, "shape", ())[:1] == shape and x.dim() == features.dim()
             )
+            shape += next(like, features).shape[2:]
         return uniform_belief((*shape, self.num_classes), features)
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
@@ -212,8 +222,8 @@ class CutNetwork(nn.Module):
             return local.output(self.classes_first(logits))
 
     def classes_first(self, logits: Tensor) -> Tensor:
-        """Return logits (B, H, W, C) as (B, C, H, W), others as they are."""
-        return logits.movedim(-1, 1) if logits.dim() > 3 else logits
+        """Return logits (B, H, W, C) as (B, C, H, W), those of series (B, T, C) as (B, C, T), others as they are."""
+        return logits.movedim(-1, 1) if logits.dim() > 3 - self.series else logits
 
     def extra_repr(self) -> str:
         parts = zip([*self.at, "rest"], self.stage_parameters, strict=False)

@@ -23,7 +23,7 @@ class LocalOutput(NamedTuple):
     """What a network returns when it is called with targets."""
 
     loss: Tensor  # (), the sum of the stages' losses; `backward` hands every parameter its stage's gradient
-    logits: Tensor  # (B, C), (B, T, C) or (B, C, H, W) of the last stage, detached
+    logits: Tensor  # (B, C), (B, T, C), (B, C, T) or (B, C, H, W) of the last stage, detached
     stage_loss: Tensor  # (L,), detached
 
 

@@ -133,3 +133,40 @@ def test_a_block_that_is_dropped_in_training_is_refused_when_it_is():
     network = cut(Dropped(), [f"blocks.{i}" for i in range(3)], CLASSES, torch.randn(2, 8))
     with pytest.raises(ValueError, match="at must name modules that run in every call: 'blocks.2' did not"):
         network(torch.randn(BATCH, 8), LABELS)
+
+
+def conv(before, after, stride=1):
+    return nn.Sequential(nn.Conv1d(before, after, 3, stride, padding=1), nn.ReLU())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("own_classifier", [False, True])
+@pytest.mark.parametrize("steps", [10, CLASSES])
+def test_a_series_with_a_class_for_each_step(own_classifier, stride, steps):
+    """Logits are (B, C, T), as those of the model; also if there are as many steps as classes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(2, 6, stride), conv(6, 6), nn.Upsample(steps), nn.Conv1d(6, CLASSES, 1))
+    inputs = torch.randn(BATCH, 2, steps)
+    options = {"per_position": True, "own_classifier": own_classifier, "channels": "first"}
+    network = cut(model, ["0", "1"], CLASSES, inputs, **options)
+    targets = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0)
+    first, last = train(network, inputs, targets, 40)
+    assert last.sum() < first.sum()
+    output = network(inputs, targets)
+    assert output.logits.shape == network(inputs).shape == model(inputs).shape == (BATCH, CLASSES, steps)
+    torch.testing.assert_close(output.logits, network(inputs))
+    if own_classifier:
+        torch.testing.assert_close(output.logits, model(inputs))
+    soft = torch.nn.functional.one_hot(targets, CLASSES).float()
+    torch.testing.assert_close(network(inputs, soft).loss, output.loss)
+    with pytest.raises(ValueError, match=r"targets must be one for each position of features \(4, 6, .*\), not \(4,\)"):
+        network(inputs, LABELS)
+
+
+def test_voxels():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 1, 4, 6, 8)
+    network = cut(nn.Sequential(nn.Conv3d(1, 4, 3, 2, 1)), ["0"], CLASSES, inputs, per_position=True)
+    output = network(inputs, (inputs[:, 0] > 0).long())
+    output.loss.backward()
+    assert output.logits.shape == network(inputs).shape == (2, CLASSES, 4, 6, 8)

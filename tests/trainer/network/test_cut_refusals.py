@@ -68,6 +68,7 @@ REFUSED = {
     "no head": (TRUNK, ["0", "2"], {"heads": lambda i, features: None}, ValueError, "heads must be modules, not NoneType"),
     "a head of one input": (TRUNK, ["0"], {"heads": [nn.Linear(8, CLASSES)]}, ValueError, r"heads must be called as head\(features, prior\), but Linear is not"),
     "a mask that is no input": (TRUNK, ["0"], {"mask": "keep"}, ValueError, "mask must be the name of a keyword input of the example, not 'keep'"),
+    "next tokens without tokens": (TRUNK, ["0"], {"shift": True}, ValueError, "shift must be False without per_position=True"),
     "no example": (TRUNK, ["0"], {"example": None}, ValueError, "example must be a tensor, a tuple or a dict of inputs, not NoneType"),
     "cut already": (cut(TRUNK, [1], CLASSES, torch.zeros(2, 8)), ["stages.0"], {}, ValueError, "model must not be cut already, as this SIDNetwork is"),
 }  # fmt: skip
