@@ -1,4 +1,4 @@
-"""Prints versions, which backends are usable here and why the others are not: `python -m sid_kernels.info`."""
+"""Print versions, which backends are usable here, and why the others are not: `python -m sid_kernels.info`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Return name and state of everything that decides what runs."""
+    """Return (name, state) of everything that decides which kernels run."""
     lines = [
         ("sid_kernels", __version__),
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
@@ -44,7 +44,7 @@ def describe() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Print one line for each pair of `describe`."""
+    """Print one line for each pair of `describe`, and return 0."""
     for name, state in describe():
         print(f"{name:20} {state}")
     return 0

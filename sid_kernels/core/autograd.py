@@ -1,4 +1,4 @@
-"""How a loss whose gradients are computed with it becomes part of PyTorch's graph."""
+"""Make a loss whose gradients were computed with it part of PyTorch's autograd graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _pre_dispatch() -> bool:
 
 
 def needs_operator(*values: object) -> bool:
-    """Return whether a kernel called with addresses would miss something.
+    """Return whether the operator must be called, since a kernel called with addresses would miss something.
 
     That is so while compiling, while `torch.jit.trace` records, in forward-mode differentiation, in a torch.func
     transform or a mode, and for tensors that are fake or wrapped.
@@ -46,24 +46,24 @@ def needs_operator(*values: object) -> bool:
 
 
 def overrides(*values: object) -> tuple[object, ...]:
-    """Return the values that are no tensors but handle calls themselves, as `torch.fx.symbolic_trace` passes them."""
+    """Return the values that are no tensors but handle calls themselves, like those of `torch.fx.symbolic_trace`."""
     if is_compiling():
         return ()
     return tuple(x for x in values if not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__"))
 
 
 def forward_mode() -> bool:
-    """Return whether forward-mode differentiation (dual numbers) is going on."""
+    """Return whether forward-mode differentiation (dual numbers) is active."""
     return forward_ad._current_level >= 0
 
 
 def transforms() -> list[Any]:
-    """Return the torch.func transforms going on, the outermost first."""
+    """Return the active torch.func transforms, the outermost first."""
     return torch._C._functorch.get_interpreter_stack() or []
 
 
 def transforming() -> bool:
-    """Return whether a torch.func transform or forward-mode differentiation is going on, outside of torch.compile."""
+    """Return whether a torch.func transform or forward-mode differentiation is active, outside of torch.compile."""
     return not is_compiling() and (functorch_stack() is not None or forward_mode())
 
 
@@ -108,13 +108,13 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def apply_of(function: type[torch.autograd.Function]) -> Any:
     """Return `function.apply` without its search for functorch transforms, which takes a fifth of a small call.
 
-    Operations take the operator under functorch, and `function` must have no setup_context.
+    Under functorch, operations call their operator instead. `function` must have no setup_context.
     """
     return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
 
 
 class _Attach(torch.autograd.Function):
-    """Makes a computed loss a function of its inputs, with computed gradients."""
+    """Attach computed gradients to a computed loss."""
 
     @staticmethod
     def forward(
@@ -124,7 +124,7 @@ class _Attach(torch.autograd.Function):
         ctx.dtype = next(x.dtype for x in inputs if x is not None)
         ctx.save_for_backward(*gradients)
         ctx.set_materialize_grads(False)
-        return loss[0]  # came in a tuple: an input returned as it is would become a view
+        return loss[0]  # it came in a tuple, because an input returned as it is would become a view
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple:
@@ -137,7 +137,7 @@ _attach = apply_of(_Attach)
 
 
 def attach(name: str, loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
-    """Return `loss`, as a differentiable function of `inputs` with `gradients`; a gradient of None is not wanted.
+    """Return `loss` as a differentiable function of `inputs` with `gradients`; a gradient of None is not needed.
 
     name: the public operation, for errors. gradients: those of the sum of the losses, shaped like the inputs; in
     float32 for inputs in half precision, so that they are rounded once.
@@ -190,7 +190,7 @@ def _is_one(grad_loss: Tensor) -> bool:
         return False
     try:
         return grad_loss.item() == 1.0
-    except RuntimeError:  # a batch of numbers; to ask for that first takes longer
+    except RuntimeError:  # a batch of numbers; checking for that first would take longer
         return False
 
 
@@ -215,12 +215,12 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def once_differentiable(node: Any, gradient: Tensor, name: str) -> Tensor:
-    """Return a gradient computed for its incoming gradient as part of a graph; see `first_derivative`."""
+    """Return a gradient that includes the incoming one as part of a graph; see `first_derivative`."""
     return first_derivative(node, gradient, torch.ones((), device=gradient.device), name)
 
 
 def first_derivative(node: Any, gradient: Tensor, grad_loss: Tensor, name: str) -> Tensor:
-    """Return `scaled` for a backward pass of `node` that records a graph, where a second derivative raises."""
+    """Return `scaled` for a backward pass of `node` that records a graph, in which a second derivative raises."""
     if functorch_stack() is not None:
         if len(torch._C._functorch.get_interpreter_stack()) > 1:
             raise RuntimeError(f"{name} {_NO_SECOND} by nested torch.func transforms")
@@ -233,13 +233,13 @@ def first_derivative(node: Any, gradient: Tensor, grad_loss: Tensor, name: str) 
 
 def _leaves(node: Any) -> list[Tensor]:
     """Return the leaf tensors that the graph of `node` reaches."""
-    found, seen, ahead = [], set(), [node]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
+    leaves, visited, pending = [], set(), [node]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
-        ahead.extend(following for following, _ in node.next_functions)
-    return found
+            leaves.append(node.variable)
+        pending.extend(following for following, _ in node.next_functions)
+    return leaves

@@ -1,4 +1,4 @@
-"""Checks of arguments that every operation shares, and their canonical forms.
+"""Check the arguments that every operation shares, and convert them to canonical forms.
 
 All checks except `check_values` and what it calls look at metadata only: they read no value from a GPU.
 """
@@ -33,7 +33,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def materialize(x: Tensor) -> Tensor:
-    """Return x with the values it shows in memory: not a view with the negative bit, not a tensor of implied zeros."""
+    """Return x with its values in memory, instead of a view with the negative bit or a tensor of implied zeros."""
     if x.is_neg():
         x = x.resolve_neg()
     return torch.zeros_like(x) if x._is_zerotensor() else x
@@ -95,7 +95,7 @@ def canonical_alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) ->
         if not alpha.dtype.is_floating_point:
             raise TypeError(f"alpha has dtype {alpha.dtype}; it must be a floating dtype")
         if alpha.dim() and alpha.shape != shape[:-1]:
-            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a row, {tuple(shape[:-1])}")
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one per row, {tuple(shape[:-1])}")
         check_device("alpha", alpha, logits)
         alpha = materialize(alpha.detach()).to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
         return alpha.reshape(-1).contiguous() if alpha.dim() else alpha

@@ -1,4 +1,4 @@
-"""The compiled modules: how they are loaded, and how tensors and loss options become their arguments.
+"""Load the compiled modules, and convert tensors and loss options to their arguments.
 
 Compiled code knows no PyTorch. It receives addresses, strides and numbers.
 """
@@ -31,11 +31,11 @@ def load(name: str) -> tuple[Any, str | None]:
         return None, f"the compiled module {PACKAGE}.{name} is not in {FOLDER}: {_why_missing(name)}"
     except ImportError as error:
         return None, f"the compiled module {PACKAGE}.{name} does not load: {error}"
-    found = getattr(module, "interface", 1)
-    if found != INTERFACE:
+    interface = getattr(module, "interface", 1)
+    if interface != INTERFACE:
         return None, (
-            f"the compiled module {module.__file__} has interface {found} and the Python files beside it {INTERFACE}: "
-            "build again (pip install -e .)"
+            f"the compiled module {module.__file__} has interface {interface} and the Python files beside it"
+            f" {INTERFACE}: build again (pip install -e .)"
         )
     return module, None
 

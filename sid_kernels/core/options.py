@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # dtypes whose gradients wait for the incoming gradient before they are rounded
-LIFT = 256.0  # float16 holds gradients of row losses multiplied by this: they are about 1, at most about 100
+LIFT = 256.0  # gradients of row losses, about 1 and at most about 100, are multiplied by this in float16
 DIVERGENCES = ("forward", "reverse")
 REDUCTIONS = ("none", "mean", "sum")
 _REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}  # Reduction in csrc/local_loss.h
@@ -56,10 +56,10 @@ class LossOptions:
 
 
 def make_options(*values: object) -> LossOptions:
-    """Return LossOptions(*values), made once for equal values: a small call is shorter than these checks."""
+    """Return LossOptions(*values), cached, because the checks take longer than a small call."""
     try:
         return _cached(*values)
-    except TypeError:  # also for a value without a hash, which LossOptions names
+    except TypeError:  # also for a value that has no hash, which LossOptions names
         return LossOptions(*values)  # type: ignore[arg-type]  # what has the wrong type is refused there
 
 

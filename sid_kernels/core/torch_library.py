@@ -1,4 +1,4 @@
-"""How an operator `torch.ops.sid_kernels.*` is defined: what torch.compile, export and fake tensors see.
+"""Define the operators `torch.ops.sid_kernels.*`, which torch.compile, export and fake tensors see.
 
 `Library.define` and `impl` have a third of the overhead of `torch.library.custom_op`.
 """
@@ -49,7 +49,7 @@ def define_function(schema: str, run: Callable[..., Any], fake: Callable[..., An
 
 
 def count_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Tell `torch.utils.flop_counter.FlopCounterMode` an operator's operations.
+    """Register how many operations `torch.utils.flop_counter.FlopCounterMode` counts for an operator.
 
     formula: takes the operator's arguments, with shapes instead of tensors. Only matrix products are counted.
     """
@@ -103,4 +103,4 @@ def options_arguments(options: tuple) -> tuple:
 def refuse_functorch(name: str) -> None:
     """Raise RuntimeError inside a torch.func transform."""
     if not is_compiling() and functorch_stack() is not None:
-        raise RuntimeError(f"{name} does not take part in torch.func transforms; use torch.autograd")
+        raise RuntimeError(f"{name} does not support torch.func transforms; use torch.autograd")
