@@ -1,8 +1,8 @@
 """The gradient of the local loss in half precision: the incoming gradient multiplies it before it is rounded.
 
-The gradient of a mean is small, and in float16 much of it would vanish before a loss scale arrives. So a small one is
-kept in float32 for `backward`; else what the loss was computed from is saved, and `backward` computes the gradient
-again if the incoming gradient is not 1.
+The gradient of a mean is small, and in float16 much of it would vanish before a loss scale arrives. A tensor of few
+elements is therefore kept in float32 until `backward`. Otherwise the inputs are saved, and `backward` computes the
+gradient again unless the incoming gradient is 1.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_one(incoming: Tensor) -> bool:
 
 
 class AttachHalf(torch.autograd.Function):
-    """Makes a computed loss of half-precision logits a function of them."""
+    """Attach the gradient of half-precision logits to their computed loss."""
 
     @staticmethod
     def forward(

@@ -35,11 +35,11 @@ _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 def run_ordinary(
     logits: Tensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, out: Tensor | None = None
 ) -> LocalLossOutputs | None:
-    """Return what `run` gives for the call of a training step, or None if the call is not of this kind.
+    """Run the ordinary call of a training step without the general checks; return None for any other call.
 
-    The kind: contiguous float32 logits and prior (N, C), int64 labels, a float alpha, default options, and `out` (N, C)
-    contiguous, the logits or memory of its own. At (128, 10) the general checks take longer than the kernel. Any other
-    call takes the general path, which checks it by name.
+    An ordinary call has contiguous float32 logits and prior (N, C), int64 labels, a float alpha, default options, and
+    `out` (N, C) contiguous, the logits or memory of its own. At (128, 10) the general checks take longer than the
+    kernel. Any other call takes the general path, whose errors name the argument.
     """
     if not (
         cpu.compiled is not None

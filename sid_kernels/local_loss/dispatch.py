@@ -1,4 +1,4 @@
-"""Runs a problem on the backend asked for, or on the one that `auto` takes."""
+"""Run a problem on the requested backend, or on the one that `auto` takes."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class _Transformed(torch.autograd.Function):
         ctx.dtype, ctx.unreduced = inputs[0].dtype, inputs[4][3] == "none"
         ctx.save_for_backward(output[4])
         ctx.save_for_forward(output[4])
-        ctx.mark_non_differentiable(*output[1:4])  # dlogits stays: who differentiates it must reach the error
+        ctx.mark_non_differentiable(*output[1:4])  # not dlogits: differentiating it must reach the error
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -96,8 +96,8 @@ class _Transformed(torch.autograd.Function):
         if isinstance(alpha, Tensor) and (in_dims[3] is not None or alpha.dim()):
             weight: Tensor = batched(alpha, in_dims[3])
             alpha = weight.view(*weight.shape, *[1] * (len(rows) - weight.dim())).expand(rows)
-        *kept, ignore_index, reduction = options
-        per_row = (*kept, ignore_index, "none")
+        divergence, smoothing, ignore_index, reduction = options
+        per_row = (divergence, smoothing, ignore_index, "none")
         loss, belief, fidelity, consistency, dlogits = _Transformed.apply(z, q, y, alpha, per_row, backend)
         values = [loss, fidelity, consistency]
         if reduction != "none":

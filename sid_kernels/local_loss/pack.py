@@ -1,4 +1,4 @@
-"""How a `LocalLossProblem` becomes the arguments of the compiled kernels: addresses, strides and numbers."""
+"""Convert a `LocalLossProblem` to the arguments of the compiled kernels: addresses, strides and numbers."""
 
 from __future__ import annotations
 

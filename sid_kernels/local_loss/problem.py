@@ -68,7 +68,7 @@ def make_problem(
     need_belief: bool = True,
     out: Tensor | None = None,
 ) -> LocalLossProblem:
-    """Return the problem of `fused_local_loss`'s arguments.
+    """Check the arguments of `fused_local_loss`, and return their problem.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -100,7 +100,7 @@ def make_problem(
 
 
 def allocate(problem: LocalLossProblem) -> LocalLossOutputs:
-    """Return the outputs of a problem as memory to fill, in float32 except belief and dlogits."""
+    """Allocate the outputs of a problem, in float32 except belief and dlogits."""
     logits = problem.logits
     shape, device = logits.shape, logits.device
     dlogits = problem.out
@@ -116,7 +116,7 @@ def allocate(problem: LocalLossProblem) -> LocalLossOutputs:
 
 
 def allocate_belief(problem: LocalLossProblem) -> Tensor | None:
-    """Return the memory (N, C) that a backend writes the belief to, or None if it is not wanted."""
+    """Return the memory (N, C) for the belief, new or given with the problem, or None if it is not needed."""
     if not problem.need_belief or problem.belief_out is not None:
         return problem.belief_out
     z = problem.logits
@@ -156,7 +156,7 @@ def _check_out(out: Tensor, logits: Tensor, inputs: tuple[tuple[str, object], ..
         or (out.shape[-1] > 1 and strides[-1] != 1)
         or (out.dim() == 2 and out.shape[0] > 1 and strides[0] < out.shape[1])
     ):
-        raise ValueError(f"out has strides {strides}; its columns must be adjacent and its rows apart")
+        raise ValueError(f"out has strides {strides}; its columns must be adjacent and its rows must not overlap")
     storage = out.untyped_storage().data_ptr()
     if storage == logits.untyped_storage().data_ptr():
         if out.data_ptr() != logits.data_ptr() or strides != logits.stride():

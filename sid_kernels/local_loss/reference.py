@@ -54,10 +54,10 @@ def run(problem: LocalLossProblem, classes: Classes | None = None) -> LocalLossO
     alpha = alpha[:, 0]
     loss = _times(alpha, fidelity) + _times(1 - alpha, consistency)
 
-    loss, fidelity, consistency = (_only(x, counts, valid) for x in (loss, fidelity, consistency))  # (N,) each
+    loss, fidelity, consistency = (_mask_rows(x, counts, valid) for x in (loss, fidelity, consistency))  # (N,) each
     if problem.incoming is not None:
         gradient = gradient * _column(problem.incoming, p)
-    gradient = _only(gradient, counts[:, None], valid[:, None])
+    gradient = _mask_rows(gradient, counts[:, None], valid[:, None])
     if spec.options.reduction != "none":
         loss, fidelity, consistency = loss.sum(), fidelity.sum(), consistency.sum()
     if spec.options.reduction == "mean":
@@ -73,7 +73,7 @@ def run(problem: LocalLossProblem, classes: Classes | None = None) -> LocalLossO
 
 
 def _target(spec: LossSpec, p: Tensor, classes: Classes) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the smoothed target probabilities, which rows are not ignored, and which have a label in range."""
+    """Return smoothed target probabilities (N, columns), and masks (N,) of rows that count and of labels in range."""
     rows, columns = p.shape
     smoothing, labels = spec.options.label_smoothing, spec.labels
     if labels is None:
@@ -91,7 +91,7 @@ def _target(spec: LossSpec, p: Tensor, classes: Classes) -> tuple[Tensor, Tensor
     return y, counts, valid
 
 
-def _only(x: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+def _mask_rows(x: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
     """Return x with 0 in ignored rows and NaN in rows whose label is out of range."""
     return torch.where(counts, torch.where(valid, x, torch.nan), 0.0)
 

@@ -36,12 +36,12 @@ def check_sharded(name: str, x: object, others: Mapping[str, object]) -> None:
     """Raise TypeError if `x` is a plain tensor beside DTensors, or the other way around."""
     for other, value in others.items():
         if isinstance(value, Tensor) and value.dim() and is_sharded(value) != is_sharded(x):
-            one, two = (other, name) if is_sharded(value) else (name, other)
+            sharded_name, plain_name = (other, name) if is_sharded(value) else (name, other)
             sharded: Any = value if is_sharded(value) else x
             raise TypeError(
-                f"{one} is a DTensor with placements {tuple(sharded.placements)} and {two} is a plain tensor; both "
-                "must be DTensors of one mesh. Under fully_shard, weights are plain inside a module's forward or after "
-                "module.unshard()"
+                f"{sharded_name} is a DTensor with placements {tuple(sharded.placements)} and {plain_name} is a plain"
+                " tensor; both must be DTensors of one mesh. Under fully_shard, weights are plain inside a module's"
+                " forward or after module.unshard()"
             )
 
 
@@ -77,7 +77,7 @@ class _Layout(NamedTuple):
         """Return this process's part of a DTensor, or anything else as it is."""
         return x.redistribute(self.mesh, placements).to_local() if is_sharded(x) else x
 
-    def whole(self, x: Tensor, placements: tuple[Placement, ...], shape: torch.Size) -> Tensor:
+    def from_local(self, x: Tensor, placements: tuple[Placement, ...], shape: torch.Size) -> Tensor:
         """Return the DTensor of `shape` whose local part is x."""
         from torch.distributed.tensor import DTensor
 
@@ -99,6 +99,8 @@ def _layout(logits: DTensor) -> _Layout:
 
 
 class _Sharded(torch.autograd.Function):
+    """The local loss of DTensors, and its first derivative."""
+
     @staticmethod
     def forward(
         ctx: Any, logits: DTensor, prior: Tensor | None, target: Tensor, alpha: float | Tensor, *rest: Any
@@ -117,17 +119,17 @@ class _Sharded(torch.autograd.Function):
         losses, dlogits = [outputs.loss, outputs.fidelity, outputs.consistency], outputs.dlogits
         assert dlogits is not None and outputs.belief is not None
         if options.reduction == "none":
-            values = [layout.whole(x.view(z.shape[:-1]), layout.rows, shape[:-1]) for x in losses]
+            values = [layout.from_local(x.view(z.shape[:-1]), layout.rows, shape[:-1]) for x in losses]
         else:
             sums = layout.reduce(torch.stack([x.sum() for x in losses]), layout.over_rows)
             if options.reduction == "mean":
                 scale = 1.0 / _count(problem, layout, shape)
                 sums, dlogits = sums * scale, dlogits * scale
-            values = [layout.whole(x, replicated_like(layout), torch.Size()) for x in sums.clone().unbind()]
+            values = [layout.from_local(x, replicated_like(layout), torch.Size()) for x in sums.clone().unbind()]
         ctx.layout, ctx.dtype, ctx.shape, ctx.unreduced = layout, logits.dtype, shape, options.reduction == "none"
         ctx.save_for_backward(dlogits.view(z.shape))
-        gradient = layout.whole(dlogits.view(z.shape).to(z.dtype), layout.placements, shape)
-        belief = layout.whole(outputs.belief.view(z.shape), layout.placements, shape)
+        gradient = layout.from_local(dlogits.view(z.shape).to(z.dtype), layout.placements, shape)
+        belief = layout.from_local(outputs.belief.view(z.shape), layout.placements, shape)
         ctx.mark_non_differentiable(belief, *values[1:], gradient)
         return values[0], belief, values[1], values[2], gradient
 
@@ -138,7 +140,7 @@ class _Sharded(torch.autograd.Function):
         (dlogits,) = ctx.saved_tensors
         incoming = layout.local(grad_loss, layout.rows if ctx.unreduced else replicated_like(layout))
         gradient = scaled(dlogits, incoming).to(ctx.dtype)
-        return layout.whole(gradient, layout.placements, ctx.shape), *[None] * 5
+        return layout.from_local(gradient, layout.placements, ctx.shape), *[None] * 5
 
 
 def replicated_like(layout: _Layout) -> tuple[Placement, ...]:

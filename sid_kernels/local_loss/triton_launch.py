@@ -37,7 +37,7 @@ class LossPlan(NamedTuple):
 # a multiprocessor: the rows of 4 x 132 blocks fit a 50 MB second-level cache for the second sweep, up to 12k classes in
 # float32 or 24k in 16 bits. Beyond, one block keeps the end of its row in the first-level cache.
 # Register limits: about the least without spills. Without a limit, ptxas may spill a few bytes to fit one more block.
-# All by compiling (tests/compiled/triton/test_triton_aot.py) and arithmetic, none by timing.
+# All found by compiling (tests/compiled/triton/test_triton_aot.py) and arithmetic, none by timing.
 PLANS = (
     LossPlan(16, 128, 16, 8, (112, 144, 176)),
     LossPlan(32, 64, 32, 8, (112, 144, 176)),

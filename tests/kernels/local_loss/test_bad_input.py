@@ -73,8 +73,8 @@ BAD = {
     "alpha low": (ValueError, r"alpha is -0\.1; it must lie in \[0, 1\]", dict(alpha=-0.1)),
     "alpha nan": (ValueError, r"alpha is nan; it must lie in \[0, 1\]", dict(alpha=math.nan)),
     "alpha dtype": (TypeError, r"alpha has dtype torch\.int64; it must be a floating dtype", dict(alpha=torch.tensor(1))),
-    "alpha shape": (ValueError, r"alpha has shape \(6,\); it must be \(\) or one a row, \(4,\)", dict(alpha=torch.rand(6))),
-    "alpha column": (ValueError, r"alpha has shape \(4, 1\); it must be \(\) or one a row", dict(alpha=torch.rand(4, 1))),
+    "alpha shape": (ValueError, r"alpha has shape \(6,\); it must be \(\) or one per row, \(4,\)", dict(alpha=torch.rand(6))),
+    "alpha column": (ValueError, r"alpha has shape \(4, 1\); it must be \(\) or one per row", dict(alpha=torch.rand(4, 1))),
     "alpha device": (ValueError, r"alpha is on meta; it must be on the device", dict(alpha=torch.rand(4, device="meta"))),
     "divergence": (ValueError, r"divergence is 'jensen'; it must be one of \('forward', 'reverse'\)", dict(divergence="jensen")),
     "reverse hard": (ValueError, r"divergence='reverse' needs a target of full support: label_smoothing is 0", dict(divergence="reverse")),
@@ -90,8 +90,8 @@ BAD = {
     "out dtype": (ValueError, r"out has shape \(4, 6\), dtype torch\.float16.*like logits", dict(out=torch.zeros(4, 6).half())),
     "out device": (ValueError, r"out has .* on meta; it must be like logits", dict(out=torch.zeros(4, 6, device="meta"))),
     "out columns": (ValueError, r"out has strides \(1, 4\); its columns must be adjacent", dict(out=torch.zeros(6, 4).t())),
-    "out one row": (ValueError, r"out has strides \(0, 1\); its columns must be adjacent and its rows apart", dict(out=torch.zeros(1, 6).expand(4, 6))),
-    "out rows overlap": (ValueError, r"its rows apart", dict(out=torch.zeros(40).as_strided((4, 6), (5, 1)))),
+    "out one row": (ValueError, r"out has strides \(0, 1\); its columns must be adjacent and its rows must not overlap", dict(out=torch.zeros(1, 6).expand(4, 6))),
+    "out rows overlap": (ValueError, r"its rows must not overlap", dict(out=torch.zeros(40).as_strided((4, 6), (5, 1)))),
 }  # fmt: skip
 
 
