@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from .belief_head import dispatch, torch_op
-from .belief_head.problem import Gradients, LinearLayer, PriorHead, Wanted
+from .belief_head.problem import Gradients, LinearLayer, NeedGrad, PriorHead
 from .belief_head.unfused import batch_of_gradients, sharded_head, unfused_head
 from .core.autograd import (
     attach,
@@ -77,8 +77,8 @@ def fused_belief_head(
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
     if not isinstance(hidden, Tensor) and (handlers := overrides(hidden)):
-        named = dict(zip(OPTION_NAMES, options, strict=True), return_belief=return_belief, backend=backend)
-        return handle_torch_function(fused_belief_head, handlers, hidden, weight, bias, prior, target, alpha, **named)
+        kwargs = dict(zip(OPTION_NAMES, options, strict=True), return_belief=return_belief, backend=backend)
+        return handle_torch_function(fused_belief_head, handlers, hidden, weight, bias, prior, target, alpha, **kwargs)
     layer, prior = _autocast(LinearLayer(hidden, weight, bias), prior)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if needs_operator(*layer, *parts, target, alpha):
@@ -86,9 +86,9 @@ def fused_belief_head(
             return unfused_head(layer, prior, target, alpha, options, return_belief, backend)
         return torch_op.call(layer, prior, target, alpha, options, return_belief, backend)[0]
     checked = make_options(*options)
-    need = Wanted(*(wants_grad(x) for x in layer))
-    now = need if checked.reduction != "none" else Wanted(False, False, False)
-    result, gradients = dispatch.solve(layer, prior, target, alpha, checked, return_belief, now, backend)
+    need = NeedGrad(*(wants_grad(x) for x in layer))
+    need_now = need if checked.reduction != "none" else NeedGrad(False, False, False)
+    result, gradients = dispatch.solve(layer, prior, target, alpha, checked, return_belief, need_now, backend)
     if not any(need):
         return result
     if checked.reduction == "none":
@@ -119,21 +119,19 @@ def belief_head_and_grad(
     errors are those of `fused_belief_head`.
     """
     options = (divergence, label_smoothing, ignore_index, reduction)
-    layer, need = LinearLayer(hidden, weight, bias), Wanted(True, True, bias is not None)
+    layer, need = LinearLayer(hidden, weight, bias), NeedGrad(True, True, bias is not None)
     parts = prior if isinstance(prior, tuple) else (prior,)
     if not needs_operator(*layer, *parts, target, alpha):
-        result, found = dispatch.solve(
+        result, gradients = dispatch.solve(
             layer, prior, target, alpha, make_options(*options), return_belief, need, backend
         )
-        return result, Gradients(*(None if x is None else x.to(hidden.dtype) for x in found))
+        return result, Gradients(*(None if x is None else x.to(hidden.dtype) for x in gradients))
     ones = hidden.new_ones(hidden.shape[:-1], dtype=torch.float32) if reduction == "none" else None
-    result, gradients = torch_op.call(layer, prior, target, alpha, options, return_belief, backend, need, ones)
+    result, outputs = torch_op.call(layer, prior, target, alpha, options, return_belief, backend, need, ones)
     loss, belief, fidelity, consistency = (None if x is None else x.detach() for x in result)
     assert loss is not None and fidelity is not None and consistency is not None
-    found = Gradients(
-        *(x.detach().to(hidden.dtype) if wanted else None for x, wanted in zip(gradients, need, strict=True))
-    )
-    return LocalLoss(loss, belief, fidelity, consistency), found
+    kept = (x.detach().to(hidden.dtype) if needed else None for x, needed in zip(outputs, need, strict=True))
+    return LocalLoss(loss, belief, fidelity, consistency), Gradients(*kept)
 
 
 class BeliefHead(nn.Linear):
@@ -188,7 +186,7 @@ class _Unreduced(torch.autograd.Function):
     """Losses of single rows. Their gradients depend on the incoming gradient of each row, so backward computes them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, need: Wanted, constants: tuple, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, need: NeedGrad, constants: tuple, *inputs: Tensor | None) -> Tensor:
         prior, target, alpha, *ctx.options_and_backend = constants
         parts = prior if isinstance(prior, tuple) else (prior, None, None)
         ctx.prior_is_head, ctx.need = isinstance(prior, tuple), need
@@ -220,7 +218,7 @@ class _Unreduced(torch.autograd.Function):
 
 
 def _autocast(layer: LinearLayer, prior: Tensor | PriorHead | None) -> tuple[LinearLayer, Tensor | PriorHead | None]:
-    """Return the layer, and a prior that is a head, in the dtype of autocast."""
+    """Cast the layer, and a prior that is a head, to the dtype of autocast, if that is enabled."""
     if not isinstance(layer.hidden, Tensor) or (dtype := autocast_dtype(layer.hidden)) is None:
         return layer, prior
 

@@ -68,23 +68,23 @@ def fused_local_loss(
     options = (divergence, label_smoothing, ignore_index, reduction)
     if needs_operator(logits, prior, target, alpha):
         if handlers := overrides(logits, prior, target, alpha):
-            named = dict(zip(OPTION_NAMES, options, strict=True), backend=backend)
-            return handle_torch_function(fused_local_loss, handlers, logits, prior, target, alpha, **named)
+            kwargs = dict(zip(OPTION_NAMES, options, strict=True), backend=backend)
+            return handle_torch_function(fused_local_loss, handlers, logits, prior, target, alpha, **kwargs)
         return LocalLoss(*torch_op.call(logits, prior, target, alpha, options, backend)[:4])
     outputs = cpu.run_ordinary(logits, prior, target, alpha) if backend == "auto" and options == _DEFAULTS else None
     if outputs is None:
         need_grad = wants_grad(logits)
         problem = make_problem(logits, prior, target, alpha, make_options(*options), need_grad=need_grad)
         half = need_grad and logits.dtype in HALF
-        kept = half and keeps_float32(problem)
-        if kept:
+        wide = half and keeps_float32(problem)
+        if wide:
             problem = problem._replace(out=torch.empty(problem.logits.shape, dtype=torch.float32))
         elif half:
             problem = problem._replace(need_grad=computes_ahead(problem, backend))
         outputs = run_shaped(problem, backend, logits.shape)
         if half:
             loss, belief, fidelity, consistency, gradient = outputs
-            if kept:
+            if wide:
                 assert gradient is not None
                 loss = attach("fused_local_loss", loss, (gradient.view(logits.shape),), (logits,))
             else:
@@ -118,8 +118,8 @@ def local_loss_and_grad(
     options = (divergence, label_smoothing, ignore_index, reduction)
     if needs_operator(logits, prior, target, alpha, out):
         if handlers := overrides(logits, prior, target, alpha, out):
-            named = dict(zip(OPTION_NAMES, options, strict=True), backend=backend, out=out)
-            return handle_torch_function(local_loss_and_grad, handlers, logits, prior, target, alpha, **named)
+            kwargs = dict(zip(OPTION_NAMES, options, strict=True), backend=backend, out=out)
+            return handle_torch_function(local_loss_and_grad, handlers, logits, prior, target, alpha, **kwargs)
         logits = logits.detach() if isinstance(logits, Tensor) else logits
         if out is not None:
             check_out_like(out, logits)
@@ -143,7 +143,7 @@ def local_loss_and_grad(
 
 
 class _Attach(torch.autograd.Function):
-    """Makes a computed loss a function of the logits, faster than `core.autograd.attach`: one gradient."""
+    """Attach one computed gradient to a computed loss, faster than `core.autograd.attach`."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss_and_grad: tuple[Tensor, Tensor]) -> Tensor:

@@ -80,8 +80,8 @@ def refine_cascade(
         if transforming():
             return stage_by_stage(features, CascadeWeights(*weights), target, alpha, prior, options, backend)
         return CascadeResult(*torch_op.call(features, weights, target, alpha, prior, options, backend)[:6])
-    wanted = wants_grad(features, *weights)
-    need = (wanted, wanted and features.requires_grad)
+    need_grad = wants_grad(features, *weights)
+    need = (need_grad, need_grad and features.requires_grad)
     result, dfeatures, gradients = solve(
         features, weights, target, alpha, prior, cascade_options(*options), backend, need
     )
@@ -114,12 +114,14 @@ def refine_cascade_and_grad(
     options = (divergence, label_smoothing, ignore_index, reduction)
     check_kinds(features, weights)
     if not needs_operator(features, *weights, target, prior, alpha):
-        result, dfeatures, found = solve(
+        result, dfeatures, gradients = solve(
             features, weights, target, alpha, prior, cascade_options(*options), backend, (True, need_features), out
         )
-        assert found is not None
+        assert gradients is not None
         dfeatures = None if dfeatures is None else dfeatures.to(features.dtype)
-        return result, dfeatures, CascadeWeights(*(x.to(features.dtype) for x in found)) if out is None else found
+        if out is None:
+            gradients = CascadeWeights(*(x.to(features.dtype) for x in gradients))
+        return result, dfeatures, gradients
     refuse_sharded(features, *weights, target, prior)
     outputs = torch_op.call(features, weights, target, alpha, prior, options, backend, need_grad=True)
     outputs = [x.detach() for x in outputs]

@@ -21,7 +21,7 @@ from ..core.products import add_product, multiply
 from ..local_loss.dispatch import run as run_local_loss
 from ..local_loss.problem import LocalLoss, LocalLossProblem, scale_of_mean
 from . import triton_launch
-from .problem import BeliefHeadProblem, Gradients, LinearLayer, PriorHead, Wanted, belief_dtype, make_problem
+from .problem import BeliefHeadProblem, Gradients, LinearLayer, NeedGrad, PriorHead, belief_dtype, make_problem
 
 # Bytes of the logits of a chunk, and of a prior recomputed beside them. Each chunk reads and writes the weight's
 # gradient once, so chunks are as large as memory allows. CPU: what remains of 64 MiB beside it.
@@ -38,7 +38,7 @@ def solve(
     alpha: float | Tensor,
     options: LossOptions,
     need_belief: bool,
-    need: Wanted,
+    need: NeedGrad,
     backend: str,
     row_scale: Tensor | None = None,
 ) -> tuple[LocalLoss, Gradients]:
@@ -74,12 +74,12 @@ def solve(
 def rows_at_once(problem: BeliefHeadProblem) -> int:
     """Return the number of rows per chunk: as many as CHUNK_BYTES hold, about equally many in every chunk."""
     rows, classes = problem.hidden.shape[0], problem.weight.shape[0]
-    held = problem.hidden.element_size()
+    bytes_per_logit = problem.hidden.element_size()
     if isinstance(problem.prior, PriorHead):
-        held += belief_dtype(problem.hidden.dtype, problem.prior, problem.spec.options.reverse).itemsize
+        bytes_per_logit += belief_dtype(problem.hidden.dtype, problem.prior, problem.spec.options.reverse).itemsize
     limit = CHUNK_BYTES.get(problem.hidden.device.type, CHUNK_BYTES["cuda"])
-    most = max(1, limit // (classes * held))
-    chunks = max(1, -(-rows // most))
+    most_rows = max(1, limit // (classes * bytes_per_logit))
+    chunks = max(1, -(-rows // most_rows))
     return max(1, -(-rows // chunks))
 
 
@@ -88,7 +88,7 @@ def _run_on_chip(problem: BeliefHeadProblem, row_scale: Tensor | None) -> tuple[
     scale, half = None, problem.hidden.dtype in HALF
     if half and problem.spec.options.reduction == "mean":  # 1 / N would round what the kernel writes
         scale = scale_of_mean(problem.spec, problem.hidden)
-        problem = problem._replace(spec=problem.spec._replace(options=_with(problem, reduction="sum")))
+        problem = problem._replace(spec=problem.spec._replace(options=_options_with(problem, reduction="sum")))
     losses, belief, dlogits, dhidden = triton_launch.run(problem)
     if scale is not None:
         losses *= scale
@@ -124,7 +124,7 @@ def _run_in_chunks(
     dbias = torch.zeros(classes, dtype=compute, device=problem.hidden.device) if need.bias else None
     logits_memory = new(step, classes)
     prior_memory = new(step if isinstance(problem.prior, PriorHead) else 0, classes, dtype=prior_dtype)
-    row_options = _with(problem, reduction="none")
+    row_options = _options_with(problem, reduction="none")
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         chunk = problem.rows(part)
@@ -200,7 +200,7 @@ def _scaling(problem: BeliefHeadProblem, row_scale: Tensor | None) -> _Scaling:
     return _Scaling(incoming, factor, after, mean)
 
 
-def _with(problem: BeliefHeadProblem, reduction: str) -> LossOptions:
+def _options_with(problem: BeliefHeadProblem, reduction: str) -> LossOptions:
     """Return the options of a problem with another reduction."""
     return dataclasses.replace(problem.spec.options, reduction=reduction)
 

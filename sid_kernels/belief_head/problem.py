@@ -31,15 +31,15 @@ class LinearLayer(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs of a head; None: not wanted."""
+    """Gradients of the inputs of a head; None: not needed."""
 
     hidden: Tensor | None  # (..., H)
     weight: Tensor | None  # (C, H)
     bias: Tensor | None  # (C,)
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a head are wanted."""
+class NeedGrad(NamedTuple):
+    """Which gradients of a head are needed."""
 
     hidden: bool
     weight: bool
@@ -55,11 +55,11 @@ class BeliefHeadProblem(NamedTuple):
     prior: Tensor | PriorHead | None  # (N, C); None: uniform
     spec: LossSpec
     need_belief: bool
-    need: Wanted
+    need: NeedGrad
 
     @property
     def need_grad(self) -> bool:
-        """Whether any gradient is wanted."""
+        """Whether any gradient is needed."""
         return any(self.need)
 
     def rows(self, part: slice) -> BeliefHeadProblem:
@@ -100,9 +100,9 @@ def make_problem(
     alpha: float | Tensor,
     options: LossOptions,
     need_belief: bool,
-    need: Wanted,
+    need: NeedGrad,
 ) -> BeliefHeadProblem:
-    """Return the problem of `fused_belief_head`'s arguments.
+    """Check the arguments of `fused_belief_head`, and return their problem.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -162,9 +162,9 @@ def _prior_head(prior: tuple, hidden: Tensor, classes: int) -> PriorHead:
     if not 2 <= len(prior) <= 3:
         raise TypeError(f"prior is a tuple of {len(prior)}; as a head it must be (hidden, weight, bias)")
     head = PriorHead(*prior)
-    found = check_layer("prior.", head)
-    if found != classes:
-        raise ValueError(f"prior.weight has {found} classes; it must have as many as weight, {classes}")
+    prior_classes = check_layer("prior.", head)
+    if prior_classes != classes:
+        raise ValueError(f"prior.weight has {prior_classes} classes; it must have as many as weight, {classes}")
     if head.hidden.shape[:-1] != hidden.shape[:-1]:
         rows = tuple(hidden.shape[:-1])
         raise ValueError(f"prior.hidden has shape {tuple(head.hidden.shape)}; its rows must be hidden's, {rows}")

@@ -22,7 +22,7 @@ from ..core.torch_library import (
 )
 from ..local_loss.problem import LocalLoss
 from . import dispatch
-from .problem import LinearLayer, PriorHead, Wanted, belief_dtype, make_problem
+from .problem import LinearLayer, NeedGrad, PriorHead, belief_dtype, make_problem
 
 
 def call(
@@ -38,7 +38,7 @@ def call(
 ) -> tuple[LocalLoss, list[Tensor]]:
     """Return the result and the three gradients, empty if not wanted; those of half precision are in float32.
 
-    options: the arguments of `LossOptions`, which the operator checks. need: as `Wanted`; None: as autograd wants them.
+    options: the arguments of `LossOptions`, which the operator checks. need: as `NeedGrad`; None: what autograd needs.
     """
     refuse_functorch("fused_belief_head")
     for name, x in (("hidden", layer.hidden), ("weight", layer.weight), ("target", target)):
@@ -71,10 +71,10 @@ class _Call:
         self.alpha: float | Tensor = alpha_value if alpha is None else alpha
         self.options: LossOptions = make_options(*arguments[10:14])
         self.return_belief: bool = arguments[14]
-        need, (self.backend, self.row_scale) = Wanted(*arguments[15:18]), arguments[18:]
+        need, (self.backend, self.row_scale) = NeedGrad(*arguments[15:18]), arguments[18:]
         # Without a reduction, backward calls again, with each row's incoming gradient.
-        later = self.options.reduction == "none" and self.row_scale is None
-        self.need = Wanted(False, False, False) if later else need
+        deferred = self.options.reduction == "none" and self.row_scale is None
+        self.need = NeedGrad(False, False, False) if deferred else need
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
@@ -133,8 +133,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
         gradients = [x if x is None else x.to(ctx.dtype) for x in gradients]
     else:
         gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss, "fused_belief_head", ctx.dtype)
-    wanted = [x if need else None for x, need in zip(gradients, ctx.need, strict=True)]
-    return *wanted, *[None] * (ctx.inputs - 3)
+    needed = [x if need else None for x, need in zip(gradients, ctx.need, strict=True)]
+    return *needed, *[None] * (ctx.inputs - 3)
 
 
 belief_head = define_operator(
@@ -153,8 +153,8 @@ belief_head = define_operator(
 def _flops(hidden: tuple, weight: tuple, bias: Any, prior: Any, prior_hidden: tuple | None, *rest: Any) -> int:
     """Count a product for the logits, one for those of a prior head, and one for each gradient of a matrix."""
     reduction, (need_hidden, need_weight), row_scale = rest[8], rest[10:12], rest[-1]
-    later = reduction == "none" and row_scale is None
-    gradients = 0 if later else bool(need_hidden) + bool(need_weight)
+    deferred = reduction == "none" and row_scale is None
+    gradients = 0 if deferred else bool(need_hidden) + bool(need_weight)
     rows = math.prod(hidden[:-1])
     of_prior = 0 if prior_hidden is None else prior_hidden[-1]
     return 2 * rows * weight[0] * ((1 + gradients) * hidden[-1] + of_prior)

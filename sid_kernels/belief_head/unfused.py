@@ -14,7 +14,7 @@ from ..local_loss import torch_op
 from ..local_loss.functional import call_transformed
 from ..local_loss.problem import LocalLoss
 from ..local_loss.sharded import check_sharded, is_sharded
-from .problem import LinearLayer, PriorHead, Wanted, belief_dtype
+from .problem import LinearLayer, NeedGrad, PriorHead, belief_dtype
 
 
 def unfused_head(
@@ -48,7 +48,7 @@ def sharded_head(layer: LinearLayer, prior: Tensor | PriorHead | None, target: T
     return True
 
 
-def batch_of_gradients(layer: LinearLayer, arguments: tuple, need: Wanted, grad_loss: Tensor) -> list[Tensor | None]:
+def batch_of_gradients(layer: LinearLayer, arguments: tuple, need: NeedGrad, grad_loss: Tensor) -> list[Tensor | None]:
     """Return the gradients of `layer` for a batch of incoming gradients; arguments: the others of `unfused_head`."""
     with torch.enable_grad():
         leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(layer, need, strict=True)]
@@ -56,5 +56,5 @@ def batch_of_gradients(layer: LinearLayer, arguments: tuple, need: Wanted, grad_
         assert hidden is not None and weight is not None
         loss = unfused_head(LinearLayer(hidden, weight, bias), *arguments).loss
         wanted = [x for x in leaves if x is not None and wants_grad(x)]
-        found = iter(torch.autograd.grad(loss, wanted, grad_loss))
-    return [next(found) if wanted else None for wanted in need]
+        gradients = iter(torch.autograd.grad(loss, wanted, grad_loss))
+    return [next(gradients) if wanted else None for wanted in need]

@@ -18,7 +18,7 @@ KEPT_BYTES = 17 << 20  # a group of stages and its losses; a single stage may be
 class _Scratch(threading.local):
     """Memory for intermediate results, kept between the calls of a thread: at most KEPT_BYTES.
 
-    Memory fresh from the system is entered page by page in every step, which takes as long as the kernel (measured).
+    The system would map new memory page by page in every step, which takes as long as the kernel (measured).
     """
 
     def __init__(self) -> None:
@@ -97,5 +97,5 @@ def run(problem: CascadeProblem, gradients: CascadeWeights | None) -> CascadeOut
     if gradients is None:
         return CascadeOutputs(losses, beliefs, logits, None)
     hidden, dhidden = (x.view(stages, hidden_dim, rows).transpose(1, 2) for x in (hidden, rest[0]))
-    kept = CascadeActivations(rest[1].view(stages, rows, classes), hidden, dhidden)
-    return CascadeOutputs(losses, beliefs, logits, kept, has_biases=True)
+    activations = CascadeActivations(rest[1].view(stages, rows, classes), hidden, dhidden)
+    return CascadeOutputs(losses, beliefs, logits, activations, has_biases=True)

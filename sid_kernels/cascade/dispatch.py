@@ -53,9 +53,9 @@ def solve(
         gradients = CascadeWeights(*(torch.empty_like(x, dtype=kind) for x in problem.weights))
     if need_grad and out is not None:
         check_weights("out", out, problem.features)
-        taken = {x.untyped_storage().data_ptr() for x in (features, *weights)}
+        used = {x.untyped_storage().data_ptr() for x in (features, *weights)}
         for name, x in zip(CascadeWeights._fields, out, strict=True):
-            if not x.is_contiguous() or (x.numel() and x.untyped_storage().data_ptr() in taken):
+            if not x.is_contiguous() or (x.numel() and x.untyped_storage().data_ptr() in used):
                 raise ValueError(f"out.{name} must be contiguous and share no memory with weights or features")
         gradients = gradients if half else out
     losses, belief, logits, dfeatures = run(problem, backend, need_features, gradients)
@@ -92,9 +92,9 @@ def run(
         problem = problem._replace(spec=problem.spec._replace(options=options))
     with torch.no_grad(), without_autocast(problem.features):
         for first in range(0, stages, group):
-            whole, stage = group == stages, slice(first, first + group)
-            part = problem if whole else _part(problem, stage)
-            into = gradients if whole or gradients is None else _slice(gradients, stage)
+            single_group, stage = group == stages, slice(first, first + group)
+            part = problem if single_group else _part(problem, stage)
+            into = gradients if single_group or gradients is None else _slice(gradients, stage)
             outputs = run_stages(part, into)
             losses.append(outputs.losses)
             if into is not None:

@@ -72,7 +72,7 @@ class CascadeResult(NamedTuple):
 
 
 class CascadeActivations(NamedTuple):
-    """What the weights' gradients are products of; any strides."""
+    """The factors of the weights' gradients; any strides."""
 
     dlogits: Tensor  # (L, B, C)
     hidden: Tensor  # h, (L, B, H)
@@ -106,7 +106,7 @@ def make_problem(
     options: LossOptions,
     need_grad: bool,
 ) -> CascadeProblem:
-    """Return the problem of `refine_cascade`'s arguments.
+    """Check the arguments of `refine_cascade`, and return their problem.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -151,8 +151,8 @@ def check_weights(name: str, weights: CascadeWeights, features: Tensor) -> tuple
         raise ValueError(f"{name}.logits_weight has shape {tuple(last.shape)}; it must be (L, C, H), none of them 0")
     stages, classes, hidden_dim = last.shape
     inputs = classes + features.shape[1]
-    wanted = ((stages, hidden_dim, inputs), (stages, hidden_dim), (stages, classes, hidden_dim), (stages, classes))
-    for part, x, shape in zip(CascadeWeights._fields, weights, wanted, strict=True):
+    shapes = ((stages, hidden_dim, inputs), (stages, hidden_dim), (stages, classes, hidden_dim), (stages, classes))
+    for part, x, shape in zip(CascadeWeights._fields, weights, shapes, strict=True):
         if x.shape != shape:
             raise ValueError(
                 f"{name}.{part} has shape {tuple(x.shape)}; it must be {shape} for L = {stages}, H = {hidden_dim}, "
@@ -184,13 +184,13 @@ def _canonical_alpha(alpha: float | Sequence[float] | Tensor, stages: int, featu
         if not alpha.dtype.is_floating_point:
             raise TypeError(f"alpha has dtype {alpha.dtype}; it must be a floating dtype")
         if alpha.dim() and alpha.shape != (stages,):
-            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one a stage, ({stages},)")
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one per stage, ({stages},)")
         check_device("alpha", alpha, features)
         compute = torch.float64 if features.dtype is torch.float64 else torch.float32
         return materialize(alpha.detach()).to(compute).expand(stages).contiguous()
-    several = isinstance(alpha, Sequence) and not isinstance(alpha, str)
-    values = list(alpha) if isinstance(alpha, Sequence) and several else [alpha]
-    if several and len(values) != stages:
+    is_sequence = isinstance(alpha, Sequence) and not isinstance(alpha, str)
+    values = list(alpha) if isinstance(alpha, Sequence) and is_sequence else [alpha]
+    if is_sequence and len(values) != stages:
         raise ValueError(
             f"alpha has {len(values)} values; it must be one number or one for each of the {stages} stages"
         )
@@ -198,7 +198,7 @@ def _canonical_alpha(alpha: float | Sequence[float] | Tensor, stages: int, featu
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             kind = type(value).__name__
-            raise TypeError(f"alpha is of type {kind}; it must be a float in [0, 1], one a stage, or a tensor")
+            raise TypeError(f"alpha is of type {kind}; it must be a float in [0, 1], one per stage, or a tensor")
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"alpha is {value}; it must lie in [0, 1]")
         numbers.append(float(value))

@@ -32,7 +32,7 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
     lift = LIFT if features.dtype is torch.float16 else 1.0
     incoming = None if lift == 1.0 else torch.full((), lift, device=features.device)
     row_options = dataclasses.replace(spec.options, reduction="none")
-    losses, beliefs, activations = [], [], []
+    losses, beliefs, by_stage = [], [], []
     for i in range(stages):
         inputs = torch.cat((belief.to(features.dtype), features), 1)  # (B, C + D)
         hidden = F.linear(inputs, weights.hidden_weight[i], weights.hidden_bias[i]).relu_()  # (B, H)
@@ -48,9 +48,9 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
         if (dlogits := outputs.dlogits) is not None:
             dlogits = dlogits if scale is None else dlogits.mul_(scale)
             dhidden = torch.where(hidden <= 0, 0, dlogits @ weights.logits_weight[i])
-            activations.append((dlogits, hidden, dhidden))
+            by_stage.append((dlogits, hidden, dhidden))
     total = torch.stack(losses, 1).sum(-1)  # (3, L)
     total = total if scale is None else total * scale
-    stacked = [torch.stack(x) for x in zip(*activations, strict=True)]
-    kept = CascadeActivations(*stacked) if problem.need_grad else None
-    return CascadeOutputs(total, torch.stack(beliefs), logits, kept, last_belief=belief, lift=lift)
+    stacked = [torch.stack(x) for x in zip(*by_stage, strict=True)]
+    activations = CascadeActivations(*stacked) if problem.need_grad else None
+    return CascadeOutputs(total, torch.stack(beliefs), logits, activations, last_belief=belief, lift=lift)

@@ -31,7 +31,7 @@ class CascadePlan(NamedTuple):
 # 16 rows are the least that fill a tensor core's tile, so a batch of 128 spreads over 8 programs. With 256 classes only
 # half of them stay in registers. The chunks of a stage run one after another, so a chunk has as many hidden units as do
 # not spill. float32 products run on the ordinary cores, whose operands are registers: fewer units. On AMD the scalar
-# registers, which hold masks, run out first. By compiling (tests/compiled/triton/test_triton_aot.py), none by timing.
+# registers, which hold masks, run out first. Found by compiling (tests/compiled/triton/test_triton_aot.py), not timing.
 PLANS = {  # by vendor and by whether elements have 16 bits
     ("nvidia", True): (
         CascadePlan(32, 16, 64, 4, 2),

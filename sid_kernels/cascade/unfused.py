@@ -19,7 +19,7 @@ def stage_by_stage(
     features: Tensor, weights: CascadeWeights, target: Tensor, alpha: float | Sequence[float] | Tensor,
     prior: Tensor | None, options: tuple, backend: str,
 ) -> CascadeResult:  # fmt: skip
-    """Return the result of one local loss a stage; options: the arguments of `LossOptions`."""
+    """Return the result of one local loss per stage; options: the arguments of `LossOptions`."""
     cascade_options(*options)
     stages, _, classes = weights.sizes
     belief = features.new_full((features.shape[0], classes), 1.0 / classes) if prior is None else prior.detach()

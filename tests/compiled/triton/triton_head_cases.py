@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from helpers.grids import DTYPES, KINDS, TARGETS
 from helpers.oracle import ROUNDINGS, Case, make_case, oracle
 from sid_kernels.belief_head import triton_launch as triton_head
-from sid_kernels.belief_head.problem import BeliefHeadOutputs, BeliefHeadProblem, Wanted
+from sid_kernels.belief_head.problem import BeliefHeadOutputs, BeliefHeadProblem, NeedGrad
 from sid_kernels.core.options import LossOptions, LossSpec
 from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
@@ -38,7 +38,7 @@ def make(
         torch.randn(rows, units, generator=g).to(dtype),
         (torch.randn(classes, units, generator=g) * (2.0 / math.sqrt(units))).to(dtype),
         torch.randn(classes, generator=g).to(dtype) if bias else None,
-        case.prior, spec, need[0], Wanted(need[2], need[1], need[1]),
+        case.prior, spec, need[0], NeedGrad(need[2], need[1], need[1]),
     )  # fmt: skip
 
 
