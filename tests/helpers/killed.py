@@ -70,7 +70,7 @@ def _run(words, printed, kill, number, worker=False, draw=False):
     if not draw:
         from sid_trainer.report import page
 
-        cli.show = lambda folder: None
+        cli.print_end = lambda folder: None
         page.draw_report = lambda results: b"\x89PNG"
     if kill:
         name, nth = kill

@@ -18,6 +18,7 @@ from .channels import infer_channels, record_outputs
 from .cut_network import CutNetwork, as_arguments, first_tensor
 from .heads import FeaturePooling, HeadOptions, PositionHead, StageHead
 from .modules import SIDNetwork, Stage
+from .tails import TailedHead, following_blocks, new_blocks
 
 Heads = Callable[[int, Tensor], nn.Module] | Sequence[nn.Module] | nn.ModuleList
 
@@ -32,8 +33,8 @@ class Features(NamedTuple):
 def cut(
     model: nn.Module, at: Sequence[int] | Sequence[str], num_classes: int, example: Any, *, head_depth: int = 1,
     hidden_dim: int = 256, grid: int = 4, norm: bool = False, prior_input: bool = True, channels: str | None = None,
-    heads: Heads | None = None, own_classifier: bool = False, per_position: bool = False, shift: bool = False,
-    mask: str | None = None,
+    tail: int = 0, heads: Heads | None = None, own_classifier: bool = False, per_position: bool = False,
+    shift: bool = False, mask: str | None = None,
 ) -> Any:  # fmt: skip
     """Cut a model into local stages; no gradient crosses a cut. Example: `cut(model, ["layer1", "layer2"], 10, x)`.
 
@@ -52,6 +53,9 @@ def cut(
         norm: Normalise the hidden layers of the heads: batch-norm, and layer-norm with `per_position`.
         prior_input: Whether the heads read the preceding belief. It is part of the loss in either case.
         channels: Where the features have their channels, "first" or "last"; None infers it from the model's layers.
+        tail: Number of blocks through which each head reads its features, except that of the last stage. They are new
+            copies of the submodules after the cut in the module that holds both, such as `layer2` after `layer1`; for
+            an `nn.Sequential` cut by indices, of the stages that follow.
         heads: The heads, or a function (stage counted from 0, features of the example) -> head. A head is called as
             head(features, prior), and as head(features, prior, mask) if there is a mask.
         own_classifier: Make the rest of the model one more stage, the last, with the model's own output as its logits.
@@ -65,11 +69,11 @@ def cut(
     not certain.
     """
     options = HeadOptions(head_depth, hidden_dim, grid, norm, prior_input)
-    check_arguments(model, at, num_classes, example, channels)
+    check_arguments(model, at, num_classes, example, channels, tail)
     if not at or not isinstance(at[0], str):
         if per_position or own_classifier or shift or mask or heads is not None:
             raise ValueError("at must be names of submodules for the options that only they have, not indices")
-        return cut_sequential(model, at, num_classes, example, options, channels)
+        return cut_sequential(model, at, num_classes, example, options, channels, tail)
     if shift and not per_position:
         raise ValueError("shift must be False without per_position=True: it is for labels of each token")
     names = [str(name) for name in at]
@@ -79,6 +83,8 @@ def cut(
         raise ValueError(f"mask must be the name of a keyword input of the example, not {mask!r}")
     if mask is None and "attention_mask" in keywords and not per_position:
         mask = "attention_mask"
+    if tail and (heads is not None or mask):
+        raise ValueError(f"tail must be 0 with {'a mask' if heads is None else 'heads of your own'}, not {tail}")
     network = CutNetwork(
         model, names, (), num_classes, own_classifier=own_classifier, per_position=per_position, shift=shift,
         mask=mask or None,
@@ -88,13 +94,13 @@ def cut(
         arguments = "features, prior, mask" if mask else "features, prior"
         made = own_heads(heads, [features.tensor for features in stage_features], arguments)
     else:
-        places = [
-            known_channels(channels or f.channels, f, repr(name)) for name, f in zip(names, stage_features, strict=True)
-        ]
-        made = [
-            make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
-            for place, features in zip(places, stage_features, strict=True)
-        ]
+        made = []
+        for i, (name, features) in enumerate(zip(names, stage_features, strict=True)):
+            blocks = new_blocks(following_blocks(model, name, tail if i < network.depth - 1 else 0))
+            features = through_tail(blocks, features, name)
+            place = known_channels(channels or features.channels, features, repr(name))
+            head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
+            made.append(TailedHead(blocks, head) if blocks else head)
     for head, features in zip(made, stage_features, strict=True):
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
     check_shared(network)
@@ -144,7 +150,7 @@ def known_channels(channels: str | None, features: Features, name: str) -> str:
     return channels
 
 
-def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, channels: str | None) -> None:
+def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, channels: str | None, tail: int) -> None:
     """Raise ValueError for arguments of `cut` that no model could have."""
     listed = isinstance(at, Sequence) and not isinstance(at, str)
     if not listed or not any(all(isinstance(name, kind) for name in at) for kind in (str, Integral)):
@@ -158,6 +164,8 @@ def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, c
         raise ValueError(f"model must not be cut already, as this {type(model).__name__} is; cut its own model")
     if not isinstance(num_classes, Integral) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
+    if not isinstance(tail, Integral) or tail < 0:
+        raise ValueError(f"tail must be a whole number of at least 0, not {tail!r}")
     if channels not in (None, "first", "last"):
         raise ValueError(f"channels must be 'first', 'last' or None, not {channels!r}")
     if not isinstance(example, (Tensor, tuple, list, Mapping)):
@@ -322,8 +330,9 @@ def parameters_behind(output: Tensor, start: int) -> set[int]:
 
 
 def cut_sequential(
-    trunk: nn.Module, at: Sequence[Any], num_classes: int, example: Tensor, options: HeadOptions, channels: str | None
-) -> SIDNetwork:
+    trunk: nn.Module, at: Sequence[Any], num_classes: int, example: Tensor, options: HeadOptions, channels: str | None,
+    tail: int,
+) -> SIDNetwork:  # fmt: skip
     """Cut an `nn.Sequential` before the layers with the indices `at`. The other arguments are those of `cut`."""
     if not isinstance(trunk, nn.Sequential):
         raise ValueError(f"at must be names of submodules for a {type(trunk).__name__}; indices are for nn.Sequential")
@@ -340,11 +349,29 @@ def cut_sequential(
                 raise ValueError(tied(names, owner[id(parameter)], i))
     heads = []
     for i, features in enumerate(block_features(bodies, example)):
+        blocks = new_blocks(bodies[i + 1 :][:tail])
+        features = through_tail(blocks, features, f"stage {i + 1}")
         place = channels or features.channels or ("first" if features.tensor.dim() > 3 else None)
         place = known_channels(place, features, f"stage {i + 1}")
-        head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options)
+        head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, tail=blocks)
         heads.append(head.to(features.tensor.device, features.tensor.dtype))
     return SIDNetwork(nn.Identity(), map(Stage, heads, bodies), num_classes)
+
+
+def through_tail(blocks: Sequence[nn.Module], features: Features, name: str) -> Features:
+    """Return the features as the head after these blocks reads them.
+
+    Raises ValueError if the blocks cannot run on the features alone.
+    """
+    if not blocks:
+        return features
+    try:
+        return block_features(blocks, features.tensor)[-1]
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"tail must be 0 for this model: what follows {name} does not run on its features alone ({reason})"
+        ) from error
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ KILLED = [  # where; the checkpoint's epoch and step; the networks of `make test
     ((STEP, 12), (2, 4), ()),  # in the middle of the second epoch
     (("sid_trainer.training.logs.Log.add", 2), (3, 0), ()),  # saved, but not yet in metrics.jsonl
     ((f"{STRATEGY}.evaluate", 3), (3, 6), ("mlp-stagewise",)),  # during the last evaluation
-    (("sid_trainer.cli.show", 1), (4, 0), ("mlp-stagewise",)),  # finished, except for the picture
+    (("sid_trainer.cli.print_end", 1), (4, 0), ("mlp-stagewise",)),  # finished, except for the picture
     (("rename", 3), (1, 4), ("mlp-stagewise",)),  # last.pt has become previous.pt, and the new one is not in its place
 ]
 
