@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 
 from .seeds import ORDER, seeded_generator
 
@@ -42,15 +42,23 @@ class LoaderBatches:
 
     def __init__(self, source: Source, batch_size: int, device: torch.device, shuffle: bool, workers: int = 0):
         if isinstance(source, tuple):
-            source, workers = TensorDataset(*source), 0
+            tensors = [torch.as_tensor(part) for part in source]
+            if len({len(part) for part in tensors}) != 1:
+                raise ValueError(
+                    f"data must have a class for each input, not {[len(part) for part in tensors]} of them"
+                )
+            source, workers = TensorDataset(*tensors), 0
         if not isinstance(source, DataLoader) and hasattr(source, "__getitem__"):
             source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers)
-        if not isinstance(source, DataLoader) or source.batch_size is None or not hasattr(source.dataset, "__len__"):
+        batches = getattr(source, "batch_sampler", None)
+        if not (
+            isinstance(source, DataLoader) and hasattr(source.dataset, "__len__") and isinstance(batches, BatchSampler)
+        ):
             raise ValueError(
                 "data must be a DataLoader with a batch size and a data set of known length, a data set with"
                 f" __getitem__, or (inputs, classes), not {type(source).__name__}"
             )
-        self.loader, self.device = source, device
+        self.loader, self.batches, self.device = source, batches, device
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -62,8 +70,7 @@ class LoaderBatches:
 
     def sizes(self) -> list[int]:
         """Return the number of examples in each batch."""
-        size, examples = self.loader.batch_size, len(self.loader.sampler)  # type: ignore[arg-type]
-        assert size is not None
+        size, examples = self.batches.batch_size, len(self.batches.sampler)  # type: ignore[arg-type]
         return [min(size, examples - size * i) for i in range(len(self.loader))]
 
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -72,8 +79,8 @@ class LoaderBatches:
 
     def shuffle(self, seed: int, epoch: int, crop: int, flip: bool, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the batches of an epoch from batch `start` on; `crop` and `flip` are not used."""
-        if hasattr(self.loader.sampler, "set_epoch"):
-            self.loader.sampler.set_epoch(epoch)
+        if hasattr(self.batches.sampler, "set_epoch"):
+            self.batches.sampler.set_epoch(epoch)
         random_state = torch.get_rng_state()
         torch.set_rng_state(seeded_generator(seed, ORDER, epoch).get_state())
         batches = iter(self.loader)  # the sampler draws its seed with the first batch

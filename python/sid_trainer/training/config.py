@@ -183,6 +183,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 def run_config(**given: Any) -> RunConfig:
     """Return the settings of a run; those missing or None come from the network's recipe, then from the defaults."""
     given = {name: value for name, value in given.items() if value is not None}
+    unused = [f.name for f in fields(RunConfig) if f.metadata["group"] == "network" and f.name in given]
+    if "network" in given and unused != ["network"]:
+        raise ValueError(f"{unused[0]} is for the networks of --arch, not for network {given['network']!r}")
     common = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5, "lr_schedule": "one-cycle"}
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 

@@ -65,8 +65,14 @@ class Trainer:
         metadata: dict | None = None,
         quiet: bool = False,
     ):
-        self.network, self.data, self.config = network, data, config
         self.folder = None if folder is None else nonempty_path(folder, "folder")
+        if not isinstance(network, Network):
+            raise ValueError(f"network must be what `cut` or `build_network` return, not a {type(network).__name__}")
+        if not isinstance(data, (ImageData, OwnData)):
+            raise ValueError(
+                f"data must be OwnData(train, test) or what `load_data` returns, not a {type(data).__name__}"
+            )
+        self.network, self.data, self.config = network, data, config
         # A tensor that is infinite from the start, such as a mask, may stay so.
         self.finite_names = {name for name, value in network.state_dict().items() if value.isfinite().all()}
         parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -41,6 +41,10 @@ def make_model(num_classes, in_channels, image_size):
 def make_two(num_classes, in_channels, image_size):
     return make(2, in_channels, image_size)
 
+def make_backwards(num_classes, in_channels, image_size):
+    model = Residual(in_channels, num_classes)
+    return cut(model, ["block2", "block1"], num_classes, torch.zeros(2, in_channels, *image_size))
+
 def make_any(classes):
     return None
 """
@@ -120,6 +124,10 @@ REFUSED = {
     "own_models:make_any": "network must be a function of num_classes, in_channels, image_size, but",
     "own_models:make_model": "network must be a function that returns what `cut` or `build_network` return, not a Residual",
     "own_models:make_two": "network must have num_classes 10 as the data, not 2",
+    "own_models:make --arch resnet18": "arch is for the networks of --arch, not for network 'own_models:make'",
+    "own_models:make --head-depth 2": "head_depth is for the networks of --arch, not for network 'own_models:make'",
+    "own_models:make_backwards": "at must name modules that run once each, in this order; 'block1' did not",
+    "own_models:make --method bp-checkpoint": "method 'bp-checkpoint' is not for networks that are cut by names",
     "own_models:make --parallel data": "network is for one process, not for parallel 'data'",
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from sid_trainer import OwnData, StageLossOptions, TrainConfig, Trainer, cut
 from sid_trainer.data.own import LoaderBatches
@@ -13,6 +13,10 @@ CLASSES = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0)
 SOURCES = {
     "tensors": lambda: (INPUTS, CLASSES),
     "data set": lambda: TensorDataset(INPUTS, CLASSES),
+    "arrays": lambda: (INPUTS.numpy(), CLASSES.numpy()),
+    "batch sampler": lambda: DataLoader(
+        TensorDataset(INPUTS, CLASSES), batch_sampler=BatchSampler(RandomSampler(CLASSES), 16, False)
+    ),
     "items": lambda: list(zip(INPUTS, CLASSES, strict=True)),
     "loader": lambda: DataLoader(TensorDataset(INPUTS, CLASSES), 16, shuffle=True),
     "loader that drops": lambda: DataLoader(TensorDataset(INPUTS, CLASSES), 16, shuffle=True, drop_last=True),
@@ -96,6 +100,22 @@ def test_what_a_network_cut_by_names_cannot_is_refused(settings):
         Trainer(make_network(), OwnData((INPUTS, CLASSES), (INPUTS, CLASSES)), TrainConfig(**settings))
 
 
+@pytest.mark.parametrize(
+    "network, data, message",
+    [
+        (
+            nn.Linear(6, 3),
+            OwnData((INPUTS, CLASSES), (INPUTS, CLASSES)),
+            "network must be what `cut` or .* not a Linear",
+        ),
+        (make_network(), (INPUTS, CLASSES), r"data must be OwnData\(train, test\) or what `load_data` .* not a tuple"),
+    ],
+)
+def test_what_is_no_network_and_no_data(network, data, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(network, data, TrainConfig())
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from zip(INPUTS, CLASSES, strict=True)
@@ -110,6 +130,7 @@ REFUSED = {
         lambda: DataLoader(TensorDataset(INPUTS, CLASSES), None),
         "data must be a DataLoader with a batch size",
     ),
+    "fewer classes": (lambda: (INPUTS, CLASSES[:-1]), r"data must have a class for each input, not \[65, 64\] of them"),
     "a number": (lambda: 3, "data must be .*, not int"),
     "soft targets": (
         lambda: (INPUTS, INPUTS.softmax(1)),
