@@ -1,4 +1,4 @@
-"""What every test file shares: seeds, the markers `gpu` and `exhaustive`, and the backends that can run here.
+"""Share seeds, the markers `gpu` and `exhaustive`, and the backends that can run here among all test files.
 
 A test that takes the fixture `backend` runs on each of them: reference and cpu on the CPU, and with a GPU also
 reference, cuda and triton there. The report's header says which, and why the others are not.
@@ -51,13 +51,13 @@ def _kernels():
 
 @pytest.fixture(params=_kernels())
 def kernel(request) -> str:
-    """The backends made for GPUs, for tests marked gpu."""
+    """Return each of the backends made for GPUs, for tests marked gpu."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def as_at_the_start():
-    """The `sid` command, which tests call in this process, has denormals flushed."""
+    """Seed PyTorch before a test, and stop flushing denormals after it, which the `sid` command starts."""
     torch.manual_seed(0)
     yield
     torch.set_flush_denormal(False)
@@ -65,7 +65,7 @@ def as_at_the_start():
 
 @pytest.fixture
 def allocated():
-    """The most bytes PyTorch's CPU allocator holds beyond those at the start of a call, its result included."""
+    """Return a function that measures a call's peak bytes in PyTorch's CPU allocator, beyond those at its start."""
     from bench.lib.footprint import allocated_peak
 
     return allocated_peak
@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _turn(item) -> int:
-    """On a GPU what only a GPU can show comes first, and the definition last: time may run out."""
+    """Order the tests on a GPU: first what only a GPU can show, last the definition, because time may run out."""
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if not isinstance(backend, Backend) or backend.device == "cpu":
         return 0

@@ -51,7 +51,7 @@ def test_there_are_few_arrows(package):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_arrow_points_down(package):
-    """So there are no cycles either."""
+    """Check that every import goes down, so that there are no cycles."""
     floor = {room: i for i, rooms in enumerate(FLOORS[package]) for room in rooms}
     upward = {pair: files for pair, files in arrows(package).items() if floor[pair[0]] <= floor[pair[1]]}
     assert not upward, listed(upward)
@@ -59,7 +59,7 @@ def test_every_arrow_points_down(package):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_there_are_no_cycles(package):
-    """Independent of the declared floors: rooms that import nothing are taken away until none is left."""
+    """Check for cycles whatever floors are declared: take away rooms that import nothing until none is left."""
     left = set(arrows(package))
     while leaves := {b for _, b in left} - {a for a, _ in left}:
         left = {(a, b) for a, b in left if b not in leaves}
@@ -67,14 +67,14 @@ def test_there_are_no_cycles(package):
 
 
 def test_the_kernels_do_not_know_the_trainer():
-    """Core imports no operation; that is one of the arrows above."""
+    """Check that sid_kernels imports nothing of sid_trainer; that core imports no operation is an arrow above."""
     for path, tree in parse("sid_kernels").items():
         modules = set(imported_modules("sid_kernels", path, tree))
         assert not [m for m in modules if m.startswith("sid_trainer")], path
 
 
 def test_the_kernels_sources_include_nothing_of_python():
-    """Only the bindings know Python; PyTorch is included nowhere."""
+    """Check that only the bindings include Python's headers, and nothing includes PyTorch's."""
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.is_file():
             included = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())

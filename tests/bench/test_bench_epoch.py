@@ -1,4 +1,4 @@
-"""The benchmark of whole epochs on a tiny image folder: what it measures, files and refuses."""
+"""Test the benchmark of whole epochs on a tiny image folder: its measurements, its files, its errors."""
 
 import json
 import statistics
@@ -52,7 +52,7 @@ def test_one_round(where, monkeypatch, capfd):
 
 
 def test_the_references_network_and_loop(where, monkeypatch):
-    """The network computes what ours does, and an epoch trains it on every image."""
+    """Check that the reference network computes what ours does, and that its epoch trains on every image."""
     ours = build_network(depth=2, fused=False)
     torch.manual_seed(0)
     theirs = epoch.as_in_the_reference(build_network(depth=2, fused=False))

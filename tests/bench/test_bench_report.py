@@ -1,4 +1,4 @@
-"""The benchmark's own correctness at toy sizes: that every contender computes the same, and what a report holds."""
+"""Test the benchmark at toy sizes: every contender computes the same, and a report is complete."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of the cascade's step and the belief head at toy sizes: its checks, its counting, what a report holds."""
+"""Test the benchmark of the cascade's step and the belief head at toy sizes: its checks, counts and report."""
 
 import functools
 import json
@@ -77,7 +77,7 @@ def test_a_wrong_cascade_step_is_found(wrong):
 
 
 def test_backpropagated_gradients_do_not_vanish_into_denormal_numbers():
-    """Nor do their squares, in Adam: arithmetic on those would be timed, and not the step."""
+    """Check that gradients and their squares in Adam are not denormal, whose arithmetic would be timed instead."""
     problem = cascade.make_problem((10, 16, 32, 8, 300), "cpu")
     first = cascade.truth(problem)[True]["hidden_weight"][0]
     assert first[first != 0].abs().median() > 1e-16
@@ -106,7 +106,7 @@ def test_a_wrong_head_is_found(wrong):
 
 
 def test_those_that_do_less_are_held_to_what_they_compute(monkeypatch):
-    """Liger-Kernel's operations, by stand-ins: cross-entropy with labels, and KL(prior || belief) without biases."""
+    """Check Liger-Kernel's operations by stand-ins: cross-entropy with labels, KL(prior || belief) without biases."""
     functional = torch.nn.functional
 
     def cross_entropy(hidden, weight, target, bias=None):
@@ -146,7 +146,7 @@ def test_operators_of_a_known_call():
 
 
 def test_costs_of_the_cascade():
-    """Gradients count once, wherever a contender keeps them; a step in the trainer calls few operators at any depth."""
+    """Check that gradients count once, wherever they are kept, and that a step calls few operators at any depth."""
     operators = []
     for stages in (2, 6):
         problem = cascade.make_problem((stages, *CASCADE[1:]), "cpu")

@@ -1,4 +1,4 @@
-"""The orchestration of `make gpu` (bench/gpu/gpu.py), with harmless commands instead of its steps. Needs no GPU."""
+"""Test the orchestration of `make gpu` (bench/gpu/gpu.py) with harmless commands as its steps; no GPU is needed."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_outcomes_are_told_apart():
 
 @pytest.fixture
 def limit_is_over(monkeypatch):
-    """Let the limit of a step be over as soon as an event has come, whatever the clock says."""
+    """End the limit of a step as soon as an event has come, whatever the clock says."""
 
     def when(event, what):
         class Popen(subprocess.Popen):
@@ -182,7 +182,7 @@ def test_outcomes_of_tests_survive_the_end_of_their_time(tmp_path, limit_is_over
 
 
 def test_steps_beside_each_other(tmp_path):
-    """Each of two steps ends only once the other one has started."""
+    """Check that two steps run at the same time: each ends only after the other has started."""
 
     def meet(own, other):
         return (

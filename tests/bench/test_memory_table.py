@@ -1,4 +1,4 @@
-"""The table of bytes held by a training step: which methods' bytes grow with depth, and the command that writes it."""
+"""Test the table of bytes held by a training step: which methods' bytes grow with depth, and its command."""
 
 import functools
 import json
@@ -56,7 +56,7 @@ def test_what_the_fused_cascade_holds_is_counted_and_at_most_16_mib():
 @pytest.mark.parametrize("method", ["deep-supervision", "bp"])
 @pytest.mark.parametrize("layout", ["shared", "stagewise"])
 def test_what_backpropagates_holds_every_stage(layout, method):
-    """Without the images (3072 numbers each), which every method holds once."""
+    """Compare the bytes held without the images (3072 numbers each), which every method holds once."""
     few, many = (held - 16 * 3072 * FLOAT for held in by_depth(measured("mlp"), layout, "mlp", method, "saved_bytes"))
     if layout == "shared":  # nor what its extractor holds
         few, many = (held - 16 * 4 * 256 * FLOAT for held in (few, many))

@@ -1,4 +1,4 @@
-"""The pipeline simulator against sums by hand and known formulas, its measured costs, and the command."""
+"""Test the pipeline simulator against sums by hand and known formulas, its measured costs, and its command."""
 
 import json
 from itertools import combinations
@@ -20,7 +20,7 @@ ONE = StageCost(forward=1.0, backward=2.0, held=1, backward_input=1.0)
 
 
 def even(ranks, cost=ONE, schedule="sid", batches=1, microbatches=1, **options):
-    """Equal stages, one a rank."""
+    """Simulate equal stages, one per rank."""
     parts = [range(i, i + 1) for i in range(ranks)]
     return simulate([cost] * ranks, parts, schedule, batches, microbatches=microbatches, **options)
 
@@ -57,8 +57,11 @@ def test_several_stages_on_a_rank_and_the_slowest_sets_the_pace():
 
 @pytest.mark.parametrize(("ranks", "m"), [(1, 3), (2, 4), (4, 4), (4, 2), (8, 32)])
 def test_microbatches_of_backpropagation_by_the_known_formulas(ranks, m):
-    """GPipe (arXiv 1811.06965), 1F1B (PipeDream-Flush) and ZB-H1 (arXiv 2401.10241, whose bubble is
-    (S - 1)(F + B - W))."""
+    """Check GPipe, 1F1B and ZB-H1 against their known formulas.
+
+    Sources: GPipe arXiv 1811.06965; 1F1B is PipeDream-Flush; ZB-H1 arXiv 2401.10241, whose bubble is (S - 1)(F + B -
+    W).
+    """
     gpipe, one, zero = (even(ranks, schedule=name, microbatches=m) for name in DRAINED)
     assert gpipe.seconds == one.seconds == (m + ranks - 1) * 3
     assert gpipe.idle_share == pytest.approx(gpipe.ideal_idle_share) and one.idle_share == pytest.approx(
@@ -95,8 +98,10 @@ def test_links_take_time_and_carry_one_message_at_a_time():
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_a_rank_runs_ahead_only_as_far_as_there_is_room(in_flight):
-    """Rank 1 takes 10 a batch and rank 0 only 1. When one more is taken, one place less than `in_flight` is full there,
-    as many as `in_flight` wait at the sender, and one is in its hands."""
+    """Check how far rank 0, which takes 1 second per batch, runs ahead of rank 1, which takes 10.
+
+    When rank 1 takes a batch, in_flight - 1 more wait there, in_flight wait at the sender, and it works on one.
+    """
     costs = [StageCost(1.0, 0.0), StageCost(10.0, 0.0)]
     found = simulate(costs, [range(1), range(1, 2)], "sid", 20, in_flight=in_flight)
     assert found.seconds == 1 + 20 * 10

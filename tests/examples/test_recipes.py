@@ -1,4 +1,4 @@
-"""Every script of examples/recipes learns. Each is called in this process, except the one for several processes."""
+"""Check that every script of examples/recipes learns; only the one for several processes has its own processes."""
 
 import importlib.util
 import os

@@ -1,6 +1,6 @@
-"""What only a GPU can show: capture in CUDA graphs, streams, devices, no waiting, labels out of range, debugging.
+"""Test what only a GPU can show: CUDA graphs, streams, devices, no waiting, labels out of range, debugging.
 
-The other files run on a GPU too, through the fixture `backend`; here is what has no counterpart on a CPU.
+The other files run on a GPU, too, through the fixture `backend`; these tests have no counterpart on a CPU.
 """
 
 import pytest
@@ -40,7 +40,7 @@ def test_graph_replays_with_another_alpha_and_other_inputs(kernel, rows, classes
 
 
 def test_graph_of_a_training_step(kernel):
-    """Forward, backward with a scaled loss and the update, captured together."""
+    """Capture the forward pass, the backward pass of a scaled loss, and the update together."""
     layer = torch.nn.Linear(20, 50).cuda()
     x = torch.randn(16, 20, device="cuda")
     labels = torch.randint(0, 50, (16,), device="cuda")
@@ -70,7 +70,7 @@ def test_graph_of_a_training_step(kernel):
 
 
 def test_graphs_replayed_side_by_side(kernel):
-    """Two graphs on two streams share no workspace."""
+    """Check that two graphs on two streams share no workspace."""
     graphs, outputs, expected, streams = [], [], [], [torch.cuda.Stream(), torch.cuda.Stream()]
     for seed in (0, 1):
         case = on_gpu(2000, 1000, seed=seed)
@@ -89,7 +89,7 @@ def test_graphs_replayed_side_by_side(kernel):
 
 
 def test_runs_on_the_current_stream(kernel):
-    """Behind a long wait on that stream: a kernel launched elsewhere would read what is not there yet."""
+    """Wait on the current stream first: a kernel on another one would read values before they are written."""
     case = on_gpu(256, 1000)
     expected = call(case, kernel)
     late = torch.zeros_like(case.logits)

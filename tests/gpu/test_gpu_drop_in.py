@@ -1,4 +1,4 @@
-"""Calls with targets on a GPU: gradients, half precision, memory over depth, cut networks and captured loops."""
+"""Test calls with targets on a GPU: gradients, half precision, memory over depth, cut networks, captured loops."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""On a GPU: real sizes within the error budget, the borders of the launch plans, determinism, memory, huge strides."""
+"""Test real sizes on a GPU: error budget, borders of the launch plans, determinism, memory, huge strides."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def memory_is_given_back():
-    """Other processes may test on this GPU at the same time."""
+    """Give memory back after each test, because other processes may test on this GPU at the same time."""
     yield
     torch.cuda.empty_cache()
 

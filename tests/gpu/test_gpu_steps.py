@@ -1,4 +1,4 @@
-"""The cascade and the belief head on a GPU: numbers, graphs, launches, no waiting, memory."""
+"""Test the cascade and the belief head on a GPU: numbers, graphs, launches, no waiting, memory."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def run_cascade(case, backend="auto"):
 
 @pytest.fixture(autouse=True)
 def ieee_products():
-    """TF32 would round the products' factors to 10 bits."""
+    """Disable TF32, which would round the products' factors to 10 bits."""
     torch.backends.cuda.matmul.allow_tf32 = False
 
 

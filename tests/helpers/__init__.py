@@ -1,1 +1,1 @@
-"""What tests of several folders share: oracles, grids of cases, runs of `sid` in other processes."""
+"""Share oracles, grids of cases, and runs of `sid` in other processes among tests of several folders."""

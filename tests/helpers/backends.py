@@ -1,4 +1,4 @@
-"""A backend and the device it runs on: what the fixture `backend` gives a test."""
+"""A backend and the device it runs on: the value of the fixture `backend`."""
 
 from typing import NamedTuple
 

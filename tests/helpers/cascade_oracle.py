@@ -1,7 +1,7 @@
-"""The truth a cascade is held to: its stages one by one in float64, by autograd, a `detach` between them.
+"""Compute a cascade's reference results: its stages one by one in float64, by autograd, with `detach` between them.
 
-It shares no code with the library. `assert_within_budget` is the rule of oracle.py for a chain of stages: no further from
-float64 than the same formulas in PyTorch in the same dtype, plus a few roundings of what a result is summed from.
+It shares no code with the library. `assert_within_budget` is the rule of oracle.py for a chain of stages: no further
+from float64 than the same formulas in PyTorch in the same dtype, plus a few roundings of what a result is summed from.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def truth(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
 
 
 def _product(a, b):
-    """a b with 0 * -inf = 0, in the value and in the gradient."""
+    """Return a b with 0 * -inf = 0, in the value and in the gradient."""
     return torch.where(a == 0, 0.0, a * torch.where(a == 0, 0.0, b))
 
 

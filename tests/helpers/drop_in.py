@@ -42,7 +42,7 @@ def train(network, optimizer, *, parts=1, clip=None, dtype=None, scaler=None, ca
 
 
 def assert_same_weights(network, other, *, exact: bool = False, rtol: float = 1e-4) -> None:
-    """Hold the weights of two networks, and that they moved, to each other.
+    """Check that two networks have the same weights, and that the weights have moved.
 
     rtol: of the Euclidean norm of each parameter's change since `make`.
     """

@@ -28,7 +28,7 @@ def become(request: dict) -> None:
 
 
 def run(code: str) -> NoReturn:
-    """Run the code as the main module, and end without taking apart what the server has imported: that takes longer."""
+    """Run code as the main module, and exit without tearing down the server's imports, which takes longer."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     status = 0
     try:

@@ -1,4 +1,4 @@
-"""Cases for the tests that only a GPU can run: numbers drawn on the GPU, calls, comparison, memory wanted."""
+"""Make cases for tests that only a GPU can run: numbers drawn on the GPU, calls, comparisons, memory needed."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def needs_memory(gigabytes):
 
 
 def on_gpu(rows, classes, device="cuda", **kinds):
-    """make_case, its numbers drawn on the GPU where there are many."""
+    """Return a case as `make_case` does, with its numbers drawn on the GPU if there are many."""
     if rows * classes < 2**20:
         return make_case(rows, classes, **kinds).to(device)
     case = make_case(rows, 1, **kinds).to(device)

@@ -1,4 +1,4 @@
-"""The truth a belief head is held to: a plain linear layer in float64 under the oracle of the loss.
+"""Compute a belief head's reference results: a plain linear layer in float64 under the oracle of the loss.
 
 The loss of the logits is tested with oracle.py; here the layer under it is. The rule is the same: no further from
 float64 than PyTorch in the same dtype, plus a few roundings of what a result is summed from.
@@ -52,7 +52,7 @@ class Problem:
         return result._asdict() | gradients._asdict()
 
     def expected(self, dtype):
-        """By the oracle of the loss, over logits of a plain linear layer; gradients by the chain rule."""
+        """Compute the oracle of the loss over logits of a plain linear layer, and gradients by the chain rule."""
         h, w = self.hidden.to(dtype), self.weight.to(dtype)
         logits = F.linear(h, w, None if self.bias is None else self.bias.to(dtype))
         prior = {"none": None, "tensor": self.given.to(dtype)}.get(self.kind)

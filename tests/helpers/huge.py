@@ -10,7 +10,7 @@ MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 @contextmanager
 def lazily_reserved(rows, classes, stride, dtype):
-    """(rows, classes) with this row stride, zeros, on address space that is backed page by page where it is touched."""
+    """Return zeros (rows, classes) with this row stride, on address space that is backed only where it is touched."""
     assert (rows - 1) * stride > 2**31
     elements = (rows - 1) * stride + classes
     memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

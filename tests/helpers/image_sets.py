@@ -1,4 +1,4 @@
-"""Tiny image sets written to disk in the layouts the trainer reads."""
+"""Write tiny image sets to disk in the layouts that the trainer reads."""
 
 import hashlib
 import pickle
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_image_folder(root, *, count=6, size=(8, 8), splits=("train", "test"), classes=("b c", "a")):
-    """A small PNG set whose classes differ in colour."""
+    """Write a small set of PNG files whose classes differ in color."""
     random = np.random.default_rng(0)
     for split in splits:
         for label, name in enumerate(sorted(classes)):
@@ -34,7 +34,7 @@ def write_mnist(root, *, train=64, test=16, name="MNIST"):
 
 
 def write_tiny_imagenet(root, *, count=3, size=(16, 16), classes=("n02", "n01")):
-    """train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt; each class is a grey of its own."""
+    """Write train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt; classes are shades of grey."""
 
     def save(file, label):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,10 @@ def write_tiny_imagenet(root, *, count=3, size=(16, 16), classes=("n02", "n01"))
 
 
 def write_cifar(kind, root, *, count=4):
-    """The files of torchvision's class `kind`, `count` images each. Returns the class attributes that name their
-    checksums, which are not those of the originals."""
+    """Write the files of torchvision's class `kind`, with `count` images each.
+
+    Returns the class attributes that name their checksums, which are not those of the originals.
+    """
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     random, key = np.random.default_rng(0), "fine_labels" if kind.meta["key"].startswith("fine") else "labels"

@@ -1,4 +1,4 @@
-"""Runs of the `sid` command in processes of their own that end themselves at a chosen place, and what runs leave behind.
+"""Run the `sid` command in processes that end themselves at a chosen place, and read what runs leave behind.
 
 The processes are forked from a server which has imported everything and run nothing: a fresh interpreter each would
 spend ten times as long on importing as on training.
@@ -101,13 +101,13 @@ def _call_before(name, destination, nth, number, worker):
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the machine's speed."""
+    """Return the rows of metrics.jsonl without what depends on the machine's speed."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
 def state_of(folder: Path) -> dict:
-    """The checkpoint without what depends on the machine's speed."""
+    """Return the checkpoint of a run without what depends on the machine's speed."""
     state = load_checkpoint(folder)
     rows, activation_bytes = json.loads(state["metrics"])
     state["metrics"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
@@ -115,7 +115,7 @@ def state_of(folder: Path) -> dict:
 
 
 def assert_same(one, other, place="state"):
-    """Equal in every bit, all the way down."""
+    """Check that two values are equal in every bit, at every depth."""
     assert type(one) is type(other), place
     if isinstance(one, dict):
         assert one.keys() == other.keys(), place

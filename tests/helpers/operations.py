@@ -1,4 +1,4 @@
-"""The three differentiable operations on small inputs, beside the same losses in plain PyTorch."""
+"""The three differentiable operations on small inputs, and the same losses in plain PyTorch."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ NAMES = ("loss", "head", "cascade")
 
 
 class Operation(NamedTuple):
-    """fused and plain take the tensors of `inputs` and return the loss; options go to the operation."""
+    """An operation: `fused` and `plain` map the tensors of `inputs` to the loss; options go to the operation."""
 
     fused: Any
     plain: Any

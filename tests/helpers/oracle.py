@@ -1,8 +1,8 @@
-"""The truth the kernels are held to, and how far they may be from it.
+"""Compute the reference results of the local loss, and limit how far a kernel may be from them.
 
-`oracle` writes the loss as PyTorch users do, in float64, and differentiates it with autograd: it shares no code
-with the library. `assert_within_budget` is the one rule of accuracy: a kernel may be no further from the float64
-truth than the same formula evaluated by PyTorch in float32, plus a few roundings.
+`oracle` writes the loss as PyTorch users do, in float64, and differentiates it with autograd: it shares no code with
+the library. `assert_within_budget` is the one rule of accuracy: a kernel may be no further from the float64 truth than
+the same formula evaluated by PyTorch in float32, plus a few roundings.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def make_case(
     ignored: float = 0.0,
     **options,
 ) -> Case:
-    """Random logits, prior, target. alpha: a float, or "rows" / "scalar" for a tensor; ignored: a share of the rows."""
+    """Draw random logits, prior and target.
+
+    alpha: a float, or "rows" / "scalar" for a tensor. ignored: a share of the rows.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, classes, generator=g) * scale).to(dtype)
     q = torch.randn(rows, classes, generator=g).mul(2.0).softmax(-1).to(prior_dtype or dtype) if prior else None
@@ -85,7 +88,7 @@ def make_case(
 
 
 def oracle(case: Case, dtype=torch.float64) -> SizedTruth:
-    """The loss by log_softmax and sums, its gradient by autograd, evaluated in `dtype` where the case lies."""
+    """Compute the loss by log_softmax and sums, and its gradient by autograd, in `dtype` on the case's device."""
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     z = case.logits.detach().to(dtype).requires_grad_()
     rows, classes = z.shape
@@ -131,12 +134,12 @@ def oracle(case: Case, dtype=torch.float64) -> SizedTruth:
 
 
 def _product(a, b):
-    """a b with 0 * -inf = 0, in the value and in the gradient."""
+    """Return a b with 0 * -inf = 0, in the value and in the gradient."""
     return torch.where(a == 0, 0.0, a * torch.where(a == 0, 0.0, b))
 
 
 def _sizes(p, log_p, q, log_q, y, log_y, alpha, reverse) -> dict[str, Tensor]:
-    """Sums of the magnitudes of each value's terms. (1 + |x|): exp and log of x are off by roundings of both."""
+    """Sum the magnitudes of each value's terms; 1 + |x|, because exp and log of x are off by roundings of both."""
     a = alpha[:, None]
     belief = p + _product(p, -log_p)
     if reverse:
@@ -155,7 +158,7 @@ def _sizes(p, log_p, q, log_q, y, log_y, alpha, reverse) -> dict[str, Tensor]:
 
 
 def assert_within_budget(result, dlogits: Tensor | None, case: Case, factor: float = 1.0) -> None:
-    """|kernel - float64| <= |PyTorch in float32 - float64| (largest of the row) + a few roundings, for every element.
+    """Check |kernel - float64| <= |PyTorch in float32 - float64| (largest of the row) + a few roundings.
 
     A few roundings: of float32, in proportion to the terms the value is summed from; and one of the dtype it is stored
     in. result: LocalLoss or Truth (loss, belief, fidelity, consistency), any device. NaN and infinities must coincide.
@@ -193,7 +196,7 @@ def assert_within_budget(result, dlogits: Tensor | None, case: Case, factor: flo
 
 
 def _largest(error: Tensor) -> Tensor:
-    """Largest finite error of each row of a matrix, of all rows together otherwise."""
+    """Return the largest finite error of each row of a matrix, or of all elements of other tensors."""
     error = error.nan_to_num(0.0, 0.0, 0.0).abs()
     if error.numel() == 0:
         return torch.zeros((), device=error.device)

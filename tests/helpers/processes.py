@@ -1,4 +1,4 @@
-"""Code run in a new process, and waiting for what other processes do.
+"""Run code in a new process, and wait for what other processes do.
 
 A test waits for an event, never for a time. PATIENCE only ends a test that hangs.
 """
@@ -51,7 +51,7 @@ def forked(code: str, *arguments: object, cwd: Path = TESTS, **environment: str)
 
 
 def fresh_process(code, **environment):
-    """Run code in a new process that can import the test helpers; what it printed."""
+    """Run code in a new process that can import the test helpers, and return what it printed."""
     done = forked(code, **{"SID_KERNELS_CPU": "avx512"} | environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.strip()

@@ -1,5 +1,7 @@
-"""Runs of the `sid` command in several processes that meet each other: forked as in `killed`, which costs a tenth of a
-start by torchrun, or by torchrun itself, whose ranks can then be killed; and what two such runs must have in common.
+"""Run the `sid` command in several processes that connect, and compare what such runs leave.
+
+The processes are forked as in `killed`, which costs a tenth of a start by torchrun, or started by torchrun, whose ranks
+can then be killed.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ def free_port() -> int:
 
 
 def environments(count: int, port: int, start: dict[str, str]) -> list[dict[str, str]]:
-    """What torchrun gives to each of `count` processes; `start`: of what it says of a start."""
+    """Return the variables that torchrun sets in each of `count` processes; `start`: those of one launch."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | start
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
@@ -40,7 +42,7 @@ def _forked(environment: dict, call: Callable, arguments: tuple) -> None:
 
 
 def start(calls: Sequence[tuple[Callable, tuple]], port: int | None = None, of_start: dict | None = None) -> list:
-    """Processes that make these calls, one each, as ranks 0, 1, ..."""
+    """Start processes that make these calls, one each, as ranks 0, 1, ..."""
     places = environments(len(calls), port or free_port(), of_start or {})
     processes = [_context.Process(target=_forked, args=(p, *call)) for p, call in zip(places, calls, strict=True)]
     for process in processes:
@@ -51,7 +53,7 @@ def start(calls: Sequence[tuple[Callable, tuple]], port: int | None = None, of_s
 def start_ranks(
     each: Sequence[Sequence], out: Path, port: int | None = None, ends: dict | None = None, of_start: dict | None = None
 ) -> list:
-    """Processes of `sid WORDS`, each with its own words; what they print lies in `printed(out, rank)`.
+    """Start processes of `sid WORDS`, each with its own words; what they print is in `printed(out, rank)`.
 
     ends: by rank, (the name of a function, n, a signal) as in `killed.sid`.
     """
@@ -63,7 +65,7 @@ def start_ranks(
 
 
 def restart(of: str, count: int = 1) -> dict[str, str]:
-    """What torchrun's start `of` says of itself when it has started its processes anew so many times."""
+    """Return the variables that the torchrun launch `of` sets after it has restarted its processes `count` times."""
     return {"TORCHELASTIC_RUN_ID": of, "TORCHELASTIC_RESTART_COUNT": str(count)}
 
 
@@ -72,7 +74,7 @@ def printed(out: Path, rank: int) -> Path:
 
 
 def finish(processes: list) -> list[int]:
-    """Their exit statuses; none is left running."""
+    """Wait for processes and return their exit statuses; none is left running."""
     end = time.monotonic() + PATIENCE
     for process in processes:
         process.join(max(0, end - time.monotonic()))
@@ -85,13 +87,13 @@ def finish(processes: list) -> list[int]:
 
 
 def ranks(*words, count: int, out: Path, **options) -> tuple[list[int], list[str]]:
-    """`sid WORDS` in so many processes: their exit statuses, and what each has printed."""
+    """Run `sid WORDS` in several processes; return their exit statuses, and what each has printed."""
     status = finish(start_ranks([words] * count, out, **options))
     return status, [printed(out, rank).read_text() for rank in range(count)]
 
 
 def trained(*words, count: int, out: Path) -> Path:
-    """The folder of `sid train WORDS` by so many processes of one thread each."""
+    """Return the folder of `sid train WORDS` by several processes of one thread each."""
     command = ("train", *words, "--out", out)
     if count == 1:
         status, said = sid(*command, out=out)
@@ -109,7 +111,7 @@ def trained(*words, count: int, out: Path) -> Path:
 def torchrun(
     *words, count: int, out: Path, restarts: int = 0, meeting: Sequence[str] = ("--standalone",), stop_at: int = 0
 ):
-    """Run torchrun of `sid WORDS`; `.text()` is what all ranks have printed. Whatever is left at the end is killed.
+    """Run torchrun of `sid WORDS`; `.text()` is what all ranks have printed. What is left at the end is killed.
 
     stop_at: send torchrun a SIGTERM before this step, counted from 1 (see `rank_main`).
     """
@@ -134,7 +136,7 @@ def torchrun(
 
 
 def workers(torchrun: int) -> dict[int, int]:
-    """The processes of torchrun's ranks, rank -> process id, as far as they have been started."""
+    """Return the processes of torchrun's ranks, rank -> process id, as far as they have been started."""
     found = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):  # ended meanwhile
@@ -149,7 +151,7 @@ def workers(torchrun: int) -> dict[int, int]:
 
 
 def left(folder: Path) -> dict:
-    """All numbers of a run's checkpoint and metrics.jsonl but times and memory."""
+    """Return all numbers of a run's checkpoint and metrics.jsonl except times and memory."""
     state = state_of(folder)
     state.pop("activation_bytes")
     about = {name: value for name, value in state.pop("config").items() if name not in STARTS}
@@ -161,5 +163,5 @@ def left(folder: Path) -> dict:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal in every bit, whatever number of processes made them."""
+    """Check that two runs are equal in every bit, whatever number of processes made them."""
     assert_same(left(one), left(other))

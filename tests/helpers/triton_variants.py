@@ -82,8 +82,7 @@ def full_product(logits: str, prior: str, soft: str, aligned: bool) -> list[Vari
 
 
 def covering_set() -> list[Variant]:
-    """Every plan with every dtype, with the belief and without, walking through the other flags so that each value
-    meets each dtype and each plan.
+    """Return every plan with every dtype, with and without the belief, such that dtypes and plans meet all flags.
 
     Three quarters carry the gradient and a prior: those are the kernels that need the most registers.
     """
@@ -103,7 +102,7 @@ def covering_set() -> list[Variant]:
 
 
 def other_variants() -> list[Variant]:
-    """The small kernels: counting, the last sum, scaling."""
+    """Return the small kernels: counting, the last sum, scaling."""
     count = Variant(
         "count_rows",
         (("BLOCK", triton_kernels.COUNT_GRID_BLOCK),),
@@ -158,7 +157,7 @@ def _variant(kernel: str, constants: dict, pointers: dict, options: dict[str, in
 
 
 def cascade_set(nvidia: bool) -> list[Variant]:
-    """Every plan at round sizes and at odd ones, in float32 and a half dtype, walking through the flags as above."""
+    """Return every plan at round and at odd sizes, in float32 and a half dtype, with flags as in `covering_set`."""
     walk = [
         (True, False, True, True), (True, True, False, True), (False, False, False, True), (True, True, True, True),
         (False, True, False, True), (True, False, False, False), (False, False, True, True),
@@ -175,7 +174,7 @@ HEAD_FLAGS = ("HAS_BIAS", "HAS_PRIOR", "HARD", "REVERSE", "NEED_BELIEF", "NEED_G
 
 
 def head_set(nvidia: bool) -> list[Variant]:
-    """The same for the belief head."""
+    """Return the variants of the belief head, chosen as in `cascade_set`."""
     walk = [
         (True, True, False, True, True, True, True), (True, True, True, False, True, True, True),
         (False, False, True, True, True, True, True), (True, True, False, False, False, True, True),
@@ -224,7 +223,7 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
 
 
 def _nvidia(compiled) -> tuple[int, int, int, bool]:
-    """Registers, bytes of stack and local memory, wide accesses, whether it truncates. Whatever spills needs stack."""
+    """Return registers, bytes of stack and local memory, wide accesses, and whether it truncates; spills need stack."""
     ptx = compiled.asm["ptx"]
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -239,7 +238,7 @@ def _nvidia(compiled) -> tuple[int, int, int, bool]:
 
 
 def _amd(compiled) -> tuple[int, int, int, bool]:
-    """The same; spilled registers count as stack."""
+    """Return what `_nvidia` does; spilled registers count as stack."""
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The cases on which a call without a belief is compared with one that has it, and the comparison."""
+"""Make the cases on which a call without a belief is compared with one that has it, and compare them."""
 
 import torch
 
@@ -17,7 +17,7 @@ def problem(case, out=None, need_grad=True, need_belief=True):
 
 
 def assert_equal_except_belief(without: LocalLossOutputs, beside: LocalLossOutputs):
-    """Bit for bit."""
+    """Check that two results are equal bit for bit, except for the belief."""
     assert without.belief is None and beside.belief is not None
     for name in ("loss", "fidelity", "consistency", "dlogits"):
         one, other = getattr(without, name), getattr(beside, name)

@@ -12,7 +12,7 @@ SETUP = Path(__file__).parents[2] / "setup.py"
 
 @pytest.fixture
 def settings(monkeypatch) -> dict:
-    """Run setup.py without building anything. Return its names."""
+    """Run setup.py without building anything, and return its names."""
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL", "SID_KERNELS_BUILD", "SID_KERNELS_CUDA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -37,7 +37,7 @@ def test_parallel_jobs_rejects(settings, monkeypatch, value):
 
 
 def test_build_starts_no_more_compilers(settings, monkeypatch, tmp_path):
-    """The limit reaches CMake: a bare --parallel would ignore it."""
+    """Check that the limit reaches CMake: a bare --parallel would ignore it."""
     commands = []
     monkeypatch.setenv("MAX_JOBS", "2")
     build = settings["CMakeBuild"](setuptools.Distribution())

@@ -68,7 +68,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_files(wheel):
-    """The wheel holds exactly the Python files, compiled modules, type markers and templates of both packages."""
+    """Check that the wheel holds the Python files, compiled modules, type markers and templates, and nothing else."""
     expected = {f"sid_kernels/{name}" for name in COMPILED}
     for package, folder in PACKAGES.items():
         expected |= {
@@ -134,7 +134,7 @@ def test_training(python, tmp_path):
 
 @pytest.mark.slow
 def test_examples(python, tmp_path):
-    """The tests of examples/ pass with the installed packages. The files are copied away from the checkout."""
+    """Run the tests of examples/ with the installed packages; the files are copied away from the checkout."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copy(ROOT / "tests/examples/test_examples.py", tmp_path)
     shutil.copytree(ROOT / "tests/helpers", tmp_path / "helpers")

@@ -48,7 +48,7 @@ def test_every_source_is_counted():
 @pytest.mark.skipif(why_not() is not None, reason=f"CUDA kernels: {why_not()}")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills(architecture):
-    """The module has the expected kernels, without a stack or local memory (so no spills) and with few registers."""
+    """Check that the module has the expected kernels, without stack or local memory (no spills), with few registers."""
     done = subprocess.run([cuobjdump(), "-res-usage", str(MODULE)], capture_output=True, text=True, check=True)
     binaries = re.findall(r"Fatbin elf code:(.*?)(?=Fatbin|\Z)", done.stdout, re.DOTALL)
     usage = "".join(b for b in binaries if f"arch = sm_{architecture}\n" in b)

@@ -120,7 +120,7 @@ def test_out_may_be_the_logits(kind):
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("kind", simt.KINDS)
 def test_incoming_gradient(kind, reduction):
-    """It multiplies dlogits before they are rounded; if they are those of 1 already, 1 writes nothing."""
+    """Multiply dlogits by the incoming gradient before they are rounded; a factor of 1 does not write known ones."""
     dtype = simt.KIND_DTYPES[kind]
     for p in (simt.plan(kind, 16), simt.plan(kind, 0, threads=32, cluster=2)):
         case = make_case(5, 77, dtype=dtype, ignored=0.3, label_smoothing=0.1, reduction=reduction)
@@ -208,7 +208,7 @@ def test_few_rows_and_few_classes(reduction):
 
 
 def test_counting_launch():
-    """Above 4096 rows, "mean" counts the labels in a separate launch. A plan can request it for fewer rows."""
+    """Count the labels of a mean in a launch of its own: above 4096 rows, or if the plan requests it."""
     case = make_case(4100, 2, ignored=0.5)
     before = simt.load().simt_launches()
     check(case, multiprocessors=16)
@@ -217,7 +217,7 @@ def test_counting_launch():
 
 
 def test_workspace_is_left_as_found():
-    """Counts, tickets and partial sums of a launch do not affect the next one with the same workspace."""
+    """Check that counts, tickets and partial sums of a launch do not affect the next one with the same workspace."""
     library = simt.load()
     workspace = torch.zeros(library.simt_workspace_bytes(), dtype=torch.uint8)
     plans = (
@@ -283,7 +283,7 @@ def test_scale_of_one_touches_nothing():
 
 @pytest.mark.parametrize("clusters", (0, 1))
 def test_the_plan(clusters):
-    """For each size, threads hold a row in registers if they can, edges have a lane each, and the grid fits."""
+    """Check that rows stay in registers if they can, that edges have a lane each, and that the grid fits."""
     matrix = torch.empty(1, 1)
     for dtype, kind in ((torch.float32, "f32"), (torch.bfloat16, "bf16"), (torch.float16, "f16")):
         v, held = PACK[kind], HELD[kind]
@@ -307,7 +307,7 @@ def test_the_plan(clusters):
 
 
 def test_what_the_host_reports():
-    """The shim reports each kind of mistake in a kernel."""
+    """Check that the shim reports each kind of mistake in a kernel."""
     memory = torch.zeros(64)
     library = simt.load()
     library.simt_configure(2, 1, 0)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, without a GPU: no binary may spill registers or use a stack.
+"""Compile every Triton kernel ahead of time, without a GPU: no binary may spill registers or use a stack.
 
 A covering set of variants is compiled for NVIDIA sm_80 and sm_90; sm_100, AMD gfx942 and float16 are marked `slow`. The
 full product of plans and flags for each dtype (about 9,200 compilations, two hours on two cores) is marked `exhaustive`.
@@ -46,7 +46,7 @@ def check(variants: list[tv.Variant], target: str) -> None:
 
 
 def test_the_covering_set_covers():
-    """Each dtype meets each plan with the belief and without, and each flag in both values; so does each plan."""
+    """Check that each dtype meets each plan with and without the belief, and that dtypes and plans meet all flags."""
     variants = tv.covering_set()
     for flag in tv.FLAGS:
         for dtype in tv.DTYPES:
@@ -64,7 +64,7 @@ def test_the_covering_set_covers():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills(target, dtype):
-    """The local loss: the covering set's variants whose logits are of this dtype."""
+    """Compile the local loss: the variants of the covering set whose logits have this dtype."""
     variants = [v for v in tv.covering_set() if dict(v.pointers)["logits"] == dtype]
     assert len(variants) == 2 * len(triton_kernels.PLANS)
     check(variants, target)
@@ -80,7 +80,7 @@ def test_no_spills_in_small_kernels(target):
 @pytest.mark.parametrize("kernel", ("cascade", "head"))
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_in_products(target, kernel):
-    """The cascade and the belief head: every plan of theirs, at sizes of models."""
+    """Compile the cascade and the belief head with each of their plans, at sizes of models."""
     variants = (tv.cascade_set if kernel == "cascade" else tv.head_set)(nvidia=target != "gfx942")
     assert len(set(variants)) == 2 * len(tv.CASCADES if kernel == "cascade" else tv.HEADS)
     if target == "sm_100":  # these tiles compile as for sm_90: each size in one of its two dtypes will do
@@ -99,14 +99,14 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_globals_of_a_kernel_equal_themselves(name):
-    """Triton compares them before every launch but the first, and refuses one that has changed: a NaN always has."""
+    """Check that no global is NaN: Triton compares globals before a launch, and NaN differs from itself."""
     kernel = KERNELS[name]
     assert kernel.cache_key
     assert not [key for key, (value, scope) in kernel.used_global_vals.items() if scope[key[0]] != value]
 
 
 def test_rows_use_wide_accesses():
-    """Where sizes allow, z, q, p and dz move 16 bytes at a time: as many accesses as one thread's elements need."""
+    """Check that z, q, p and dz move 16 bytes at a time if sizes allow, with no more accesses than needed."""
     plan = triton_kernels.plan_for(4096)
     for dtype, size in zip(tv.DTYPES, (4, 2, 2), strict=True):
         variant = tv.local_loss_variant(plan, (True,) * len(tv.FLAGS), dtype, dtype, dtype, True)

@@ -1,4 +1,4 @@
-"""Runs the triton_*_cases.py under Triton's interpreter, in fresh processes: triton reads TRITON_INTERPRET at its import."""
+"""Run the triton_*_cases.py under Triton's interpreter, in new processes: triton reads TRITON_INTERPRET at import."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def test_cases_under_the_interpreter(file, marker, count, tmp_path):
 
 @pytest.mark.parametrize("hide", ("triton", "gpu"))
 def test_why_it_cannot_be_used(tmp_path, hide):
-    """Importing never fails; the reason names what is missing and what would help."""
+    """Check that importing never fails, and that the reason names what is missing and what would help."""
     block = "import sys; sys.modules['triton'] = None; " if hide == "triton" else ""
     no_gpu = "import torch; torch.cuda.is_available = lambda: False; "
     code = block + no_gpu + "from sid_kernels.core import triton; print(triton.unavailable())"

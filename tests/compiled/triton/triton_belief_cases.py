@@ -1,4 +1,4 @@
-"""The Triton kernels without a belief, under the interpreter; test_triton_interpreter.py runs this file."""
+"""Test the Triton kernels without a belief under the interpreter; test_triton_interpreter.py runs this file."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_no_rows():
 
 
 def test_the_loop_reads_once_where_nothing_is_emitted(monkeypatch):
-    """The loss alone takes one sweep: as many chunks are loaded as the row has, and the one asked for ahead."""
+    """Check that the loss alone takes one sweep: it loads the chunks of the row, and the one that is loaded ahead."""
     monkeypatch.setattr(triton_kernels, "PLANS", LOOPS)
     loads, load_tiles = [], triton_rows.load_tiles
     monkeypatch.setattr(triton_rows, "load_tiles", lambda *a, **k: (loads.append(1), load_tiles(*a, **k))[1])

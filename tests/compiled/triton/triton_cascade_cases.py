@@ -1,7 +1,7 @@
-"""The Triton cascade under Triton's interpreter, against a plain PyTorch cascade, stage by stage, in float64.
+"""Test the Triton cascade under Triton's interpreter against a plain PyTorch cascade, stage by stage, in float64.
 
-pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process.
-By hand: TRITON_INTERPRET=1 pytest tests/triton_cascade_cases.py
+pytest does not collect this file by itself: test_triton_interpreter.py runs it in a new process. By hand:
+TRITON_INTERPRET=1 pytest tests/compiled/triton/triton_cascade_cases.py
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def run_rows(problem: CascadeProblem) -> Values:
 
 
 def plain(problem: CascadeProblem, dtype: torch.dtype) -> Values:
-    """The cascade as PyTorch users write it in `dtype`: a detached prior, the local loss by oracle.py, autograd."""
+    """Compute the cascade as PyTorch users write it in `dtype`: a detached prior, the loss by oracle.py, autograd."""
     w = CascadeWeights(*(x.to(dtype) for x in problem.weights))
     stages, classes, _ = w.logits_weight.shape
     f, spec = problem.features.to(dtype), problem.spec
@@ -101,9 +101,9 @@ def plain(problem: CascadeProblem, dtype: torch.dtype) -> Values:
 
 
 def check(problem: CascadeProblem) -> Values:
-    """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest.
+    """Hold each value to PyTorch's error in the same dtype, against float64, plus a few roundings of the largest.
 
-    PyTorch's own error is the largest of the stage: a difference made early goes through all that follows.
+    PyTorch's own error is the largest of the stage: an early difference passes through all that follows.
     """
     dtype = problem.weights.hidden_weight.dtype
     got, want, peer = run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
@@ -163,7 +163,7 @@ def test_no_rows():
 
 
 def test_rows_that_do_not_count():
-    """Losses and gradients 0, beliefs as ever; the mean over nothing is 0."""
+    """Check ignored rows: losses and gradients are 0, beliefs are written, and the mean over no rows is 0."""
     problem = make()
     before = run_rows(problem)
     problem.spec.labels.fill_(-100)
@@ -173,7 +173,7 @@ def test_rows_that_do_not_count():
 
 
 def test_labels_out_of_range():
-    """NaN in that row's losses and gradients, at every stage; nothing else is disturbed."""
+    """Check that a bad label gives NaN in its row's losses and gradients at every stage, and disturbs no other row."""
     problem = make(6, reduction="sum")
     before = run_rows(problem)
     problem.spec.labels[1], problem.spec.labels[4] = 10, -1
@@ -187,7 +187,7 @@ def test_labels_out_of_range():
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 def test_masked_classes(divergence):
-    """A bias of -inf masks a class: no belief in it, no gradient, finite losses where the prior agrees."""
+    """Mask a class by a bias of -inf: it has no belief and no gradient, and losses are finite if the prior agrees."""
     for kinds in (dict(soft=True), dict(label_smoothing=0.1)):
         if divergence == "forward":
             kinds["label_smoothing"] = 0.0
@@ -203,7 +203,7 @@ def test_masked_classes(divergence):
 
 
 def test_mass_on_a_masked_class():
-    """The uniform prior has mass there: the first stage's loss is infinite, its gradient and all that follows finite."""
+    """Check that the first stage's loss is infinite if the uniform prior has mass there, and what follows finite."""
     problem = make(4, 10)
     problem.weights.logits_bias[:, 3] = -math.inf
     problem.spec.labels[:] = 5
@@ -250,7 +250,7 @@ def test_counting_in_a_launch_of_its_own(monkeypatch):
 
 
 def test_layouts_that_matrix_products_take():
-    """hidden, dhidden and dlogits go to torch.bmm as they are, and dhidden (B, L H) to one product for all stages."""
+    """Check that hidden, dhidden and dlogits go to torch.bmm as they are, and dhidden (B, L H) to one product."""
     got = run_rows(make(5, 10, 7, 20, 3))
     assert got.hidden.stride() == got.dhidden.stride() == (20, 60, 1) and got.dlogits.is_contiguous()
     assert got.dhidden.transpose(0, 1).is_contiguous()

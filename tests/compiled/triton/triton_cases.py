@@ -1,7 +1,8 @@
-"""The Triton backend under Triton's interpreter, on the CPU, held to the error budgets of oracle.py.
+"""Test the Triton backend under Triton's interpreter, on the CPU, against the error budgets of oracle.py.
 
 pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process, because
-TRITON_INTERPRET must be set before triton is first imported. By hand: TRITON_INTERPRET=1 pytest tests/compiled/triton/triton_cases.py
+TRITON_INTERPRET must be set before triton is first imported. By hand: TRITON_INTERPRET=1 pytest
+tests/compiled/triton/triton_cases.py
 """
 
 import math
@@ -32,14 +33,14 @@ LOOP = (
 
 @pytest.fixture(params=("tile", "loop"))
 def plans(request, monkeypatch):
-    """Both kernels at small C: whole rows on chip, and chunks."""
+    """Run both kernels at small C: whole rows on chip, and chunks."""
     if request.param == "loop":
         monkeypatch.setattr(triton_kernels, "PLANS", LOOP)
     return request.param
 
 
 def run(case: Case, out=None, need_grad=True):
-    """The backend itself, without the value checks that public operations make on the CPU."""
+    """Run the backend itself, without the value checks that public operations make on the CPU."""
     o = dict(divergence="forward", label_smoothing=0.0, ignore_index=-100, reduction="mean") | case.options
     problem = make_problem(
         case.logits, case.prior, case.target, case.alpha, LossOptions(**o), out=out, need_grad=need_grad
@@ -72,7 +73,7 @@ def test_every_kind(plans, dtype, divergence, target, prior):
 @pytest.mark.parametrize("plan", triton_kernels.PLANS, ids=str)
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 def test_every_plan_at_its_own_size(plan, divergence):
-    """Sizes that pick each plan of the table, with more rows than one program takes."""
+    """Run sizes that pick each plan of the table, with more rows than one program takes."""
     classes = min(plan.classes, 40003) - 3
     assert triton_kernels.plan_for(classes) == plan
     rows = plan.rows + 2
@@ -109,7 +110,7 @@ def test_no_rows(plans):
 
 
 def test_rows_that_do_not_count(plans):
-    """Zeros, belief written, and mean over nothing is 0; also an ignore_index that is a valid label."""
+    """Check ignored rows: zeros, a written belief, a mean of 0 over no rows, and ignore_index as a valid label."""
     case = make_case(5, 37)
     case.target.fill_(-100)
     result = check(case)
@@ -123,7 +124,7 @@ def test_rows_that_do_not_count(plans):
 
 
 def test_labels_out_of_range(plans):
-    """NaN in that row's loss and gradient, nothing else disturbed, nothing read outside."""
+    """Check that a bad label gives NaN in its row's loss and gradient, and disturbs or reads nothing else."""
     case = make_case(6, 37, reduction="none")
     good = run(case)
     case.target[1], case.target[3], case.target[4] = 37, -1, 2**40
@@ -141,7 +142,7 @@ def test_labels_out_of_range(plans):
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 @pytest.mark.parametrize("soft", (False, True))
 def test_masked_classes(plans, divergence, soft):
-    """-inf logits without mass on them: no effect. The first whole chunk of the loop is masked."""
+    """Check that logits of -inf without mass have no effect; the first whole chunk of the loop is masked."""
     case = make_case(4, 50, divergence=divergence, soft=soft, reduction="none", label_smoothing=0.0)
     if divergence == "reverse" and not soft:
         case.options["label_smoothing"] = 0.1
@@ -160,7 +161,7 @@ def test_masked_classes(plans, divergence, soft):
 
 
 def test_mass_on_a_masked_class(plans):
-    """Forward: an infinite loss with a finite gradient, as the definition says; with a uniform prior too."""
+    """Check that the forward loss is infinite and its gradient finite, as defined; also for a uniform prior."""
     for kinds in (dict(), dict(prior=False), dict(soft=True), dict(label_smoothing=0.1)):
         case = make_case(4, 37, reduction="none", **kinds)
         case.logits[1, 7] = -math.inf
@@ -211,7 +212,7 @@ def test_large_logits(plans):
 
 @pytest.mark.parametrize("masked", (slice(0, 20), slice(20, 37)), ids=("first", "last"))
 def test_reverse_with_logits_masked_by_the_least_float(plans, masked):
-    """finfo.min in place of -inf: the jump to the next chunk's maximum overflows, and must not make a NaN."""
+    """Check that finfo.min gives no NaN, although the jump to the next chunk's maximum overflows."""
     case = make_case(3, 37, divergence="reverse", label_smoothing=0.1, reduction="none")
     case.logits[:, masked] = torch.finfo(torch.float32).min
     result = run(case)
@@ -219,7 +220,7 @@ def test_reverse_with_logits_masked_by_the_least_float(plans, masked):
 
 
 def test_a_prior_that_underflowed(plans):
-    """Reverse: logarithms at float32's smallest normal number, so the loss is large, not infinite."""
+    """Check that the reverse loss is large, not infinite: logarithms end at float32's smallest normal number."""
     case = make_case(4, 37, divergence="reverse", soft=True, dtype=torch.float16, reduction="none")
     case.prior[:, 5] = 0.0
     case.target[:, 6] = 0.0
@@ -257,7 +258,7 @@ def test_rows_apart_and_rows_that_repeat(plans):
 
 
 def test_row_offsets_beyond_32_bits(plans):
-    """Three rows 2**30 + 64 elements apart: 4 GiB that are reserved and never touched but for the rows themselves.
+    """Place three rows 2**30 + 64 elements apart: 4 GiB are reserved, and only the rows themselves are touched.
 
     A stride itself beyond 2**31 would be passed as 64 bits and hide a product taken in 32.
     """
@@ -316,7 +317,7 @@ def test_public_operations_and_autograd():
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_incoming_gradient_is_rounded_once(dtype, reduction, monkeypatch):
-    """Blocks of rows are scaled in float32; here of three rows."""
+    """Check that blocks of rows, here of three, are scaled in float32 before they are rounded."""
     monkeypatch.setattr(triton_kernels, "WIDE_BYTES", 3 * 4 * 70)
     case = make_case(8, 70, dtype=dtype, ignored=0.3, alpha="rows", reduction=reduction)
     z, exact = case.logits.clone().requires_grad_(), case.logits.double().requires_grad_()

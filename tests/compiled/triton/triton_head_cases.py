@@ -1,7 +1,7 @@
-"""The Triton belief head under Triton's interpreter, against a linear layer and oracle.py in float64.
+"""Test the Triton belief head under Triton's interpreter against a linear layer and oracle.py in float64.
 
-pytest does not collect this file by itself: test_triton_interpreter.py runs it in a fresh process.
-By hand: TRITON_INTERPRET=1 pytest tests/triton_head_cases.py
+pytest does not collect this file by itself: test_triton_interpreter.py runs it in a new process. By hand:
+TRITON_INTERPRET=1 pytest tests/compiled/triton/triton_head_cases.py
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def make(
 
 
 def plain(problem: BeliefHeadProblem, dtype: torch.dtype) -> BeliefHeadOutputs:
-    """A linear layer in `dtype`, then the local loss of its logits and autograd's gradient by oracle.py."""
+    """Compute a linear layer in `dtype`, then the local loss of its logits, and autograd's gradient by oracle.py."""
     hidden, weight, bias = (None if x is None else x.to(dtype) for x in problem[:3])
     z = linear(hidden, weight, bias)
     number, spec = 1, problem.spec
@@ -58,7 +58,7 @@ def plain(problem: BeliefHeadProblem, dtype: torch.dtype) -> BeliefHeadOutputs:
 
 
 def check(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
-    """Each value no further from float64 than PyTorch's own in the same dtype, plus a few roundings of the largest."""
+    """Hold each value to PyTorch's error in the same dtype, against float64, plus a few roundings of the largest."""
     dtype = problem.hidden.dtype
     belief_dtype = dtype if problem.prior is None else problem.prior.dtype
     got, want, peer = triton_head.run(problem), plain(problem, torch.float64), plain(problem, dtype)
@@ -127,7 +127,7 @@ def test_rows_that_do_not_count():
 
 
 def test_labels_out_of_range():
-    """NaN in that row's losses and gradients; nothing else is disturbed."""
+    """Check that a bad label gives NaN in its row's losses and gradients, and disturbs no other row."""
     problem = make(6, reduction="sum")
     before = triton_head.run(problem)
     problem.spec.labels[1], problem.spec.labels[4] = 10, -1
@@ -140,7 +140,7 @@ def test_labels_out_of_range():
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 def test_masked_classes(divergence):
-    """A bias of -inf masks a class: no belief in it, no gradient, finite losses where the prior agrees."""
+    """Mask a class by a bias of -inf: it has no belief and no gradient, and losses are finite if the prior agrees."""
     for kinds in (dict(soft=True), dict(label_smoothing=0.0 if divergence == "forward" else 0.1)):
         problem = make(4, 10, divergence=divergence, **kinds)
         problem.bias[3] = -math.inf
@@ -154,7 +154,7 @@ def test_masked_classes(divergence):
 
 
 def test_mass_on_a_masked_class():
-    """Forward: an infinite loss with finite gradients, as the definition says; the uniform prior has mass there."""
+    """Check that the forward loss is infinite and gradients finite if the uniform prior has mass on a masked class."""
     problem = make(4, 10, prior=False)
     problem.bias[3] = -math.inf
     problem.spec.labels[:] = 5
@@ -191,7 +191,7 @@ def test_rows_apart_and_rows_that_repeat():
 
 
 def test_row_offsets_beyond_32_bits():
-    """Three rows 2**30 + 64 elements apart: 4 GiB that are reserved and never touched but for the rows themselves."""
+    """Place three rows 2**30 + 64 elements apart: 4 GiB are reserved, and only the rows themselves are touched."""
     apart, problem = 2**30 + 64, make(3, dtype=torch.float16)
     far = torch.empty(2 * apart + 20, dtype=torch.float16).as_strided((3, 20), (apart, 1)).copy_(problem.hidden)
     for x, y in zip(triton_head.run(problem), triton_head.run(problem._replace(hidden=far)), strict=True):

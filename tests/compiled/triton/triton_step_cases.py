@@ -1,5 +1,7 @@
-"""The public operations over the Triton kernels, gradients of weights and features included. Run under the interpreter by
-test_triton_interpreter.py; pytest does not collect this file by itself."""
+"""Test the public operations over the Triton kernels, including the gradients of weights and features.
+
+Run under the interpreter by test_triton_interpreter.py; pytest does not collect this file by itself.
+"""
 
 import pytest
 
@@ -13,7 +15,7 @@ from sid_kernels.cascade import triton_launch as triton_cascade
 
 @pytest.fixture
 def called(monkeypatch):
-    """How often the kernels ran: a problem that quietly went another way would prove nothing."""
+    """Count how often the kernels ran: a problem that quietly took another path would prove nothing."""
     count = []
     for module in (triton_cascade, triton_head):
         run = module.run

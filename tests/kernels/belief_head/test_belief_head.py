@@ -42,7 +42,7 @@ def test_other_dtypes(options, prior, dtype, chunks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_chunks_are_summed_in_float32(dtype, monkeypatch):
-    """With more chunks than ROUNDINGS, a sum in bfloat16 would drift, and a sum in float16 might overflow."""
+    """Check sums of more chunks than ROUNDINGS: in bfloat16 they would drift, and in float16 they might overflow."""
     problem = Problem(2000, 16, 10, dtype=dtype)
     problem.target[:] = 3  # gradients of one sign, so that the sums grow
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 10 * 20 * 10)
@@ -61,7 +61,7 @@ def test_equal_bits_run_to_run_and_without_the_belief(chunks):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_through_autograd(prior, reduction, chunks):
-    """For any incoming gradient of the rows, the gradients equal those of the unfused layers."""
+    """Check that gradients equal those of the unfused layers for any incoming gradient of the rows."""
     problem = Problem(40, 12, 20, prior=prior, ignored=3)
     inputs = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
     plain = [x.detach().clone().requires_grad_() for x in inputs]
@@ -145,7 +145,7 @@ def test_under_autocast_as_a_linear_layer():
 
 
 def test_under_autocast_after_a_layer_that_is():
-    """The usual case: hidden is in autocast's dtype, the parameters of the head are not."""
+    """Test the usual case: hidden is in autocast's dtype, and the parameters of the head are not."""
     layer, last = torch.nn.Linear(8, 12), BeliefHead(12, 5)
     target = torch.randint(0, 5, (9,))
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,7 +155,7 @@ def test_under_autocast_after_a_layer_that_is():
 
 
 def test_float16_sums_stay_in_range(monkeypatch):
-    """A gradient of 8 comes from sums of 10^5 and more: the factor of the mean must apply before they overflow."""
+    """Check that the factor of a mean applies before sums of 10^5 and more, which end as a gradient of 8, overflow."""
     rows = 60_000
     hidden = torch.linspace(4, 12, rows).half().view(rows, 1)
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 2 * 50 * 20_000)
@@ -191,7 +191,7 @@ def test_no_rows_and_all_rows_ignored():
 
 
 def test_at_most_a_chunk_of_logits_is_alive(allocated):
-    """A vocabulary of 32,000 takes at most 64 MiB beside inputs and gradients; its logits alone are 250 MiB."""
+    """Check that 32,000 classes take at most 64 MiB beside inputs and gradients; all logits would take 250 MiB."""
     rows, width, classes = 2048, 16, 32000
     hidden, other = torch.randn(rows, width), torch.randn(rows, width)
     weight, teacher = torch.randn(classes, width), torch.randn(classes, width)
@@ -222,7 +222,7 @@ def test_module_is_a_linear_layer_with_a_loss():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_in_hand_under_a_mode_and_compiled(reduction):
-    """Tensors without an address take the operator: fake tensors get shapes, compiled code gets values."""
+    """Check that tensors without an address take the operator: fake ones get shapes, and compiled code gets values."""
     problem = Problem(20, 6, 50, prior="head", reduction=reduction)
     want = problem.run()
     found = torch.compile(problem.run, fullgraph=True)()

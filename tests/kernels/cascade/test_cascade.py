@@ -99,7 +99,7 @@ def test_gradcheck_of_the_definition():
     inputs = [x.clone().requires_grad_() for x in (case.features, *case.weights)]
 
     def last_stage(features, *weights):
-        """Check one stage: with more, finite differences would move the priors between them, which are constants."""
+        """Check a single stage: with more, finite differences would move the priors between them, the constants."""
         one = CascadeWeights(*(x[:1] for x in weights))
         return refine_cascade(features, one, case.target, 0.3, prior=case.prior).loss
 
@@ -163,7 +163,7 @@ def test_all_rows_ignored_and_no_rows():
 
 
 def test_memory_held_does_not_grow_with_depth(allocated):
-    """At any depth, memory beside inputs and results is at most GROUP_BYTES."""
+    """Check that memory beside inputs and results is at most GROUP_BYTES at any depth."""
     peaks = {}
     for stages in (32, 64):
         case = make_case(stages, 512, 256, 32, 10)
@@ -221,7 +221,7 @@ def test_stages_are_the_fused_local_loss_of_what_they_read():
 
 
 def test_gradients_in_hand_under_a_mode_and_compiled():
-    """Tensors without an address take the operator: fake tensors get shapes, compiled code gets values."""
+    """Check that tensors without an address take the operator: fake ones get shapes, and compiled code gets values."""
     case = make_case(3, 20, 16, 8, 10, alpha="stages")
     want = run(case)
     found = torch.compile(lambda: run(case), fullgraph=True)()

@@ -68,7 +68,7 @@ def test_sum_of_several_losses(backend):
 @pytest.mark.parametrize("scales", ((1.0, 1.0, 1.0), (1.0, 2.0, 1.0), (3.0, 1.0, 0.5)))
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_repeated_backward(backend, reduction, scales):
-    """Each pass over a kept graph gives the whole gradient, and earlier results do not change."""
+    """Check that each pass over a kept graph gives the whole gradient, and that earlier results do not change."""
     z, rest, options = given(backend, reduction=reduction)
     dlogits = local_loss_and_grad(z, *rest, **options)[1]
     loss = fused_local_loss(z, *rest, **options).loss
@@ -81,7 +81,7 @@ def test_repeated_backward(backend, reduction, scales):
 
 
 def test_repeated_backward_into_grad(backend):
-    """.grad accumulates in place, so it must not be the memory that the graph keeps."""
+    """Check that .grad is not the memory that the graph keeps, because it accumulates in place."""
     z, rest, options = given(backend)
     dlogits = local_loss_and_grad(z, *rest, **options)[1]
     loss = fused_local_loss(z, *rest, **options).loss
@@ -95,7 +95,7 @@ def test_repeated_backward_into_grad(backend):
 
 
 def test_logits_that_are_not_a_leaf(backend):
-    """The logits of a linear layer may enter several losses, one of them PyTorch's."""
+    """Check that the logits of a linear layer may enter several losses, one of them PyTorch's."""
     torch.manual_seed(1)
     layer = torch.nn.Linear(5, 7).to(backend.device)
     x = torch.randn(4, 5, device=backend.device)
@@ -135,7 +135,7 @@ def test_second_derivative_is_refused_by_name(backend):
 
 
 def test_gradient_penalty_is_never_ignored(backend):
-    """A second derivative raises: in a sum of losses, behind a layer, by .backward(), or for some inputs only."""
+    """Check that a second derivative raises: in a sum of losses, behind a layer, by .backward(), for some inputs."""
     layer = torch.nn.Linear(5, 7).to(backend.device)
     x = torch.randn(4, 5, device=backend.device, requires_grad=True)
     labels = torch.tensor([0, 6, 3, 3], device=backend.device)
@@ -156,9 +156,9 @@ def test_gradient_penalty_is_never_ignored(backend):
 
 
 def test_what_is_saved(backend):
-    """float32, and small float16 on a CPU: the gradient in float32 alone.
+    """Check what is saved: for float32, and for small float16 on a CPU, the gradient in float32 alone.
 
-    Else half precision: what the gradient is computed from, and in bfloat16 that of `loss.backward()`.
+    For other half precision it is what the gradient is computed from, and in bfloat16 also that of `loss.backward()`.
     """
     for dtype in DTYPES:
         z, rest, options = given(backend, soft=True, dtype=dtype)
@@ -235,7 +235,7 @@ CASES = [("loss", "mean"), ("loss", "none"), ("head", "mean"), ("head", "none"),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 def test_saved_tensors_are_unpacked_once(name, reduction, dtype):
-    """Offload hooks pay for every unpacking, and non-reentrant checkpointing refuses a second one."""
+    """Count unpackings: offload hooks pay for each one, and non-reentrant checkpointing refuses a second one."""
     fused, _, inputs = make_operation(name)
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     counts = {}

@@ -81,7 +81,7 @@ def compiled_step(backend, **options):
     ids=("labels", "soft reverse", "bfloat16 without prior"),
 )
 def test_compiled_is_eager(backend, kinds):
-    """The loss and the operations around it compile to one graph (fullgraph=True)."""
+    """Check that the loss and the operations around it compile to one graph (fullgraph=True)."""
     case = make_case(6, 21, **kinds).to(backend.device)
     step = compiled_step(backend, **case.options)
     z = case.logits.requires_grad_()
@@ -123,7 +123,7 @@ def test_compiled_out(backend):
 
 
 def test_no_recompiling_for_each_batch_size(backend):
-    """The first size is static, the second makes the batch dynamic, and all others reuse that graph."""
+    """Check that the first size is static, the second makes the batch dynamic, and all others reuse that graph."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -264,7 +264,7 @@ def weights_like(z):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_float_alpha_that_changes_compiles_once_more(kind):
-    """Every new number compiled again, and the ninth gave up."""
+    """Check that new numbers share a program; each one used to compile again, and the ninth gave up."""
     torch._dynamo.reset()
     counter, z = CompileCounter(), torch.linspace(-1, 1, 24).view(4, 6)
     compiled = torch.compile(KINDS[kind], fullgraph=True, backend=counter)

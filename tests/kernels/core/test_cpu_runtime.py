@@ -126,7 +126,7 @@ def test_equal_bits_for_any_number_of_threads(threads, divergence, dtype):
 
 
 def test_from_other_threads_at_once(threads):
-    """Each thread has its own scratch memory; large calls release the interpreter lock, small ones keep it."""
+    """Call from several threads: each has its own scratch memory, and large calls release the interpreter lock."""
     threads(2)
     cases = [make_case(rows, 1031, seed=rows, dtype=DTYPES[rows % 3]) for rows in (3, 40, 65, 100)] * 3
     expected = [call(case) for case in cases]
@@ -136,7 +136,7 @@ def test_from_other_threads_at_once(threads):
 
 
 def test_the_lock_is_let_go(threads):
-    """Another thread runs Python during a call: it sees the gradient's first row written and its last row not yet."""
+    """Run Python in another thread during a call: it sees the gradient's first row written, the last one not yet."""
     threads(1)
     case = make_case(4000, 2000, soft=True, divergence="reverse")
     out = torch.empty(4000, 2000)
@@ -220,7 +220,7 @@ def test_workers_of_a_data_loader_compute():
 @pytest.mark.parametrize("dtype,prior_dtype", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
-    """Outputs bypass the caches from 16 MiB and use large pages from 32 MiB; each row has equal bits."""
+    """Compare rows of outputs that bypass the caches (16 MiB and more) or use large pages (32 MiB and more)."""
     rows = (40 << 20) // (classes * 6) + 3
     case = make_case(rows, classes, dtype=dtype, prior_dtype=prior_dtype, reduction="none")
     whole = call(case)
@@ -238,7 +238,7 @@ def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
 @pytest.mark.parametrize("classes", (10, 1000, 1031))
 def test_streaming_stores_without_a_belief(classes, divergence):
-    """Without a belief, the gradient decides about streaming: aligned, not aligned, and over the logits."""
+    """Check that the gradient decides about streaming without a belief: aligned, not aligned, and over the logits."""
     rows = (33 << 20) // (classes * 4) + 3
     case = make_case(rows, classes, divergence=divergence, label_smoothing=0.1)
     expected = call(case)[-1]
@@ -252,7 +252,7 @@ def test_streaming_stores_without_a_belief(classes, divergence):
 @pytest.mark.parametrize("which", ("logits", "prior", "target", "out"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_offsets_beyond_two_to_the_31(which, dtype):
-    """Row offsets may need 64 bits; the memory between the rows is reserved and never accessed."""
+    """Use row offsets that need 64 bits; the memory between the rows is reserved and never accessed."""
     case = make_case(4, 37, dtype=dtype, soft=True)
     expected = call(case)
     tensor = case.logits if which == "out" else getattr(case, which)
@@ -266,7 +266,7 @@ def test_offsets_beyond_two_to_the_31(which, dtype):
 
 
 def test_caller_memory_is_released():
-    """A call leaves no memory behind."""
+    """Check that a call leaves no memory behind."""
     import gc
     import weakref
 

@@ -37,7 +37,7 @@ def gradient(loss, inputs, incoming):
 
 @pytest.mark.parametrize("shape", [(8192, 4096), pytest.param((32768, 1024), marks=pytest.mark.slow)], ids=str)
 def test_float16_gradient_survives_the_mean(shape):
-    """With a loss scale, no further from float64 than 1.5 times what PyTorch is; it was 9.6% and 30% off."""
+    """Check that errors with a loss scale are at most 1.5 times PyTorch's; they were 9.6% and 30%."""
     z, q, target = make_logits(*shape, torch.float16)
     leaf = z.clone().requires_grad_()
     (got,) = gradient(fused_local_loss(leaf, q, target, ALPHA).loss, (leaf,), SCALE)
@@ -135,7 +135,7 @@ def test_float16_gradients_of_a_head(rows, classes, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_a_cascade(dtype):
-    """Gradients of a half-precision cascade under a loss scale are as near to float64 as those without the mean."""
+    """Check that gradients under a loss scale are as near to float64 as those without the mean."""
     torch.manual_seed(0)
     stages, rows, classes, hidden_dim, features_dim = 3, 4096, 100, 16, 8
     shapes = ((stages, hidden_dim, classes + features_dim), (stages, hidden_dim), (stages, classes, hidden_dim))

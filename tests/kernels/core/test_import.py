@@ -90,7 +90,7 @@ def test_info_without_the_compiled_modules():
 
 
 def test_import_reads_no_environment_it_should_not():
-    """Each call reads SID_KERNELS_DEBUG; the import prints nothing and warns of nothing."""
+    """Check that each call reads SID_KERNELS_DEBUG, and that the import prints nothing and gives no warning."""
     done = subprocess.run(
         [sys.executable, "-c", "import sid_kernels"], capture_output=True, text=True, timeout=PATIENCE,
         env=os.environ | {"SID_KERNELS_DEBUG": "1", "PYTHONWARNINGS": "error::UserWarning"},
@@ -127,7 +127,7 @@ def warned(*folders):
 
 
 def test_a_checkout_that_was_not_built_says_so_once(tmp_path):
-    """It computed with the reference without a word."""
+    """Check that an unbuilt checkout warns once; it used to compute with the reference silently."""
     (line,) = warned(copy_package(tmp_path / "checkout"), copy_package(tmp_path / "installed", "interface = 0"))
     assert "slow backend 'reference'" in line and f"hides the package installed in {tmp_path}/installed" in line
 
@@ -139,13 +139,16 @@ def test_a_package_that_was_not_built_says_so_once(tmp_path):
 
 @pytest.mark.parametrize("source", ["", "interface = 1", "interface = 10**6"])
 def test_a_compiled_module_of_another_version_asks_to_build_again(tmp_path, source):
-    """After `git pull`, the first call ended in a TypeError of pybind11."""
+    """Check the message for modules older than `git pull`; the first call used to end in a TypeError of pybind11."""
     (line,) = warned(copy_package(tmp_path, source))
     assert "sid_kernels/_C.py has interface 1" in line and "build again" in line
 
 
 def test_bindings_have_the_version_of_their_arguments():
-    """If this fails: raise INTERFACE in native.py and kInterface in arguments.h, and put the new digest here."""
+    """Compare the digest of the bindings with the one for INTERFACE.
+
+    If this fails: raise INTERFACE in native.py and kInterface in arguments.h, and put the new digest here.
+    """
     csrc = native.FOLDER.parent / "csrc/bindings"
     if not csrc.is_dir():
         pytest.skip("installed without sources")

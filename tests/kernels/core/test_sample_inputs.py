@@ -127,7 +127,7 @@ def test_linear(samples, dtype):
 
 
 def test_opcheck(samples):
-    """Every sample of the operators that autograd, fake tensors and torch.compile see; equal signatures once."""
+    """Run opcheck on every sample of the operators, once for equal signatures."""
     seen = set()
 
     def check(operator, arguments):

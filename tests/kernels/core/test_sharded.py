@@ -78,7 +78,7 @@ def loss_of_every_placement():
 
 
 def head_of_every_placement():
-    """Rows sharded, replicated, and the vocabulary sharded, as of a tensor-parallel language model."""
+    """Check a head with rows sharded, replicated, or the vocabulary sharded, as of tensor-parallel models."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -121,5 +121,5 @@ def head_of_every_placement():
     [(loss_of_every_placement, 2), (loss_of_every_placement, 4), (head_of_every_placement, 2)],
 )
 def test_of_ranks(function, count):
-    """What a rank raises is printed with the captured output."""
+    """Run a function in every rank; what a rank raises is printed with the captured output."""
     assert finish(start([(call_as_a_rank, (function,))] * count)) == [0] * count

@@ -34,7 +34,7 @@ TRACERS = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_recorded_programs(name, tracer, half):
-    """jit.trace and pre-dispatch recorded uninitialized memory as a constant."""
+    """Run recorded programs on other inputs; jit.trace and pre-dispatch used to record uninitialized memory."""
     operation = make_operation(name)
     inputs = tuple(x.bfloat16() if half else x for x in operation.inputs)
     others = tuple(x.flip(0) for x in inputs)

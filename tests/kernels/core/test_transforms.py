@@ -29,7 +29,7 @@ def test_grad_and_vjp(operation):
 
 
 def test_jvp_and_dual_numbers(operation):
-    """Forward mode gave a tangent of zero."""
+    """Check forward mode, which used to give a tangent of zero."""
     tangents = tuple(x.roll(1, 0) for x in operation.inputs)
     want = jvp(operation.plain, operation.inputs, tangents)
     close(jvp(operation.fused, operation.inputs, tangents), want)
@@ -124,7 +124,7 @@ def test_second_derivatives_are_refused(operation):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_of_incoming_gradients(name, reduction, dtype):
-    """`is_grads_batched` failed in aten::item."""
+    """Check `is_grads_batched`, which used to fail in aten::item."""
     if (name, reduction) == ("cascade", "none"):
         return
     fused, _, inputs = make_operation(name)

@@ -76,7 +76,7 @@ def test_tensors_without_plain_rows_are_refused_by_name(x, kind):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("prior_head", [False, True])
 def test_operations_of_a_head_are_counted(reduction, prior_head):
-    """They were 0. A fused pass multiplies as often as the layers that it replaces, or once more without a reduction."""
+    """Check the counts, which used to be 0: those of the layers, and once more the product if there is no reduction."""
     hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     prior = PriorHead(torch.randn(4, 3), torch.randn(5, 3)) if prior_head else None
     with FlopCounterMode(display=False) as counter:
@@ -98,7 +98,7 @@ def test_operations_of_a_cascade_are_counted():
 
 
 def test_a_head_without_a_target_is_a_linear_layer():
-    """`generate()` and the other uses of a model's output layer call it with the hidden states alone."""
+    """Call a head with the hidden states alone, as `generate()` and others call a model's output layer."""
     head, hidden = BeliefHead(6, 5), torch.randn(2, 3, 6)
     assert torch.equal(head(hidden), F.linear(hidden, head.weight, head.bias))
     embedding = torch.nn.Embedding(5, 6)

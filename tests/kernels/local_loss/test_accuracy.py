@@ -92,7 +92,7 @@ def test_budget_notices_an_error_of_one_in_ten_thousand(field, classes, divergen
 
 @pytest.mark.parametrize("reduction", ("sum", "mean"))
 def test_budget_notices_forgotten_masses(reduction):
-    """The budget notices a gradient without sum y or sum q if they are not 1."""
+    """Check that the budget notices a gradient without sum y or sum q if they are not 1."""
     case = make_case(16, 10, soft=True, reduction=reduction)
     case.target, case.prior = case.target * 0.999, case.prior * 1.001
     number = 16 if reduction == "mean" else 1
@@ -112,7 +112,7 @@ def test_budget_notices_forgotten_masses(reduction):
 
 
 def test_budget_notices_a_second_rounding_to_half():
-    """A belief rounded to bfloat16 and then to float16 is outside the budget."""
+    """Check that a belief rounded to bfloat16 and then to float16 is outside the budget."""
     case = make_case(8, 64, dtype=torch.float16)
     truth = oracle(case)
     for name in ("loss", "fidelity", "consistency"):

@@ -155,7 +155,7 @@ def test_alpha_tensor_out_of_range(backend, alpha):
 
 
 def test_out_that_overlaps_other_memory(backend):
-    """`out` must be the logits as a whole, or memory that no other argument uses."""
+    """Check that `out` must be the logits as a whole, or memory that no other argument uses."""
     shift = torch.randn(5, CLASSES, device=backend.device)
     labels = torch.zeros(4, dtype=i64, device=backend.device)
 

@@ -26,7 +26,7 @@ def rows_of(result, dlogits):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("classes", SIZES)
 def test_masked_class_without_mass_counts_nothing(backend, classes, divergence):
-    """A masked class gets 0, and the other classes get what they get without it."""
+    """Check that a masked class gets 0, and that the other classes get what they get without it."""
     case = soft_case(classes, divergence)
     masked = torch.arange(classes) % 4 == 1
     small = Case(case.logits[:, ~masked], case.prior[:, ~masked], case.target[:, ~masked], 0.5, case.options)
@@ -74,7 +74,7 @@ def test_infinite_part_of_no_weight_leaves_the_loss_finite(backend, alpha, infin
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("bad", (NAN, INF, "all masked"))
 def test_bad_row_stays_alone(backend, bad, classes, divergence):
-    """Logits with a NaN, a +inf or only -inf affect their own row and no other."""
+    """Check that logits with a NaN, a +inf or only -inf affect their own row and no other."""
     clean = soft_case(classes, divergence, rows=5)
     before = [x.clone() for x in rows_of(*run(clean, backend))]
     clean.logits[2, classes // 2] = 0.0 if bad == "all masked" else bad
@@ -121,7 +121,7 @@ def test_zero_times_log_zero(backend, divergence):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_underflowed_half_prior_in_reverse_is_large_not_infinite(backend, dtype):
-    """Logarithms are taken at no less than float32's smallest normal number, whose -log is 87.3."""
+    """Check that logarithms end at float32's smallest normal number, whose -log is 87.3."""
     case = soft_case(10, "reverse", dtype=dtype, scale=0.0, alpha=0.0)
     case.prior = (torch.arange(10) * -100.0).softmax(-1).to(dtype).expand(3, 10).contiguous()
     assert (case.prior[:, 1:] == 0).sum() >= 27
@@ -132,7 +132,7 @@ def test_underflowed_half_prior_in_reverse_is_large_not_infinite(backend, dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
 def test_ignored_rows(backend, reduction, dtype):
-    """Ignored rows have loss and gradient 0 whatever they hold, and a belief; the mean is over the other rows."""
+    """Check that ignored rows have loss and gradient 0 and a belief, and that the mean is over the other rows."""
     for classes in SIZES:
         case = make_case(6, classes, dtype=dtype, reduction=reduction, ignore_index=-7)
         case.target[[1, 4]] = -7
@@ -189,7 +189,7 @@ def test_one_class(backend, divergence):
 
 
 def test_masses_other_than_one(backend):
-    """Targets and priors that do not sum to 1 keep sum y and sum q in loss and gradient."""
+    """Check that targets and priors that do not sum to 1 keep sum y and sum q in loss and gradient."""
     for dtype in DTYPES:
         case = make_case(5, 30, dtype=dtype, soft=True, label_smoothing=0.1)
         case.prior, case.target = case.prior * 1.5, case.target * 0.25
@@ -211,7 +211,7 @@ def test_truth_itself_on_a_case_by_hand():
 
 @pytest.mark.parametrize("masked", (slice(0, 2048), slice(2048, 4096)), ids=("first", "last"))
 def test_reverse_with_logits_masked_by_the_least_float(backend, masked):
-    """With finfo.min instead of -inf, the step to the next block's maximum overflows and must not give a NaN."""
+    """Check that finfo.min instead of -inf gives no NaN, although the step to the next block's maximum overflows."""
     case = make_case(3, 4096, divergence="reverse", label_smoothing=0.1)
     case.logits[:, masked] = torch.finfo(torch.float32).min
     case.target %= 2048

@@ -87,7 +87,7 @@ def test_gradient_sums_to_zero_and_shift_changes_nothing(backend, divergence):
 
 
 def test_descent_certificate(backend):
-    """A belief with no larger loss than its prior is closer to the target by at least ((1 - alpha) / alpha) KL(q || p)."""
+    """Check that a belief of no larger loss than its prior is (1 - alpha) / alpha KL(q || p) closer to the target."""
     alpha, q = 0.4, distributions(64, 10, seed=5)
     labels = torch.randint(0, 10, (64,))
     y = 0.9 * F.one_hot(labels, 10) + 0.01

@@ -59,7 +59,7 @@ def test_layouts_give_the_same(backend, layout, dtype, divergence):
 
 
 def test_one_row_for_all(backend):
-    """Prior, target or logits may be expanded, with a row stride of 0."""
+    """Expand prior, target or logits, with a row stride of 0."""
     case = soft_case()
     one = Case(case.logits, case.prior[:1].expand(6, -1), case.target[:1].expand(6, -1), 0.3, case.options)
     result, dlogits = call(one, backend)
@@ -93,7 +93,7 @@ def test_any_number_of_dimensions(backend, shape, reduction, soft):
 
 
 def test_dimensions_out_of_order(backend):
-    """Logits (2, 3, C) of a permuted tensor, as from a segmentation head, are copied once and give the right values."""
+    """Check that permuted logits (2, 3, C), as from a segmentation head, are copied once and give the right values."""
     z = torch.randn(2, 9, 3, device=backend.device).permute(0, 2, 1)
     labels = torch.randint(0, 9, (3, 2), device=backend.device).t()
     result, dlogits = local_loss_and_grad(z, None, labels, backend=backend.name)
@@ -137,7 +137,7 @@ def test_alpha_and_soft_target_of_another_dtype(backend, alpha):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", (7, 16, 37, 1030))
 def test_out(backend, classes, dtype, divergence):
-    """New memory, padded memory and the logits themselves get the same gradient; the padding stays as it was."""
+    """Check that new memory, padded memory and the logits themselves get the same gradient, and padding is kept."""
     for soft in (True, False):
         case = make_case(
             5, classes, dtype=dtype, soft=soft, ignored=0.2, label_smoothing=0.1, divergence=divergence
@@ -173,7 +173,7 @@ def test_out_of_more_dimensions(backend):
 
 
 def test_overwritten_logits_cannot_corrupt_another_gradient(backend):
-    """out=logits changes the logits in place, and a backward pass that saved them raises."""
+    """Check that a backward pass that saved the logits raises after out=logits has changed them in place."""
     z = torch.randn(3, 8, device=backend.device, requires_grad=True)
     logits = z.exp()  # exp saves its result
     labels = torch.tensor([0, 1, 2], device=backend.device)

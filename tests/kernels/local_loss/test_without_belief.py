@@ -67,7 +67,7 @@ def test_cuda_source(kind, divergence, target):
 @on_the_host
 @pytest.mark.parametrize("kind", ("f32", "bf16", "f16"))
 def test_cuda_plan(kind):
-    """A belief that is not wanted does not narrow the accesses, whatever its dtype and address."""
+    """Check that a belief that is not wanted does not narrow the accesses, whatever its dtype and address."""
     for shift in (0, 1):
         case = make_case(4, 64, dtype=simt.KIND_DTYPES[kind])
         case.logits, case.prior = simt.copy_shifted(case.logits, shift), simt.copy_shifted(case.prior, shift)
