@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""Share fixtures among the tests of the command line."""
 
 import pytest
 

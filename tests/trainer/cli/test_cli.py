@@ -1,4 +1,4 @@
-"""The `sid` command and the Trainer end to end: the files of a run, and the message for each mistake."""
+"""Test the `sid` command and the Trainer end to end: the files of a run, and the message for each mistake."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_image_folder_end_to_end_in_bfloat16(tmp_path):
     ],
 )
 def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, optimizers):
-    """`optimizers` counts the None of an extractor without parameters."""
+    """Train on files of MNIST; `optimizers` counts the None of an extractor without parameters."""
     data = write_mnist(tmp_path / "data")
     out = tmp_path / "run"
     options = ["--epochs", "1", "--batch-size", "24", *words.split(), "--out", str(out)]
@@ -299,7 +299,7 @@ def test_rows_hold_the_learning_rate_of_the_last_step(lr_schedule):
 
 
 def test_alpha_as_text_in_python():
-    """As on the command line: linear over depth, or one number per stage."""
+    """Check that alpha is read as on the command line: linear over depth, or one number per stage."""
     assert small_trainer(alpha="0.9:0.3").metadata["alpha"] == pytest.approx([0.9, 0.3])
     assert small_trainer(alpha="0.8,0.4").metadata["alpha"] == [0.8, 0.4]
     with pytest.raises(ValueError, match="alpha must be one number or one for each of the 2 stages, not 3"):
@@ -314,7 +314,7 @@ def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_importing_needs_only_torch_and_numpy():
-    """Libraries for pictures, images and progress bars are imported when they are used."""
+    """Check that libraries for pictures, images and progress bars are imported only when they are used."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'sklearn', 'torchvision', 'tqdm', 'PIL']));"
         "from sid_trainer import build_network, sid_step, Trainer; import sid_trainer.cli"

@@ -1,4 +1,4 @@
-"""`sid eval` repeats the metrics of the last epoch; `sid compare` trains, continues after a stop and writes the table."""
+"""Test `sid eval`, which repeats the last epoch's metrics, and `sid compare`, which continues after a stop."""
 
 import json
 import statistics

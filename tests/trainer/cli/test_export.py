@@ -1,4 +1,4 @@
-"""Exported programs and ONNX files give the same logits without this package."""
+"""Test that exported programs and ONNX files give the same logits without this package."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_onnx(run, tmp_path, capsys):
 
 
 def test_a_program_has_the_accuracy_of_the_run(run):
-    """The test accuracy equals that of the last epoch."""
+    """Check that the test accuracy of a program equals that of the last epoch."""
     test = load_digits().test
     main(["export", str(run)])
     program = torch.export.load(run / "network.pt2").module()
@@ -119,7 +119,7 @@ def test_pixels_are_normalized_per_channel(program):
 
 @pytest.mark.parametrize("arch", [pytest.param("vgg11", marks=pytest.mark.slow), "resnet18", "vit_tiny"])
 def test_other_networks_with_any_batch_size(arch):
-    """Covers batch-norm after one batch, and learned positions."""
+    """Export networks with batch-norm after one batch, and with learned positions."""
     network = build_network(arch, "stagewise", num_classes=3, in_channels=1, image_size=(4, 4))
     with torch.no_grad():
         network(torch.randn(8, 1, 4, 4))

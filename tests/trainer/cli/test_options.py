@@ -1,4 +1,4 @@
-"""The flags of `sid` are a frozen list. Empty paths and missing packages give one line."""
+"""Freeze the list of flags of `sid`, and check that empty paths and missing packages give one line."""
 
 import argparse
 from dataclasses import fields
@@ -64,7 +64,7 @@ def test_every_setting_has_a_flag_and_shows_its_default():
 
 
 def test_settings_that_are_not_given_are_absent():
-    """So the network's recipe fills it in, and `--resume` knows which were given."""
+    """Check that settings not given are absent: the recipe fills them in, and `--resume` tells which were given."""
     args = make_parser(dict.fromkeys(FLAGS, print)).parse_args(["train", "--lr", "0.5", "--stages-per-rank", "1", "2"])
     assert vars(args) == {"command": "train", "run": print, "lr": 0.5, "stages_per_rank": [1, 2]}
 

@@ -1,4 +1,4 @@
-"""`--network MODULE:FUNCTION`: a model cut by names is trained, resumed, measured, exported and reported."""
+"""Test `--network MODULE:FUNCTION`: a model cut by names is trained, resumed, measured, exported and reported."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def make_any(classes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the module `own_models`, as the current one."""
+    """Make a folder with the module `own_models` the current one."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_models.py").write_text(MODULE)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Order, crops and pixels of batches, from memory and from files, also resumed within an epoch."""
+"""Test order, crops and pixels of batches, from memory and from files, also when resumed within an epoch."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Data sets: what is read, the messages for what cannot be read, the cache, atomic writes."""
+"""Test data sets: what is read, the messages for what cannot be read, the cache, atomic writes."""
 
 import os
 import pickle

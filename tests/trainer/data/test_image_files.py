@@ -1,4 +1,4 @@
-"""Decoding: every kind of image file becomes what a viewer shows, or is refused in one line that names its mode."""
+"""Test decoding: every kind of image file becomes what a viewer shows, or is refused in a line that names its mode."""
 
 import struct
 import zlib
@@ -137,7 +137,7 @@ def test_other_kinds_are_shown_as_before(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_classes_that_only_a_right_decoding_tells_apart(tmp_path, suffix):
-    """In memory, streamed by this process and by workers."""
+    """Decode in memory, and as a stream by this process and by workers."""
     root = write_image_folder(tmp_path / "set", count=3)
     for i, folder in enumerate(sorted(root.glob("*/*"))):
         for j, file in enumerate(sorted(folder.iterdir())):

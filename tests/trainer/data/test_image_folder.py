@@ -1,4 +1,4 @@
-"""Image folders: hidden entries are no data, and links bring no file twice and none from elsewhere."""
+"""Test image folders: hidden entries are skipped, and links add no file twice and none from elsewhere."""
 
 import os
 import shutil

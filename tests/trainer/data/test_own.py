@@ -1,4 +1,4 @@
-"""`OwnData`: the `Trainer` on tensors, data sets and data loaders of one's own."""
+"""Test `OwnData`: the `Trainer` on your own tensors, data sets and data loaders."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_epochs_have_different_orders_that_depend_on_the_seed():
 
 
 def test_class_weights_of_the_network_are_those_of_its_training():
-    """In a network of either class; the rest of its `loss_options` comes from the configuration."""
+    """Check class weights in networks of either class; other `loss_options` come from the configuration."""
     weight, losses = torch.tensor([1.0, 0.0, 5.0]), []
     for at in (["2", "4"], [3]):
         for class_weight in (None, weight):

@@ -1,4 +1,4 @@
-"""Subset, validation split and label noise: their sizes, their classes, and that a seed determines them."""
+"""Test subset, validation split and label noise: their sizes, their classes, and that a seed determines them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or silent: the run ends as one left alone, or in one clear line.
+"""Test ranks that are killed, stopped or silent: the run ends as an undisturbed one, or with one clear line.
 
 SID_KILLS=10 kills ten times where the suite kills twice.
 """
@@ -47,7 +47,7 @@ def own_lines(text):
 
 
 def restarted(run, gone):
-    """Both ranks, rank -> process id, once neither is one of those that are gone; until then None."""
+    """Return both ranks, rank -> process id, once neither is one of those that ended; until then None."""
     found = workers(run.process.pid)
     return found if len(found) == 2 and not gone & set(found.values()) else None
 
@@ -55,7 +55,7 @@ def restarted(run, gone):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stage", "data"])
 def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
-    """SIGKILL to rank 0, 1, 0, ...: soon after its start, or some time after it has saved something."""
+    """Send SIGKILL to rank 0, 1, 0, ...: soon after its start, or some time after it has saved something."""
     words = [*SMALL, *RUNS[how]]
     alone = trained(*words, count=2, out=tmp_path / "alone")
     folder, draw = tmp_path / "killed", random.Random(how)
@@ -97,7 +97,7 @@ def test_ranks_killed_in_turn_at_random_moments(tmp_path, how):
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
-    """Then 1 process goes on until a signal, and 3 to the end."""
+    """Stop all ranks by a signal; then 1 process continues until a signal, and 3 until the end."""
     words = [*SMALL, "--epochs", "8", *RUNS["stage"]]
     alone = trained(*words[: words.index("--parallel")], count=1, out=tmp_path / "alone")
     folder = tmp_path / "stopped"
@@ -116,7 +116,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
-    """Three runs side by side: all of them mostly wait."""
+    """Run three runs side by side, because all of them mostly wait."""
     timeout, runs = 20, {}
     for how, silent in (("stage", 0), ("stage", 1), ("data", 1)):
         folder = tmp_path / f"{how}{silent}"
@@ -170,7 +170,7 @@ def test_an_infinite_loss_names_the_stage_by_its_number_in_the_whole_network(tmp
 @pytest.mark.parametrize(("count", "meeting"), [(2, ["--standalone"]), (1, ["--rdzv-id=another"])])
 @pytest.mark.slow
 def test_a_restart_resumes_the_run_of_its_launch_only(tmp_path, count, meeting):
-    """torchrun starts again what was refused because the folder holds a run: that must not become resuming it."""
+    """Check that a restart of a run that was refused, because the folder holds another, does not resume the other."""
     words = ["train", *SMALL, "--epochs", "1", *(RUNS["stage"] if count > 1 else []), "--out", tmp_path / "run"]
     first = ["--rdzv-id=job"] if count == 1 else meeting
     with torchrun(*words, count=count, out=tmp_path / "first", meeting=first) as run:
@@ -195,7 +195,7 @@ def test_restarts_without_an_id_of_the_launch_are_refused_before_training(tmp_pa
 
 
 def test_a_restart_before_anything_was_saved_replaces_the_old_run(tmp_path):
-    """With --overwrite, and the very settings of the run that is there; what this start has saved is gone on with."""
+    """Restart with --overwrite and the settings of the old run, and continue from what the new one has saved."""
     folder = tmp_path / "run"
     words = ["train", *SMALL, "--epochs", 1, *RUNS["stage"], "--overwrite", "--out", folder]
     learned = {}

@@ -1,4 +1,4 @@
-"""Data parallel equals one process on the whole batch within rounding; what cannot work together is refused in one line."""
+"""Test that data parallel equals one process on the whole batch within rounding, and the errors of bad combinations."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ def alone(tmp_path_factory):
 
 
 def check_close(one: Path, other: Path) -> None:
-    """What one process and many replicas leave: the same but for the order in which images are summed."""
+    """Check that one process and many replicas leave the same, up to the order in which images are summed."""
     states = [state_of(folder) for folder in (one, other)]
     for name, tensor in states[0]["network"].items():
         torch.testing.assert_close(
@@ -90,7 +90,7 @@ def test_two_replicas_are_one_process_on_the_whole_batch(alone, tmp_path, how, n
 
 
 def test_a_pipeline_in_two_replicas(alone, tmp_path):
-    """4 processes: 2 ranks of stages, 2 shares of every batch; stopped on the way and gone on with by 2."""
+    """Run 4 processes: 2 ranks of stages and 2 shares of every batch; stop them, and continue with 2."""
     words, serial = [*SMALL.split(), *RUNS["mlp"].split()], alone("mlp")
     grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
     whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
@@ -100,8 +100,10 @@ def test_a_pipeline_in_two_replicas(alone, tmp_path):
 
 
 def train_by_turns(words: dict, folder: Path) -> None:
-    """One of two replicas holds up its first stage's backward until the other's second stage has begun, in the first and
-    in the third step: in the second DDP agrees on its buckets anew."""
+    """Delay the first stage's backward in one of two replicas until the other's second stage has begun.
+
+    This happens in the first and in the third step: in the second one, DDP agrees on its buckets again.
+    """
     torch.set_num_threads(1)
     trainer = make_trainer(RunConfig(train_images=24, batch_size=8, epochs=1, timeout=300, **words), quiet=True)
     topology, (first, second) = trainer.strategy.topology, trainer.strategy.local_stages[:2]
@@ -146,7 +148,7 @@ def test_a_stage_runs_while_the_gradients_of_the_one_before_are_on_their_way(tmp
 
 
 def refused(folder, status, said, message):
-    """Status 2 everywhere, one line in all that says what is wrong, and nothing written."""
+    """Check that all processes end with status 2, that one line says what is wrong, and that nothing is written."""
     assert status == [2] * len(status), said
     (line,) = "".join(said).splitlines()
     assert line.startswith("sid train: error: ") and message in line, said
@@ -266,7 +268,7 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
 
 
 def test_a_run_saved_by_another_layout_of_processes(tmp_path):
-    """A shared network has no pipeline, and its fused stages have one optimizer where replicas have one a stage."""
+    """Resume a shared network, which has no pipeline and one optimizer for stages that have one each in replicas."""
     folder = trained(
         *"--arch simple_cnn --depth 3 --train-images 40 --batch-size 8 --epochs 1".split(),
         count=1,
@@ -351,7 +353,7 @@ def test_how_ranks_spent_their_time():
 
 
 def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):
-    """On a clock of its own: a stage's forward pass takes 1. Loading that takes more than all leaves rank 0 one stage."""
+    """Balance stages of 1 second each on a clock of the test; long loading leaves rank 0 one stage."""
     run = RunConfig(arch="mlp", layout="stagewise", depth=8, train_images=100, batch_size=50)
     data = make_data(run)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)

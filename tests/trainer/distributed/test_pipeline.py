@@ -1,4 +1,4 @@
-"""A pipeline of stages over processes is the serial run, bit for bit: left alone, stopped, and gone on with by others."""
+"""Test that a pipeline over processes is the serial run, bit for bit: undisturbed, stopped, continued by others."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ PARALLEL = ("--parallel", "stage")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The folder of a run by one process; each is made once."""
+    """Return the folder of a run by one process; each is made once."""
     made = {}
 
     def of(name):
@@ -88,7 +88,7 @@ def test_stages_as_asked_for(alone, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_gone_on_with_by_other_numbers_of_ranks(alone, tmp_path, number):
-    """2 ranks, then 1, then 3: every rank stops after the step in which the first one heard of it."""
+    """Run 2 ranks, then 1, then 3: each stops after the step in which the first one received the signal."""
     folder = tmp_path / "run"
     words = ["train", *words_of("mlp"), *PARALLEL, "--out", folder]
     status, said = ranks(*words, count=2, out=folder, ends={0: (STEP, 18, number), 1: (STEP, 3, number)})
@@ -102,7 +102,7 @@ def test_stopped_and_gone_on_with_by_other_numbers_of_ranks(alone, tmp_path, num
 
 
 def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
-    """Its checkpoint between two epochs is that of one process at the same step, and is evaluated as such."""
+    """Check that a checkpoint between two epochs is that of one process at the same step, and can be evaluated."""
     stopped = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
@@ -183,7 +183,7 @@ def test_layouts_are_those_of_the_features_in_training_and_nothing_changes(arch,
 
 @pytest.fixture
 def moved(monkeypatch):
-    """All modules that are taken to a device with memory, each with what it holds."""
+    """Record all modules that are moved to a device with memory, each with what it holds."""
     found, to = [], nn.Module.to
 
     def noted(module, *where, **options):
@@ -208,7 +208,7 @@ def trainer_of(arch, layout, strategy):
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_only_a_rank_s_own_stages_go_to_its_device(moved, rank):
-    """And copies of the others, one at a time, to see what they hand on."""
+    """Check that others are copied there one at a time, to see the layouts of their features."""
     torch.manual_seed(1)
     parts = [range(0, 1), range(1, 3), range(3, 4)]
     trainer, weights = trainer_of("resnet18", "stagewise", StageStrategy(Communicator(Topology(rank, 3)), parts))
@@ -230,7 +230,7 @@ def names_in(network, module):
 
 
 def test_parameters_in_shards_go_to_the_device_as_they_are_cut(moved, monkeypatch):
-    """A whole network need not fit: nothing is there before `fully_shard` takes it, module by module."""
+    """Check that nothing is on the device before `fully_shard` takes it module by module: the network need not fit."""
     monkeypatch.setattr(Replicas, "shard", lambda *_: None)
     trainer_of("simple_cnn", "shared", ShardStrategy(Communicator(Topology(replicas=2))))
     assert not moved
@@ -275,7 +275,7 @@ def take_batches(sent, taken, in_flight, batches):
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_a_rank_that_is_further_ahead_waits(in_flight):
-    """A sender is never more than 2 x in_flight batches ahead, and gets that far."""
+    """Check that a sender is never more than 2 x in_flight batches ahead, and gets that far."""
     counts = [multiprocessing.get_context("forkserver").Value("i", 0) for _ in range(2)]
     arguments = (*counts, in_flight, 12)
     assert finish(start([(send_batches, arguments), (take_batches, arguments)])) == [0, 0]

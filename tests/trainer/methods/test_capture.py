@@ -1,4 +1,4 @@
-"""`capture`: on a GPU the step as a CUDA graph, elsewhere the step itself behind the same checks."""
+"""Test `capture`: on a GPU the step as a CUDA graph, elsewhere the step itself after the same checks."""
 
 import copy
 
@@ -30,7 +30,7 @@ def batches(device, number):
 
 @pytest.fixture
 def deterministic():
-    """Adam makes a whole step of the least difference."""
+    """Make sums deterministic: Adam turns the least difference into a whole step."""
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
         yield
 
@@ -40,7 +40,7 @@ def deterministic():
     ("kind", "options"), [(Adam, {"fused": True}), (SGD, {"momentum": 0.9, "fused": True})], ids=["adam", "sgd"]
 )
 def test_replays_are_the_steps(device, kind, options, deterministic):
-    """New data and a new learning rate at every call, from a scheduler and by assignment; the same parameters after."""
+    """Replay with new data and a new learning rate each time, by a scheduler and by assignment; compare parameters."""
     ends = []
     for captured in (False, True):
         network, optimizers = make(device, kind, **options)
@@ -98,7 +98,7 @@ def test_optimizers_that_cannot_be_undone_or_captured_are_refused(optimizer, mes
 
 
 def test_what_a_snapshot_puts_back():
-    """What undoes the runs before a capture: parameters, all buffers, states old and new."""
+    """Check that the runs before a capture are undone: parameters, all buffers, states old and new."""
     for warm in (False, True):
         network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
         twin = copy.deepcopy(network)

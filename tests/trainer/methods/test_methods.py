@@ -1,4 +1,4 @@
-"""Every method trains every network in both layouts, on real digits; and what sets each method apart."""
+"""Test that every method trains every network in both layouts, on real digits, and what sets each method apart."""
 
 import pytest
 import torch
@@ -42,8 +42,10 @@ def test_all_methods_but_sid_learn_and_are_judged_by_a_cross_entropy(method):
 
 @pytest.mark.parametrize(("arch", "layout", "method"), CELLS)
 def test_every_method_trains_every_network(arch, layout, method, digits):
-    """Small networks tell the trained images apart far better than by chance (10%); the loss of large ones falls on a
-    batch that they see a few times."""
+    """Check that small networks classify the trained images far better than by chance (10%).
+
+    The loss of large ones falls on a batch that they see a few times.
+    """
     network = make(arch, layout, method, depth=4 if layout == "shared" else None)
     large = arch not in ("simple_cnn", "mlp")
     optimizers = make_optimizers(network, method, optimizer="adam", lr=3e-4 if large else 3e-3)
@@ -71,7 +73,7 @@ SMOOTHED = [{"label_smoothing": 0.1}, {"label_smoothing": 0.1, "divergence": "re
     ids=str,
 )
 def test_the_schedules_have_the_same_gradients(arch, layout, options):
-    """In float64, relative to the largest gradient of the stage a parameter belongs to."""
+    """Compare in float64, relative to the largest gradient of the stage a parameter belongs to."""
     network = make(arch, layout, depth=3 if layout == "shared" else None).double()
     inputs, targets = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (4,))
     alphas = [0.9 - 0.1 * i for i in range(len(network.stages))]
@@ -104,7 +106,7 @@ def assert_same(found, expected, rounding=1e-4):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_three_forms_of_backpropagation_agree(layout):
-    """On a network without batch-norm, where a part of the batch is as good as all of it."""
+    """Compare on a network without batch-norm, for which a part of the batch is as good as all of it."""
     network = make("simple_cnn", layout, "bp", depth=3 if layout == "shared" else None)
     inputs, targets = torch.randn(11, 1, 8, 8), torch.randint(0, 10, (11,))
     network.zero_grad()
@@ -156,7 +158,7 @@ def test_deep_supervision_and_greedy_against_their_definitions(layout):
 
 
 def test_the_features_of_a_stagewise_network_are_not_those_of_the_stage_after_its_update():
-    """What a stage hands on is from before its update: the same as without optimizers."""
+    """Check that a stage passes on what it computed before its update: the same as without optimizers."""
     for lr in (0.0, 0.5):
         network = make("mlp", "stagewise")
         inputs, targets = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))

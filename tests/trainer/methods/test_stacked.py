@@ -1,4 +1,4 @@
-"""StackedHeads: the same numbers as one module per stage, in every schedule and method, wherever the memory is."""
+"""Test that StackedHeads give the numbers of one module per stage, in every schedule and method."""
 
 import copy
 import io
@@ -91,7 +91,7 @@ STEPS = {
     ids=["adam", "adamw", "sgd", "gradients"],
 )
 def test_steps_that_run_stages_one_by_one_have_the_bits_of_modules(name, kind, options):
-    """With optimizers the parameters, without them the gradients, which add up."""
+    """Compare parameters with optimizers, and without them gradients, which add up."""
     ends = []
     for fused in (True, False):
         network, inputs, targets = make(fused=fused)
@@ -138,7 +138,7 @@ def assigned(network):
 
 @pytest.mark.parametrize("move", [copy.deepcopy, double_and_back, to_device_and_back, shared_memory, assigned])
 def test_steps_after_a_move_are_those_of_modules(move):
-    """Some steps, a move of the parameters' memory, some steps more: gradients and weights of the unfused path."""
+    """Move the parameters' memory between steps, and compare gradients and weights with the unfused path."""
     networks, batches = [], []
     for fused in (True, False):
         network, *batch = make(fused=fused)
@@ -193,7 +193,7 @@ def test_frozen_weights_stay_and_have_no_gradient():
 
 
 def test_the_state_of_modules_is_loaded():
-    """A checkpoint of `Stage(StageHead)` modules, as this class replaced them."""
+    """Load a checkpoint of `Stage(StageHead)` modules, which this class replaced."""
     plain, inputs, _ = make(fused=False)
     file = io.BytesIO()
     torch.save(plain.state_dict(), file)
@@ -237,7 +237,7 @@ def test_optimizers_that_do_not_fit_are_refused_before_anything_changes():
 
 
 def test_what_the_cascade_holds_does_not_grow_with_depth(allocated):
-    """Beyond its group of stages, which is all of them at usual sizes: here small enough that it is two."""
+    """Measure memory beyond a group of stages, which is usually all of them, and here half of them."""
     peaks = []
     for depth in (32, 64):
         network, inputs, targets = make(depth=depth, dim=16, rows=1024, hidden_dim=256)

@@ -1,5 +1,7 @@
-"""SID's step in its schedules: gradients and updates against a reference written here. All methods and networks:
-test_methods.py."""
+"""Test the SID step in its schedules: gradients and updates against a reference written here.
+
+test_methods.py runs all methods and networks.
+"""
 
 from contextlib import nullcontext
 
@@ -25,7 +27,7 @@ def make(depth=10, in_channels=3, size=16, batch=16, fused=True):
 
 
 def summed_loss_gradients(network, inputs, targets, alphas):
-    """One backward over the sum of all stages' losses, teachers detached. The stages are modules."""
+    """Compute gradients by one backward over the sum of all stages' losses, teachers detached; stages are modules."""
     network.zero_grad()
     features = network.extractor(inputs)
     prior, total = torch.full((len(inputs), 10), 0.1), 0
@@ -87,7 +89,7 @@ def test_soft_targets():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_updates_are_those_of_the_reference(channels_last):
-    """In float64, where three steps' moves of the parameters can be told from rounding."""
+    """Compare in float64, where the parameters' changes in three steps can be told from rounding."""
     results = []
     for schedule in STEP_SCHEDULES:
         network, inputs, targets = make()
@@ -152,7 +154,7 @@ def test_the_reference_network():
 
 
 def test_pooling_before_relu_changes_no_bit():
-    """The reference's order, ReLU before each pooling, on values that tie at zero."""
+    """Compare with the reference's order, ReLU before each pooling, on values that tie at zero."""
     conv = nn.Conv2d(3, 8, 3, padding=1)
     found = []
     for order in ((nn.ReLU(), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.ReLU())):
@@ -167,7 +169,7 @@ def test_pooling_before_relu_changes_no_bit():
 @pytest.mark.parametrize("step", [sid_step, bp_step, deep_supervision_step])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_callers_autocast_is_used(step, layout):
-    """A step under autocast has the results of one that is told the dtype, and others than one in float32."""
+    """Check that a step under autocast has the results of one that is told the dtype, not those of float32."""
 
     def run(context, **options):
         torch.manual_seed(0)

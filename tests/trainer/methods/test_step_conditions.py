@@ -1,4 +1,4 @@
-"""`sid_step` on moved, float64, half-precision and frozen networks, with a single optimizer, and with unusual targets."""
+"""Test `sid_step` on moved, float64, half-precision and frozen networks, a single optimizer, and unusual targets."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What the steps of a cascade hold for backward, by depth: one stage's activations, or every stage's."""
+"""Test what the steps of a cascade hold for backward, by depth: one stage's activations, or every stage's."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_backpropagation_holds_every_stage(step, fused):
 
 
 def test_checkpointing_and_parts_hold_less():
-    """Checkpointing holds what passes between stages: 10 numbers an example in place of some 400. Parts hold theirs."""
+    """Check that checkpointing holds 10 numbers per example between stages instead of some 400, and parts their own."""
     whole = cascade_bytes(bp_step, 16)
     assert cascade_bytes(bp_step, 16, checkpointed=True) < whole / 4
     assert cascade_bytes(bp_step, 16, parts=4) == pytest.approx(whole / 4, rel=0.05)

@@ -1,4 +1,4 @@
-"""The belief head and the cascade on sizes and options that hypothesis draws, and the CPU cascade on every instruction set."""
+"""Test the belief head and the cascade on sizes and options that hypothesis draws, and on every instruction set."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ ON_ANY = """
 
 @pytest.mark.parametrize("level", ["baseline", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_the_cascade_on_every_instruction_set(level):
-    """The other tests run on the processor's best."""
+    """Run the CPU cascade on each instruction set; the other tests run on the processor's best."""
     order = ("baseline", "avx2", "avx512")
     highest = fresh_process("from sid_kernels.core import cpu; print(cpu.instruction_set())")
     if order.index(level) > order.index(highest):

@@ -1,7 +1,7 @@
-"""The stages on their streams: what waits for what, through the real step, and equal bits however stages are placed.
+"""Test the stages on their streams: what waits for what in the real step, and equal bits however they are placed.
 
-On a CPU a backend that only keeps the books stands in for CUDA: it knows, for every piece of work, which stream it was
-asked for on and what is certain to be done before it.
+On a CPU a backend that only keeps records stands in for CUDA: it knows, for every piece of work, the stream it was
+queued on and what is certain to be done before it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Stream:
 
 
 class Backend:
-    """What StageStreams asks of torch.cuda."""
+    """The part of torch.cuda that StageStreams uses."""
 
     def __init__(self):
         self.caller = self.now = Stream("caller")
@@ -72,7 +72,7 @@ def make(layout, depth=3, fused=False):
 
 
 def tell(backend, network, optimizers, monkeypatch, prefix=lambda: ""):
-    """Have the backend write down every forward, loss, backward and update of a stage, and the extractor's."""
+    """Let the backend record every forward, loss, backward and update of a stage, and the extractor's."""
 
     def watch(module, name):
         module.register_forward_hook(lambda *_: backend.do(f"{prefix()}forward {name}"))
@@ -152,7 +152,7 @@ def test_the_next_step_comes_after_the_whole_of_this_one(monkeypatch):
 
 
 def test_nothing_of_a_stage_runs_outside_its_stream():
-    """Every operator PyTorch dispatches between the first stage's start and the last one's end, backward included."""
+    """Check every operator that PyTorch dispatches from the first stage's start to the last one's end."""
     backend, seen = Backend(), []
 
     class Watch(TorchDispatchMode):
@@ -183,7 +183,7 @@ def test_nothing_of_a_stage_runs_outside_its_stream():
 
 
 def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_stage_and_serves_all():
-    """It adds on the stream it was made on."""
+    """Check where the node is made that sums shared gradients: it runs on that stream."""
     network, inputs, targets = make("shared")
     seen = []
 
@@ -227,7 +227,7 @@ def test_only_cuda_gets_streams():
 
 
 def residual_network(depth=4):
-    """Convolutions with batch-norm and a skip, as ResNet's blocks have them; an uneven batch of work a stage."""
+    """Return convolutions with batch-norm and a skip, as in ResNet's blocks; stages have unequal work."""
 
     class Residual(nn.Module):
         def __init__(self, before, after):
@@ -250,7 +250,7 @@ def shared_network(depth=4):
 
 @pytest.fixture(params=[residual_network, shared_network], ids=["residual", "shared"])
 def on_gpu(request):
-    """A network on the GPU and 6 batches. No autotuning and no atomic additions: what differs is the order alone."""
+    """Return a network on the GPU and 6 batches, without autotuning and atomic additions: only order differs."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         torch.manual_seed(0)
         network = request.param().to("cuda", memory_format=torch.channels_last)
@@ -259,7 +259,7 @@ def on_gpu(request):
 
 
 def trained(network, batches, streams, captured=False, dtype=torch.float32):
-    """Every tensor that some steps of a copy of the network leave, and every step's result."""
+    """Return every tensor that some steps of a copy of the network leave, and every step's result."""
     network = copy.deepcopy(network)
     # A graph reads the rate as float32: this one is the same number in float64.
     optimizers = make_optimizers(network, "sid", lr=2**-10)

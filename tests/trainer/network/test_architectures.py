@@ -1,4 +1,4 @@
-"""The networks: what they are made of, where they are cut, what is refused."""
+"""Test the networks: what they are made of, where they are cut, what is refused."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_every_network_turns_images_into_beliefs(arch, layout, shape):
     ("vit_tiny", 4, [(64, 192)] * 4), ("vit_tiny", 12, [(64, 192)] * 12), ("mlp", 3, [(256,)] * 3),
 ], ids=str)  # fmt: skip
 def test_the_cuts_of_the_method(arch, depth, stages):
-    """Where each backbone is cut for 32x32 images: the shapes of the features that pass between stages."""
+    """Check where each backbone is cut for 32x32 images, by the shapes of the features that pass between stages."""
     network, features, found = build_network(arch, "stagewise", depth=depth).eval(), torch.zeros(2, 3, 32, 32), []
     for stage in network.stages:
         features = stage.body(features)
@@ -41,7 +41,7 @@ def test_the_cuts_of_the_method(arch, depth, stages):
 
 
 def test_resnet18_and_vgg11_are_torchvisions():
-    """The same numbers as torchvision's own networks with the same parameters, stem and pooling aside."""
+    """Compare with torchvision's networks with the same parameters, except for stem and pooling."""
     from torchvision.models import resnet18
 
     ours, theirs = build_network("resnet18", "stagewise", plain=True, grid=1), resnet18(num_classes=10)
@@ -57,7 +57,7 @@ def test_resnet18_and_vgg11_are_torchvisions():
 
 @pytest.mark.parametrize("arch", list(TRUNKS))
 def test_no_gradient_crosses_a_cut(arch):
-    """A stage's gradients do not change when all losses of later stages do."""
+    """Check that a stage's gradients do not change when all losses of later stages do."""
     torch.manual_seed(0)
     network = build_network(arch, "stagewise", in_channels=1, image_size=(8, 8))
     inputs, targets = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))

@@ -1,4 +1,4 @@
-"""`cut` by names: models of timm, torchvision and transformers as they are, and models written to be difficult."""
+"""Test `cut` by names: models of timm, torchvision and transformers, and models written to be difficult."""
 
 import copy
 
@@ -146,7 +146,7 @@ def train(network, inputs, targets, steps, lr=1e-3):
 
 
 def assert_nothing_crosses(network, inputs, targets, monkeypatch):
-    """A change of one stage's loss changes that stage's gradients and those of no other."""
+    """Check that a change of one stage's loss changes that stage's gradients and those of no other."""
     network.train()  # no model here draws random numbers
     original = local_pass.stage_loss
 
@@ -211,7 +211,7 @@ class UNet(nn.Module):
 
 
 class TwoInputs(nn.Module):
-    """Positional and keyword inputs, a tuple and a dict between modules, a mask that every block reads."""
+    """A model with positional and keyword inputs, a tuple and a dict between modules, and a mask that blocks read."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -274,7 +274,7 @@ def test_padding_does_not_count():
 
 
 def test_a_mask_is_for_tokens():
-    """Vectors after a mean need none; tokens of another number have another mask, or none."""
+    """Check that vectors after a mean need no mask, and that another number of tokens has another mask, or none."""
 
     class Pairs(nn.Module):
         def __init__(self, joined):

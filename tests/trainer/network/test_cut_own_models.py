@@ -1,4 +1,4 @@
-"""Models of one's own whose code is hard to cut: masks that make nested tensors, idle experts, skips, recomputation."""
+"""Test your own models that are hard to cut: masks that make nested tensors, idle experts, skips, recomputation."""
 
 import warnings
 
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
 
 def test_an_encoder_of_pytorch_with_a_padding_mask():
-    """In evaluation it passes nested tensors from layer to layer, unless it is asked not to."""
+    """Cut PyTorch's encoder, which in evaluation passes nested tensors between layers unless told not to."""
     torch.manual_seed(0)
     keep = torch.ones(BATCH, 6, dtype=torch.bool)
     keep[0, 3:] = False
@@ -52,7 +52,7 @@ def test_an_encoder_of_pytorch_with_a_padding_mask():
 
 
 class Experts(nn.Module):
-    """Each row goes to one expert."""
+    """A mixture in which each row goes to one expert."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ def conv(before, after, stride=1):
 @pytest.mark.parametrize("own_classifier", [False, True])
 @pytest.mark.parametrize("steps", [10, CLASSES])
 def test_a_series_with_a_class_for_each_step(own_classifier, stride, steps):
-    """Logits are (B, C, T), as those of the model; also if there are as many steps as classes."""
+    """Check that logits are (B, C, T), as those of the model; also if there are as many steps as classes."""
     torch.manual_seed(0)
     model = nn.Sequential(conv(2, 6, stride), conv(6, 6), nn.Upsample(steps), nn.Conv1d(6, CLASSES, 1))
     inputs = torch.randn(BATCH, 2, steps)

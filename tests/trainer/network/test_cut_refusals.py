@@ -1,4 +1,4 @@
-"""What `cut` and cut networks refuse, each in one line that says what is wrong."""
+"""Test what `cut` and cut networks refuse, each in one line that says what is wrong."""
 
 import pytest
 import torch

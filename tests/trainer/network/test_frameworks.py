@@ -1,4 +1,4 @@
-"""Loops, optimizers and frameworks train the networks as they train any module, in one process.
+"""Test that loops, optimizers and frameworks train the networks as they train any module, in one process.
 
 Expected weights come from `sid_step`, which needs no `loss.backward()`, or from a plain loop on whole batches.
 `test_frameworks_ranks.py` does the same with two processes.
@@ -97,7 +97,7 @@ def test_optimizers(name):
 
 
 def test_sharpness_aware_minimization():
-    """Two passes a step; the second one is at weights that the first one's gradients lead to."""
+    """Run two passes per step; the second one is at weights to which the first one's gradients lead."""
     networks = make("indices"), make("indices")
     for network, loss_and_gradients in zip(networks, (call_loss, step_loss), strict=True):
         optimizer = sgd(network)
@@ -125,7 +125,7 @@ def test_accumulation_over_4_micro_batches(kind):
 
 
 def test_autocast_of_the_caller(kind):
-    """Matrix products run in bfloat16; losses and gradients stay in float32, as does what the optimizer sees."""
+    """Check that matrix products run in bfloat16, and that losses, gradients and updates stay in float32."""
     network, other = make(kind), make(kind)
     dtypes = set()
     linear = next(module for module in network.modules() if isinstance(module, nn.Linear))
@@ -228,7 +228,7 @@ def test_lightning_accumulates_and_clips(kind):
 
 @pytest.fixture
 def accelerator():
-    """Yield the class; its state, one per process, is that of a new process before and after."""
+    """Yield the class; its state, one per process, is new before and after the test."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install -e '.[recipes]'")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
@@ -291,7 +291,7 @@ def test_trainer_of_transformers(kind, tmp_path, accelerator, parts, bf16):
 
 
 def test_copies_and_state_dicts(kind):
-    """As for an average of weights, or a checkpoint of a framework."""
+    """Copy a network as an average of weights does, and save it as a checkpoint of a framework does."""
     network, other = make(kind), make(kind)
     train(network, sgd(network))
     other.load_state_dict(network.state_dict())

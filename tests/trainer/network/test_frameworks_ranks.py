@@ -1,4 +1,4 @@
-"""Two processes end with the weights of one process on the whole batch.
+"""Test that two processes end with the weights of one process on the whole batch.
 
 One start makes all comparisons of a file's part: importing the frameworks takes longer than they do.
 """
@@ -115,7 +115,7 @@ def scaled(network, factor):
 
 
 def compare_evaluations(kind) -> None:
-    """A pass without targets between two steps changes nothing."""
+    """Check that a pass without targets between two steps changes nothing."""
     network, other = shard(make(kind), kind), make(kind)
     optimizers, (inputs, targets) = [sgd(network), sgd(other)], data()
     for _ in range(3):
@@ -130,7 +130,7 @@ def compare_evaluations(kind) -> None:
 
 
 def refuse_unreduced_gradients(kind) -> None:
-    """FSDP would keep them to itself, and the loss's factor would never reach them."""
+    """Check that unreduced gradients are refused: FSDP would keep them, and the loss's factor would not reach them."""
     network = shard(make(kind), kind)
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -148,7 +148,7 @@ def test_two_processes(comparison):
 
 
 def compare_frameworks(folder: str, ports: list[int]) -> None:
-    """Every comparison makes a process group of its own. On one port a rank could still meet the store before."""
+    """Make a process group per comparison: on one port, a rank could still connect to the previous store."""
     os.environ["LOCAL_WORLD_SIZE"] = str(WORLD)
     comparisons = [compare_lightning, compare_accelerate, lambda kind: compare_transformers(kind, folder)]
     for (kind, compare), port in zip(itertools.product(KINDS, comparisons), ports, strict=True):
@@ -238,7 +238,7 @@ def compare_transformers(kind, folder) -> None:
 
 @pytest.mark.slow
 def test_frameworks_in_two_processes(tmp_path):
-    """Lightning's ddp, Accelerate and transformers' Trainer, with accumulation and clipping in the latter two."""
+    """Run Lightning's ddp, Accelerate and transformers' Trainer; the latter two with accumulation and clipping."""
     for package in ("lightning", "accelerate", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}: pip install -e '.[recipes]'")

@@ -1,4 +1,4 @@
-"""A call with targets: its gradients are those of `sid_step`, its `backward` fits any loop, its memory is one stage's."""
+"""Test a call with targets: it has `sid_step`'s gradients, fits any loop, and holds one stage's memory."""
 
 import copy
 
@@ -45,7 +45,7 @@ def assert_equal_gradients(network, other, **tolerance):
 
 
 def is_short(arch, layout, dtype):
-    """Small networks in every layout and dtype, the others stagewise in float32."""
+    """Return whether a case runs by default: small networks in every layout and dtype, others stagewise, float32."""
     return arch in ("mlp", "simple_cnn") or (layout[0] == "stagewise" and dtype is torch.float32)
 
 
@@ -196,7 +196,7 @@ def test_an_own_term_is_part_of_its_stage_and_of_no_other():
 
 
 class Weighed(nn.Linear):
-    """A linear layer with a term of its own."""
+    """A linear layer that adds a term to its stage's loss."""
 
     def forward(self, inputs):
         add_stage_loss(self.weight.square().sum())
@@ -241,7 +241,7 @@ def test_class_weights_of_a_batch_that_is_ignored_are_no_division_by_zero():
 
 @pytest.mark.parametrize("kind", ["labels", "probabilities"])
 def test_class_weights_give_the_weighted_mean(kind):
-    """As `F.cross_entropy` defines it."""
+    """Check that class weights give the weighted mean that `F.cross_entropy` defines."""
     network, (inputs, labels) = small_network(depth=1), batch()
     labels[2] = -100
     weight = torch.rand(10) + 0.1
@@ -271,7 +271,7 @@ def test_class_weights_are_refused_for_stacked_heads():
 
 
 def test_float16_gradients_survive_a_large_batch_and_a_grad_scaler():
-    """A mean over 32768 rows: gradients of float16 logits are below 3e-5, where float16 has few bits."""
+    """Take a mean over 32768 rows: gradients are below 3e-5, where float16 has few bits."""
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
     network, (inputs, targets) = cut(trunk, [3], 10, torch.zeros(1, 3, *SIZE), hidden_dim=16), batch(32768)

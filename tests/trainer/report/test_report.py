@@ -1,4 +1,4 @@
-"""`sid report` and the tables of `sid compare`: run folders are read, grouped by seed, tabulated and drawn."""
+"""Test `sid report` and the tables of `sid compare`: run folders are read, grouped by seed, tabulated and drawn."""
 
 import json
 import math
@@ -68,7 +68,7 @@ class Tables(HTMLParser):
             self.tables[-1][-1][-1] += data
 
     def rows(self, title):
-        """The rows, as dicts, of the first table with that column."""
+        """Return the rows, as dicts, of the first table with that column."""
         titles, *rows = next(table for table in self.tables if title in table[0])
         return [dict(zip(titles, one, strict=True)) for one in rows]
 
@@ -83,7 +83,7 @@ def compared(folders):
 
 
 def test_constants_that_the_report_repeats():
-    """The report imports nothing of training: it reads folders only."""
+    """Compare the constants that the report repeats, because it reads folders only and imports nothing of training."""
     assert results.METHODS == METHODS
     assert set(MOVABLE) - {"device"} <= results.NOT_SETTINGS
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones are refused and the one before offered, none runs code, and a full disk loses nothing."""
+"""Test checkpoints: damaged ones are refused and the previous one offered, none runs code, full disks lose nothing."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ WORDS = "train --arch mlp --layout stagewise --depth 2 --hidden-dim 8 --train-im
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs: previous.pt is of the end of the first."""
+    """Return a run of two epochs, whose previous.pt is from the end of the first."""
     folder = tmp_path_factory.mktemp("checkpoints") / "run"
     assert main([*WORDS, "--epochs", "2", "--out", str(folder)]) == 0
     return folder
@@ -37,7 +37,7 @@ def run(finished, tmp_path):
 
 
 def refused(words, capsys):
-    """The one line in which the command refuses."""
+    """Return the one line with which the command refuses."""
     capsys.readouterr()
     assert main([*map(str, words)]) == 2
     printed = capsys.readouterr()
@@ -66,7 +66,7 @@ def test_a_flipped_byte_is_refused_and_the_one_before_offered_and_taken(run, fin
 
 
 def test_wherever_a_byte_is_flipped_the_file_is_refused_or_means_the_same(run, finished):
-    """A few bytes of an archive mean nothing: padding, and dates."""
+    """Flip bytes of an archive; a few of them, padding and dates, mean nothing."""
     whole, content, caught = load_checkpoint(finished), (run / "last.pt").read_bytes(), 0
     positions = [i / 60 for i in range(60)]
     positions += [1 - i / len(content) for i in range(1, 150, 3)]  # the end is the directory
@@ -202,7 +202,7 @@ def test_another_network_is_refused_by_its_difference(tmp_path, network, differe
 ])  # fmt: skip
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_every):
-    """The loss of the step before such an update is finite."""
+    """Check that such a network is not saved, although the loss before that update is finite."""
     trainer(tmp_path).save()
     before = (tmp_path / "last.pt").read_bytes()
     ours = trainer(tmp_path, save_every=save_every, buffers={"kept": torch.zeros(2), "mask": torch.tensor(-torch.inf)})
@@ -223,7 +223,7 @@ def test_a_network_that_is_not_finite_is_not_saved(tmp_path, name, where, save_e
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
-    """Huge but finite weights: the losses before the update and the weights are finite, the next logits are not."""
+    """Use huge but finite weights: losses before the update are finite, and the next logits are not."""
     trainer(tmp_path).save()
     ours = trainer(tmp_path)
     whole = ours.strategy.step
@@ -257,7 +257,7 @@ LIMITED = (
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_what_was_saved(run, finished, capsys):
-    """The system itself refuses to let a file grow, after a part of the checkpoint was written."""
+    """Let the system refuse to let a file grow after a part of the checkpoint was written."""
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.suffix in (".pt", ".json", ".jsonl")}
     size = (run / "last.pt").stat().st_size
     resume = ["train", "--resume", str(run / "previous.pt")]
@@ -296,7 +296,7 @@ def test_no_space_left_names_the_file_and_keeps_the_checkpoint(tmp_path, monkeyp
 
 
 class FullDisk:
-    """A file that takes so many bytes."""
+    """A file that takes a limited number of bytes."""
 
     def __init__(self, file, room, error):
         self.file, self.room, self.error = file, room, error

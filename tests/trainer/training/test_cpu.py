@@ -1,4 +1,4 @@
-"""Numbers too small to be worth their time are zero while a trainer trains, and only then."""
+"""Test that denormal numbers, whose arithmetic is slow, are zero while a trainer trains, and only then."""
 
 import pytest
 import torch
@@ -42,8 +42,11 @@ def test_a_process_that_only_trains_flushes_in_all_threads(call, left):
 
 @pytest.mark.parametrize("method", ["sid", "bp"])
 def test_a_dead_unit_leaves_no_denormals_in_adam(method):
-    """The average of a gradient that has become zero shrinks by 0.9 a step, and rounding holds it at the smallest
-    denormals, which are ten times as slow as other numbers."""
+    """Check that Adam's averages reach zero for a gradient that has become zero.
+
+    They shrink by 0.9 per step, and rounding would hold them at the smallest denormals, which are ten times as slow as
+    other numbers.
+    """
     images = torch.randint(0, 256, (12, 2, 2, 1), dtype=torch.uint8)
     data = ImageData(*[Split(images, torch.arange(12) % 3)] * 2, ["a", "b", "c"])
     network = build_network(

@@ -1,4 +1,4 @@
-"""What `evaluate` says of every stage, against its definition in float64 and in plain PyTorch."""
+"""Test what `evaluate` says of every stage, against its definition in float64 and in plain PyTorch."""
 
 import math
 
@@ -15,7 +15,7 @@ CLASSES = 7
 
 
 def definition(logits, labels, alphas, divergence, smoothing):
-    """Accuracy, KL(y || p) and premise, (L, N) each, of logits (L, N, C); everything in float64."""
+    """Compute accuracy, KL(y || p) and premise, (L, N) each, of logits (L, N, C), in float64."""
     q = torch.full(logits.shape[1:], 1 / CLASSES, dtype=torch.float64)
     y = (1 - smoothing) * F.one_hot(labels, CLASSES).double() + smoothing / CLASSES
     found = []
@@ -49,7 +49,7 @@ class Given(nn.Module):
 
 
 def given(logits):
-    """A network, and inputs for which its stages' logits are those: (L, N, C)."""
+    """Return a network, and inputs for which its stages' logits are these: (L, N, C)."""
     network = SIDNetwork(nn.Identity(), [Given(i) for i in range(len(logits))], CLASSES)
     return network, logits.permute(1, 0, 2).flatten(1)
 
@@ -95,7 +95,7 @@ def test_in_bfloat16_it_says_nearly_the_same():
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9, 1.0])
 def test_where_the_premise_holds_so_does_the_inequality(alpha):
-    """KL(y || p) <= KL(y || q) - (1 - alpha) / alpha KL(q || p), for any beliefs; image by image, as evaluate counts."""
+    """Check KL(y || p) <= KL(y || q) - (1 - alpha) / alpha KL(q || p) for any beliefs, image by image."""
     counted = 0
     for sharpness in (0.1, 1.0, 5.0):
         logits, labels = torch.randn(2, 300, CLASSES) * sharpness, torch.randint(0, CLASSES, (300,))

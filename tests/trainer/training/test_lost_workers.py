@@ -1,4 +1,4 @@
-"""A process that decodes images and is killed ends the run in one line and with a checkpoint, wherever the run is."""
+"""Test that a killed decoding process ends the run with one line and a checkpoint, wherever the run is."""
 
 import re
 import signal

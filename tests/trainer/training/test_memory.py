@@ -1,4 +1,4 @@
-"""What is counted as held: exactly, on graphs whose bytes can be counted by hand."""
+"""Test what is counted as held, exactly, on graphs whose bytes can be counted by hand."""
 
 import subprocess
 import sys
@@ -60,8 +60,11 @@ def test_the_summed_loss_holds_every_stage(layout):
 
 
 def test_a_run_records_the_bytes_its_step_holds():
-    """mlp on 4 pixels: of its one stage the images, both hidden layers, their concatenation with the prior; and, without
-    gradients of the loss' own, nothing else."""
+    """Count by hand what mlp holds on 4 pixels.
+
+    Of its one stage these are the images, both hidden layers, and the concatenation of features and prior. The loss
+    holds nothing but its gradient, which is handed on at once.
+    """
     images = torch.randint(0, 256, (12, 2, 2, 1), dtype=torch.uint8)
     data = ImageData(*[Split(images, torch.arange(12) % 3)] * 2, ["a", "b", "c"])
     network = build_network("mlp", "stagewise", num_classes=3, in_channels=1, image_size=(2, 2), depth=1)
@@ -93,7 +96,7 @@ print(before, held, peak_memory(device))
 
 
 def test_the_peak_is_at_least_what_was_held_and_can_be_forgotten():
-    """In a process of its own: in this one memory that was freed may still be held, for the next to take it."""
+    """Measure in a new process: in this one, freed memory may still be held, and be used again."""
     fresh = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     before, held, forgotten = map(int, fresh.stdout.split())
     size = 256 * 2**20

@@ -1,4 +1,4 @@
-"""Operations that are counted before training, and images that leave the cascade early."""
+"""Test operations that are counted before training, and images that leave the cascade early."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run that was killed at any step, or stopped, and resumed ends in the same bits as one left alone."""
+"""Test that a run that was killed at any step, or stopped, and resumed ends in the bits of an undisturbed one."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ STEP = "sid_trainer.training.trainer.Trainer.train_step"  # its nth call begins 
 
 @pytest.fixture(scope="module", params=["mlp-stagewise", pytest.param("cnn-shared", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
-    """The arguments of a run, and the folder of one that was left alone."""
+    """Return the arguments of a run, and the folder of an undisturbed one."""
     words = ["train", *COMMON, *NETWORKS[request.param].split()]
     out = tmp_path_factory.mktemp(request.param) / "alone"
     status, printed = sid(*words, "--out", out, out=out)
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_bits(run, tmp_path, place, where):
 
 
 def test_killed_again_and_again(run, tmp_path):
-    """What a process did since the last save is done again by the next."""
+    """Kill processes repeatedly: the next one repeats what was done since the last save."""
     words, alone = run
     folder = tmp_path / "killed"
     status, _ = sid(*words, "--out", folder, out=folder, kill=(STEP, 6))
@@ -164,7 +164,7 @@ def test_resumed_from_the_checkpoint_before_the_last(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_killed_from_outside(run, tmp_path):
-    """The command as a user starts it, killed at whatever step it happens to be in."""
+    """Kill the command, started as a user does, at whatever step it happens to be in."""
     words, alone = run
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "sid_trainer", *words, "--out", str(folder)]
@@ -185,7 +185,7 @@ class Dying(Exception):
 
 
 def user_network():
-    """Layers that draw random numbers at every step, and one that keeps statistics."""
+    """Return layers that draw random numbers at every step, and one that keeps statistics."""
     torch.manual_seed(0)
     blocks = OrderedDict(
         flat=nn.Flatten(), one=nn.Linear(64, 32), norm=nn.BatchNorm1d(32), relu=nn.ReLU(), dropout=nn.Dropout(0.3),
