@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .channels import infer_channels, record_outputs
 from .cut_network import CutNetwork, as_arguments, first_tensor
@@ -213,18 +214,30 @@ def inspect(network: CutNetwork, example: Any, channels: str | None = None) -> l
     with evaluating(network.model), record_outputs(network.model, ran) as outputs:
 
         def visit(i: int, features: Tensor) -> bool:
+            check_features(network.at[i], features, example)
             finish_stage(i, features, infer_channels(outputs, features))
             outputs.clear()
             return True
 
         output = network.run(*as_arguments(example, {}), visit)
         first = stage_features[0]
-        network.series &= first.tensor.dim() == 3 and (channels or first.channels) == "first"
+        network.channels = channels or first.channels or "last"
+        network.series &= first.tensor.dim() == 3 and network.channels == "first"
         if network.own_classifier:
             finish_stage(network.depth - 1, network.own_logits(output), None)
     assign_idle_parameters(network, owner, ran)
     network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
     return stage_features
+
+
+def check_features(name: str, features: Tensor, example: Any) -> None:
+    """Raise ValueError unless features are floating point and have the batch of the example first."""
+    shape = tuple(features.shape)
+    if not features.is_floating_point():
+        raise ValueError(f"at must name modules whose output is floating point, unlike {name!r}: {features.dtype}")
+    inputs = [x for x in tree_leaves([*as_arguments(example, {})]) if isinstance(x, Tensor)]
+    if len(shape) < 2 or shape[:1] not in {tuple(x.shape[:1]) for x in inputs}:
+        raise ValueError(f"features must have the batch first, as the example has, but those of {name!r} are {shape}")
 
 
 def check_shared(network: CutNetwork) -> None:
@@ -288,14 +301,16 @@ def assign_idle_parameters(network: CutNetwork, owner: dict[str, int], ran: set[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, with gradients for all parameters, within the context."""
+    """Put the model into evaluation mode, with gradients for all parameters and no autocast, within the context."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     model.eval()
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        yield
+        with torch.autocast(device, enabled=False):  # heads take the dtype of the features
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -40,6 +40,7 @@ class CutNetwork(nn.Module):
         own_classifier: Whether the rest of the model is the last stage and its output the logits.
         per_position: Whether there is a prediction for each token or pixel.
         series: Whether these are the positions of series (B, D, T), not of tokens (B, T, D).
+        channels: "first" or "last", where the features of the first stage have their channels.
         shift: Whether the target at a position is the label of the next one, as for causal language models.
         mask: The name of the keyword input (B, T) that is 0 at padding; None if there is none.
     """
@@ -53,7 +54,7 @@ class CutNetwork(nn.Module):
         super().__init__()
         self.model, self.at, self.heads = model, list(at), nn.ModuleList(heads)
         self.num_classes, self.own_classifier, self.per_position = num_classes, own_classifier, per_position
-        self.shift, self.mask, self.series = shift, mask, per_position
+        self.shift, self.mask, self.series, self.channels = shift, mask, per_position, "last"
         self.loss_options = StageLossOptions()
         self.stage_parameters: list[list[str]] = [[] for _ in range(self.depth)]
         self.shared: list[str] = []  # frozen parameters that several stages use
@@ -163,12 +164,19 @@ class CutNetwork(nn.Module):
                     f"targets must be one for each position of features {tuple(features.shape)}, not"
                     f" {tuple(targets.shape)}"
                 )
-        elif self.per_position:  # those of the first input that has them, or else of the features
-            like = (
-                x for x in tree_leaves(inputs) if getattr(x, "shape", ())[:1] == shape and x.dim() == features.dim()
-            )
-            shape += next(like, features).shape[2:]
+        elif self.per_position:
+            shape += self.input_sizes(features, inputs)
         return uniform_belief((*shape, self.num_classes), features)
+
+    def input_sizes(self, features: Tensor, inputs: Any) -> torch.Size:
+        """Return the sizes (T,), (H, W) or (D, H, W) of the first input that has them, or else of the features."""
+        own = features.shape[2:] if self.channels == "first" else features.shape[1:-1]
+        like = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() == features.dim()), None)
+        if like is None:
+            return own
+        places = like.shape[2:], like.shape[1:-1]  # with its channels first or last: all sizes shrink by one factor
+        factors = [[size / its for size, its in zip(sizes, own, strict=True)] for sizes in places]
+        return places[max(factors[0]) / min(factors[0]) > max(factors[1]) / min(factors[1])]
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
         """Return the logits (B, ..., C) of every stage, first to last. Gradients flow through the whole chain."""

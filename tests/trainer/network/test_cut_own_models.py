@@ -170,3 +170,17 @@ def test_voxels():
     output = network(inputs, (inputs[:, 0] > 0).long())
     output.loss.backward()
     assert output.logits.shape == network(inputs).shape == (2, CLASSES, 4, 6, 8)
+
+
+def test_pixels_of_images_with_their_channels_last():
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 6, 8, 3)
+    network = cut(nn.Sequential(nn.Linear(3, 8)), ["0"], CLASSES, inputs, per_position=True)
+    output = network(inputs, torch.zeros(2, 6, 8, dtype=torch.long))
+    torch.testing.assert_close(output.logits, network(inputs))
+
+
+def test_heads_have_the_dtype_of_the_model_if_it_is_cut_within_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        network = cut(nn.Sequential(nn.Linear(8, 8)), ["0"], CLASSES, torch.randn(2, 8))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}

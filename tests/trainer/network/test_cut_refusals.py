@@ -28,6 +28,16 @@ class Twice(nn.Module):
         return self.block(self.block(x))
 
 
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x.long().clamp(0, 8)
+
+
+class Swapped(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
 class WithHead(nn.Module):
     def __init__(self):
         super().__init__()
@@ -69,6 +79,8 @@ REFUSED = {
     "a head of one input": (TRUNK, ["0"], {"heads": [nn.Linear(8, CLASSES)]}, ValueError, r"heads must be called as head\(features, prior\), but Linear is not"),
     "a mask that is no input": (TRUNK, ["0"], {"mask": "keep"}, ValueError, "mask must be the name of a keyword input of the example, not 'keep'"),
     "next tokens without tokens": (TRUNK, ["0"], {"shift": True}, ValueError, "shift must be False without per_position=True"),
+    "the batch second": (nn.Sequential(Swapped(), nn.Linear(8, 8)), ["1"], {"example": torch.randn(2, 5, 8)}, ValueError, r"features must have the batch first, as the example has, but those of '1' are \(5, 2, 8\)"),
+    "whole numbers": (nn.Sequential(Rounded(), nn.Embedding(9, 8)), ["0"], {}, ValueError, "at must name modules whose output is floating point, unlike '0': torch.int64"),
     "no example": (TRUNK, ["0"], {"example": None}, ValueError, "example must be a tensor, a tuple or a dict of inputs, not NoneType"),
     "cut already": (cut(TRUNK, [1], CLASSES, torch.zeros(2, 8)), ["stages.0"], {}, ValueError, "model must not be cut already, as this SIDNetwork is"),
 }  # fmt: skip
