@@ -15,7 +15,6 @@ from sid_kernels.core.options import HALF
 
 from .loss_options import StageLossOptions
 
-FLOAT16_SCALE = 2.0**12  # of gradients inside a float16 stage; unscaled, they would be rounded to zero
 extra_losses: list[Tensor] | None = None  # of the stage that runs; None outside of a training pass
 
 
@@ -102,7 +101,8 @@ class LocalPass:
         """
         extra = take_terms(self.terms)
         with torch.autocast(logits.device.type, enabled=False):
-            scale = FLOAT16_SCALE if logits.dtype is torch.float16 else 1.0
+            parameters = list(parameters)
+            scale = float16_scale(logits, logits.shape[:-1].numel(), parameters)
             logits = logits.float() if logits.dtype is torch.float16 else logits
             i = len(self.losses)
             terms, weight = self.options.loss_of_stage(i), self.options.class_weight
@@ -147,7 +147,7 @@ class LocalPass:
         if not pairs or not leaves:  # a frozen stage
             return
         heads, output_gradients = zip(*pairs, strict=True)
-        if any(hasattr(leaf, "to_local") for leaf in leaves):
+        if any(map(is_sharded, leaves)):
             gradients = backward_through_shards(heads, output_gradients, leaves)
         else:
             gradients = list(torch.autograd.grad(heads, leaves, output_gradients, allow_unused=True))
@@ -168,6 +168,22 @@ class LocalPass:
             parameters, gradients = zip(*self.gradients, strict=True)
             loss = HandOut.apply(loss, list(gradients), *parameters)
         return LocalOutput(loss, logits.detach(), losses)
+
+
+def float16_scale(output: Tensor, rows: int, parameters: Iterable[Tensor]) -> float:
+    """Return the factor of the gradients inside a module whose output is float16 and learns from a mean over `rows`.
+
+    It brings the gradient of the output from 1/rows, which float16 would round, to about 1. More would overflow where
+    activations are large, and a GradScaler could not lower it. Ranks that share parameters have the same factor.
+    """
+    if output.dtype is not torch.float16:
+        return 1.0
+    return 2.0**8 if any(map(is_sharded, parameters)) else 2.0 ** min(15, rows.bit_length() - 1)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether `fully_shard` divides a parameter among processes."""
+    return hasattr(parameter, "to_local")
 
 
 def reshard(network: nn.Module) -> None:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .heads import StackedHeads, StageCall
-from .local_pass import LocalOutput, LocalPass, add_terms, at_least_float32, reshard, take_terms, uniform_belief
+from .local_pass import (
+    LocalOutput,
+    LocalPass,
+    add_terms,
+    at_least_float32,
+    float16_scale,
+    reshard,
+    take_terms,
+    uniform_belief,
+)
 from .loss_options import StageLossOptions
 
 
@@ -182,8 +191,10 @@ class SIDNetwork(nn.Module):
                     prior = local.learn(logits, prior, parameters, features)
                     features = outputs if outputs is features else outputs.detach()
             local.losses[0] = add_terms(local.losses[0], terms)
-            outputs, output_gradients = list(terms), [torch.ones_like(term) for term in terms]
+            scale = float16_scale(extracted, len(inputs), self.extractor.parameters())
+            outputs, output_gradients = list(terms), [torch.full_like(term, scale) for term in terms]
             if shared.grad is not None:
-                outputs, output_gradients = [extracted, *outputs], [shared.grad.to(extracted.dtype), *output_gradients]
-            local.collect(outputs, output_gradients, self.extractor.parameters())
+                outputs.append(extracted)
+                output_gradients.append((shared.grad * scale).to(extracted.dtype))
+            local.collect(outputs, output_gradients, self.extractor.parameters(), scale=scale)
             return local.output(logits)
