@@ -304,12 +304,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, with gradients for all parameters and no autocast, within the context."""
     modes = [(module, module.training) for module in model.modules()]
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    devices = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     model.eval()
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        with torch.autocast(device, enabled=False):  # heads take the dtype of the features
+        with torch.autocast(min(devices, default="cpu"), enabled=False):  # heads take the dtype of the features
             yield
     finally:
         for parameter in frozen:

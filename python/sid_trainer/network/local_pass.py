@@ -150,7 +150,8 @@ class LocalPass:
         if any(map(is_sharded, leaves)):
             gradients = backward_through_shards(heads, output_gradients, leaves)
         else:
-            gradients = list(torch.autograd.grad(heads, leaves, output_gradients, allow_unused=True))
+            with without_tensor_hooks(leaves):
+                gradients = list(torch.autograd.grad(heads, leaves, output_gradients, allow_unused=True))
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 continue
@@ -168,6 +169,19 @@ class LocalPass:
             parameters, gradients = zip(*self.gradients, strict=True)
             loss = HandOut.apply(loss, list(gradients), *parameters)
         return LocalOutput(loss, logits.detach(), losses)
+
+
+@contextmanager
+def without_tensor_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out hooks of `Tensor.register_hook` on the leaves: they run when `loss.backward()` hands gradients out."""
+    hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    for current, _ in hooks:
+        current.clear()
+    try:
+        yield
+    finally:
+        for current, kept in hooks:
+            current.update(kept)
 
 
 def float16_scale(output: Tensor, rows: int, parameters: Iterable[Tensor]) -> float:

@@ -129,6 +129,23 @@ def test_parameters_that_share_a_gradient_are_scaled_once():
     assert first.grad.data_ptr() != second.grad.data_ptr()
 
 
+@pytest.mark.parametrize("kind", ["stages", "names"])
+def test_hooks_of_parameters_run_once_on_what_they_get(kind):
+    networks, (inputs, targets) = [deep_network(kind, 2) for _ in range(2)], batch()
+    networks[1].load_state_dict(networks[0].state_dict())
+    seen = []
+    for parameter in networks[0].parameters():
+        parameter.register_hook(lambda gradient: gradient * 0.5)
+        parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.shape))
+    for factor in (1.0, 3.0):
+        for network in networks:
+            network.zero_grad()
+            (network(inputs, targets).loss * factor).backward()
+        for own, its in zip(gradients(networks[0]), gradients(networks[1]), strict=True):
+            torch.testing.assert_close(own, its * 0.5)
+    assert len(seen) == 2 * len(gradients(networks[0]))
+
+
 def test_a_second_backward_is_an_error_that_says_what_to_do():
     network, (inputs, targets) = small_network(), batch()
     loss = network(inputs, targets).loss
