@@ -25,7 +25,7 @@ def check_large_vocabulary(lines: list[str]) -> None:
 
 
 def accuracies(lines: list[str]) -> list[float]:
-    return [float(found) for line in lines for found in re.findall(r"test accuracy ([\d.]+)%", line)]
+    return [float(actual) for line in lines for actual in re.findall(r"test accuracy ([\d.]+)%", line)]
 
 
 def check_cut_network(lines: list[str]) -> None:

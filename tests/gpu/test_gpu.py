@@ -64,9 +64,9 @@ def test_graph_of_a_training_step(kernel):
         alpha.fill_(value)
         x.normal_()
         graph.replay()
-        found = captured.clone()
+        actual = captured.clone()
         step()
-        torch.testing.assert_close(found, layer.weight.grad)
+        torch.testing.assert_close(actual, layer.weight.grad)
 
 
 def test_graphs_replayed_side_by_side(kernel):
@@ -99,13 +99,13 @@ def test_runs_on_the_current_stream(kernel):
         torch.cuda._sleep(200_000_000)
         late.copy_(case.logits)
         case.logits = late.requires_grad_()
-        found = call(case, kernel)
+        actual = call(case, kernel)
         loss = fused_local_loss(case.logits, case.prior, case.target, backend=kernel).loss
         (gradient,) = torch.autograd.grad(2 * loss, late)
         torch.cuda._sleep(200_000_000)
         late.detach().fill_(torch.nan)
     stream.synchronize()
-    assert equal_bits(found, expected)
+    assert equal_bits(actual, expected)
     torch.testing.assert_close(gradient, 2 * expected[4])
 
 
@@ -115,9 +115,9 @@ def test_on_another_device(kernel):
     case = on_gpu(64, 1000)
     expected = call(case, kernel)
     assert torch.cuda.current_device() == 0
-    found = call(case.to("cuda:1"), kernel)
-    assert {x.device.index for x in found} == {1} and torch.cuda.current_device() == 0
-    assert equal_bits([x.cpu() for x in found], [x.cpu() for x in expected])
+    actual = call(case.to("cuda:1"), kernel)
+    assert {x.device.index for x in actual} == {1} and torch.cuda.current_device() == 0
+    assert equal_bits([x.cpu() for x in actual], [x.cpu() for x in expected])
 
 
 # ---- no waiting, no bad access, debugging ----------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def test_label_out_of_range_is_nan_in_its_row(kernel, classes, reduction, monkey
     case = on_gpu(6, classes, reduction=reduction)
     expected = call(case, kernel)
     case.target[[1, 3, 4]] = torch.tensor([classes, -1, 2**40], device="cuda")
-    found = call(case, kernel)
+    actual = call(case, kernel)
     bad = torch.tensor([False, True, False, True, True, False], device="cuda")
-    assert torch.equal(found[1], expected[1]), "the belief knows no label"
-    assert found[4][bad].isnan().all() and torch.equal(found[4][~bad], expected[4][~bad])
-    for value, before in ((found[0], expected[0]), (found[2], expected[2])):
+    assert torch.equal(actual[1], expected[1]), "the belief knows no label"
+    assert actual[4][bad].isnan().all() and torch.equal(actual[4][~bad], expected[4][~bad])
+    for value, before in ((actual[0], expected[0]), (actual[2], expected[2])):
         assert value.isnan().all() if reduction == "sum" else torch.equal(value.isnan(), bad)
         assert reduction == "sum" or torch.equal(value[~bad], before[~bad])
 

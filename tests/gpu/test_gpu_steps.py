@@ -25,8 +25,8 @@ def run_cascade(case, backend="auto"):
         on_gpu(case.features), on_gpu(case.weights), on_gpu(case.target), case.alpha, prior=on_gpu(case.prior),
         backend=backend, **case.options,
     )  # fmt: skip
-    found = result._asdict() | {"features": dfeatures} | gradients._asdict()
-    return {name: x.cpu() for name, x in found.items()}
+    actual = result._asdict() | {"features": dfeatures} | gradients._asdict()
+    return {name: x.cpu() for name, x in actual.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +48,9 @@ def test_cascade_in_bfloat16_is_near_float32():
     half = make_case(5, 128, 256, 64, 10, dtype=torch.bfloat16)
     full = make_case(5, 128, 256, 64, 10)
     full = full.__class__(half.features.float(), CascadeWeights(*(x.float() for x in half.weights)), half.target)
-    found, want = run_cascade(half), run_cascade(full)
+    actual, expected = run_cascade(half), run_cascade(full)
     for name in ("stage_loss", "features", *CascadeWeights._fields):
-        assert (found[name].float() - want[name]).norm() <= 0.03 * want[name].norm(), name
+        assert (actual[name].float() - expected[name]).norm() <= 0.03 * expected[name].norm(), name
 
 
 def make_step(depth=10, classes=10, rows=128):
@@ -102,9 +102,9 @@ def test_a_cascade_step_waits_for_nothing_and_replays():
         for x, value in zip(weights, before, strict=True):
             x.data.copy_(value)
         graph.replay()
-        found = [result.stage_loss.clone(), *(g.clone() for g in written)]
+        actual = [result.stage_loss.clone(), *(g.clone() for g in written)]
         again, _, gradients = refine_cascade_and_grad(features, CascadeWeights(*before), target, 0.5)
-        assert all(torch.equal(a, b) for a, b in zip(found, (again.stage_loss, *gradients), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, (again.stage_loss, *gradients), strict=True))
 
 
 def test_the_trainers_step_on_another_stream():
@@ -134,8 +134,8 @@ def test_head(sizes, options, prior, dtype):
         *map(on_gpu, (problem.hidden, problem.weight, problem.bias, problem.prior, problem.target, problem.alpha)),
         **problem.options,
     )  # fmt: skip
-    found = {name: x.cpu() for name, x in (result._asdict() | gradients._asdict()).items()}
-    head_within_budget(found, problem)
+    actual = {name: x.cpu() for name, x in (result._asdict() | gradients._asdict()).items()}
+    head_within_budget(actual, problem)
 
 
 def test_head_holds_a_chunk_and_waits_for_nothing():

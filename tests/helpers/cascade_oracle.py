@@ -121,16 +121,16 @@ def truth(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
                 largest = float(x.max()) if x.numel() else 0.0
                 sizes[name] = sizes[name] + largest if name == "features" else max(sizes[name], largest)
         q = p.detach()
-    found = {name: torch.stack(x) for name, x in rows_of.items()}
-    loss = found["stage_loss"].sum()
+    actual = {name: torch.stack(x) for name, x in rows_of.items()}
+    loss = actual["stage_loss"].sum()
     gradients = torch.autograd.grad(loss, (features, *weights))
-    found |= {"loss": loss, "belief": q, "logits": z} | dict(
+    actual |= {"loss": loss, "belief": q, "logits": z} | dict(
         zip(("features", *CascadeWeights._fields), gradients, strict=True)
     )
     share = rows if o["reduction"] == "sum" else 1
     sizes |= dict.fromkeys(("stage_loss", "fidelity", "consistency"), share * terms)
     sizes |= {"loss": share * terms * stages, "belief": 1.0, "logits": float(z.detach().abs().max()) if rows else 0.0}
-    return {name: x.detach() for name, x in found.items()} | {"sizes": sizes}
+    return {name: x.detach() for name, x in actual.items()} | {"sizes": sizes}
 
 
 def _product(a, b):

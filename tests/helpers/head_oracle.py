@@ -58,32 +58,32 @@ class Problem:
         prior = {"none": None, "tensor": self.given.to(dtype)}.get(self.kind)
         if self.kind == "head":
             prior = F.softmax(F.linear(*(x.to(dtype) for x in self.head)), -1)
-        found = oracle(Case(logits, prior, self.target, self.alpha, self.options), dtype)
-        dz, size = found.dlogits, found.size["dlogits"]
+        actual = oracle(Case(logits, prior, self.target, self.alpha, self.options), dtype)
+        dz, size = actual.dlogits, actual.size["dlogits"]
         # What each result is summed from, all terms positive: roundings are in proportion to it, not to the result.
-        self.size = {name: found.size[name].max() for name in RESULTS[:4] if found.size[name].numel()} | {
+        self.size = {name: actual.size[name].max() for name in RESULTS[:4] if actual.size[name].numel()} | {
             "hidden": size @ w.abs(), "weight": size.t() @ h.abs(), "bias": size.sum(0),
         }  # fmt: skip
         return {
-            "loss": found.loss, "fidelity": found.fidelity, "consistency": found.consistency, "belief": found.belief,
+            "loss": actual.loss, "fidelity": actual.fidelity, "consistency": actual.consistency, "belief": actual.belief,
             "hidden": dz @ w, "weight": dz.t() @ h, "bias": None if self.bias is None else dz.sum(0),
         }  # fmt: skip
 
 
 def assert_within_budget(found, problem, names=RESULTS, roundings=32):
     dtype = problem.hidden.dtype
-    peer, want = problem.expected(dtype), problem.expected(torch.float64)
+    peer, expected = problem.expected(dtype), problem.expected(torch.float64)
     for name in names:
-        if want[name] is None:
+        if expected[name] is None:
             assert found[name] is None, name
             continue
         got = found[name].double()
-        assert got.shape == want[name].shape, f"{name}: {tuple(got.shape)}, expected {tuple(want[name].shape)}"
+        assert got.shape == expected[name].shape, f"{name}: {tuple(got.shape)}, expected {tuple(expected[name].shape)}"
         if not got.numel():
             continue
-        error, scale = (got - want[name]).abs().max(), problem.size[name].max()
+        error, scale = (got - expected[name]).abs().max(), problem.size[name].max()
         allowed = (
-            (peer[name].double() - want[name]).abs().max().nan_to_num(0.0)
+            (peer[name].double() - expected[name]).abs().max().nan_to_num(0.0)
         )  # float16 cannot hold the oracle's floor
         # Half precision: a rounding of the stored logits, of their gradient and of the result, each relative to its own size
         allowed = allowed + (roundings if dtype.itemsize >= 4 else 8) * torch.finfo(dtype).eps / 2 * scale + 1e-30

@@ -171,27 +171,29 @@ def assert_within_budget(result, dlogits: Tensor | None, case: Case, factor: flo
     values.append(("belief", result.belief, belief_dtype))
     if dlogits is not None:
         values.append(("dlogits", dlogits, case.logits.dtype))
-    for name, got, dtype in values:
-        want = getattr(truth, name)
-        assert got.dtype == dtype, f"{name}: dtype {got.dtype}, expected {dtype}"
-        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        got = got.detach().to(want.device).double()
-        assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN in other places than in float64"
-        assert torch.equal(got[want.isinf()], want[want.isinf()]), f"{name}: infinities differ from float64's"
-        finite = want.isfinite()
-        error = torch.where(finite, (got - want).abs(), 0.0)
-        allowed = _largest(getattr(peer_truth, name).double() - want)
+    for name, actual, dtype in values:
+        expected = getattr(truth, name)
+        assert actual.dtype == dtype, f"{name}: dtype {actual.dtype}, expected {dtype}"
+        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        actual = actual.detach().to(expected.device).double()
+        assert torch.equal(actual.isnan(), expected.isnan()), f"{name}: NaN in other places than in float64"
+        assert torch.equal(actual[expected.isinf()], expected[expected.isinf()]), (
+            f"{name}: infinities differ from float64's"
+        )
+        finite = expected.isfinite()
+        error = torch.where(finite, (actual - expected).abs(), 0.0)
+        allowed = _largest(getattr(peer_truth, name).double() - expected)
         allowed = allowed + factor * (ROUNDINGS * torch.finfo(compute).eps / 2 * truth.size[name] + FLUSHED)
         if dtype is not compute:  # half precision: the error of a rounding to nearest, in normal and subnormal numbers
             info = torch.finfo(dtype)
-            allowed = allowed + info.eps / 2 * want.abs() + info.tiny * info.eps / 2
+            allowed = allowed + info.eps / 2 * expected.abs() + info.tiny * info.eps / 2
         beyond = torch.where(finite, error - allowed, -1.0)
         if beyond.numel() and float(beyond.max()) > 0:
             worst = int(beyond.argmax())
             at, budget = float(error.flatten()[worst]), float(allowed.expand_as(error).flatten()[worst])
             raise AssertionError(
                 f"{name}: error {at:.3e} > allowed {budget:.3e} at element {worst} "
-                f"(got {float(got.flatten()[worst])!r}, float64 {float(want.flatten()[worst])!r})"
+                f"(got {float(actual.flatten()[worst])!r}, float64 {float(expected.flatten()[worst])!r})"
             )
 
 

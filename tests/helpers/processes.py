@@ -60,7 +60,7 @@ def fresh_process(code, **environment):
 def wait_until(true: Callable[[], object], what: str):
     """Return what `true()` returns as soon as that is true."""
     end = time.monotonic() + PATIENCE
-    while not (found := true()):
+    while not (actual := true()):
         assert time.monotonic() < end, f"{what} does not come in {PATIENCE:.0f} seconds"
         time.sleep(0.005)
-    return found
+    return actual

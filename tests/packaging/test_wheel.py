@@ -77,8 +77,8 @@ def test_files(wheel):
             for path in folder.rglob(pattern)
         }
     assert {"sid_kernels/py.typed", "sid_trainer/py.typed", "sid_trainer/report/report.html.jinja"} < expected
-    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert found == expected
+    actual = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert actual == expected
 
 
 def test_metadata(wheel):

@@ -126,9 +126,9 @@ def test_incoming_gradient(kind, reduction):
         case = make_case(5, 77, dtype=dtype, ignored=0.3, label_smoothing=0.1, reduction=reduction)
         exact = oracle(case).dlogits
         for incoming in (torch.tensor(0.37), torch.tensor([0.5, -3.0, 1.0, 1e-4, 7.0])):
-            got = simt.run(case, p, incoming=incoming, precomputed=True).dlogits
-            want = exact * (incoming.double() if incoming.dim() == 0 else incoming[:, None].double())
-            assert torch.allclose(got.double(), want, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
+            actual = simt.run(case, p, incoming=incoming, precomputed=True).dlogits
+            expected = exact * (incoming.double() if incoming.dim() == 0 else incoming[:, None].double())
+            assert torch.allclose(actual.double(), expected, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
         untouched = simt.run(case, p, incoming=torch.tensor(1.0), precomputed=True)
         assert untouched.dlogits.isnan().all() and untouched.belief.isnan().all()
 
@@ -256,11 +256,11 @@ def test_scale(dtype):
     for rows, classes, shift in ((1, 1, 0), (3, 5000, 0), (3, 5000, 1), (7, 33, 3), (40, 1000, 0)):
         x = simt.copy_shifted(torch.randn(rows, classes).to(dtype), shift)
         one = torch.tensor(0.37)
-        want = (x.float() * one).to(dtype)
+        expected = (x.float() * one).to(dtype)
         for target_shift in (shift, 0, 1):
             out = simt.like(x, dtype, target_shift)
             simt.scale(x, one, out)
-            assert out.equal(want)
+            assert out.equal(expected)
         by_row = torch.rand(rows)
         by_row[0] = 1.0
         copy = simt.copy_shifted(x, shift)
@@ -269,7 +269,7 @@ def test_scale(dtype):
         gaps = torch.full((rows, classes + 3), 9.0, dtype=dtype)
         gaps[:, :classes] = x
         simt.scale(gaps[:, :classes], one, gaps[:, :classes])
-        assert gaps[:, :classes].equal(want) and (gaps[:, classes:] == 9.0).all()
+        assert gaps[:, :classes].equal(expected) and (gaps[:, classes:] == 9.0).all()
 
 
 def test_scale_of_one_touches_nothing():

@@ -106,8 +106,8 @@ def check(problem: CascadeProblem) -> Values:
     PyTorch's own error is the largest of the stage: an early difference passes through all that follows.
     """
     dtype = problem.weights.hidden_weight.dtype
-    got, want, peer = run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
-    for name, x, truth, other in zip(Values._fields, got, want, peer, strict=True):
+    actual, expected, peer = run_rows(problem), plain(problem, torch.float64), plain(problem, dtype)
+    for name, x, truth, other in zip(Values._fields, actual, expected, peer, strict=True):
         if x is None:
             assert not problem.need_grad and name in ("hidden", "dlogits", "dhidden")
             continue
@@ -122,7 +122,7 @@ def check(problem: CascadeProblem) -> Values:
         allowed = own + ROUNDINGS * (info.eps / 2 * largest + info.tiny * info.eps)
         worst = ((x - truth).abs() - allowed).max()
         assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
-    return got
+    return actual
 
 
 @pytest.mark.parametrize("divergence,target", KINDS)
@@ -151,15 +151,17 @@ def test_odd_sizes(rows, features, units, stages):
 def test_without_gradient():
     for kinds in (dict(), dict(prior=True, soft=True)):
         problem = make(**kinds)
-        got, bare = run_rows(problem), check(problem._replace(need_grad=False))
-        for x, y in zip(got[:3], bare[:3], strict=True):
+        actual, bare = run_rows(problem), check(problem._replace(need_grad=False))
+        for x, y in zip(actual[:3], bare[:3], strict=True):
             assert torch.equal(x, y)
         assert bare[3:6] == (None, None, None)
 
 
 def test_no_rows():
-    got = run_rows(make(rows=0))
-    assert got.losses.shape == (3, 2, 0) and got.beliefs.shape == (2, 0, 10) and got.dhidden.shape == (2, 0, 20)
+    actual = run_rows(make(rows=0))
+    assert (
+        actual.losses.shape == (3, 2, 0) and actual.beliefs.shape == (2, 0, 10) and actual.dhidden.shape == (2, 0, 20)
+    )
 
 
 def test_rows_that_do_not_count():
@@ -167,9 +169,9 @@ def test_rows_that_do_not_count():
     problem = make()
     before = run_rows(problem)
     problem.spec.labels.fill_(-100)
-    got = check(problem)
-    assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
-    assert torch.equal(got.beliefs, before.beliefs)
+    actual = check(problem)
+    assert not actual.losses.any() and not actual.dlogits.any() and not actual.dhidden.any()
+    assert torch.equal(actual.beliefs, before.beliefs)
 
 
 def test_labels_out_of_range():
@@ -177,12 +179,14 @@ def test_labels_out_of_range():
     problem = make(6, reduction="sum")
     before = run_rows(problem)
     problem.spec.labels[1], problem.spec.labels[4] = 10, -1
-    got = run_rows(problem)
+    actual = run_rows(problem)
     bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
-    assert got.losses[:, :, bad].isnan().all() and got.dlogits[:, bad].isnan().all()
-    assert got.dhidden[:, bad][got.hidden[:, bad] > 0].isnan().all()
-    assert torch.equal(got.beliefs, before.beliefs) and torch.equal(got.losses[:, :, good], before.losses[:, :, good])
-    assert torch.equal(got.dhidden[:, good], before.dhidden[:, good])
+    assert actual.losses[:, :, bad].isnan().all() and actual.dlogits[:, bad].isnan().all()
+    assert actual.dhidden[:, bad][actual.hidden[:, bad] > 0].isnan().all()
+    assert torch.equal(actual.beliefs, before.beliefs) and torch.equal(
+        actual.losses[:, :, good], before.losses[:, :, good]
+    )
+    assert torch.equal(actual.dhidden[:, good], before.dhidden[:, good])
 
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
@@ -198,8 +202,10 @@ def test_masked_classes(divergence):
             problem.spec.labels[problem.spec.labels == 3] = 4
         else:
             problem.spec.soft[:, 3] = 0.0
-        got = check(problem)
-        assert got.losses.isfinite().all() and not got.beliefs[:, :, 3].any() and not got.dlogits[:, :, 3].any()
+        actual = check(problem)
+        assert (
+            actual.losses.isfinite().all() and not actual.beliefs[:, :, 3].any() and not actual.dlogits[:, :, 3].any()
+        )
 
 
 def test_mass_on_a_masked_class():
@@ -207,9 +213,9 @@ def test_mass_on_a_masked_class():
     problem = make(4, 10)
     problem.weights.logits_bias[:, 3] = -math.inf
     problem.spec.labels[:] = 5
-    got = run_rows(problem)
-    assert torch.equal(got.losses[2].isinf(), torch.tensor([[True], [False]]).expand(2, 4))
-    assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
+    actual = run_rows(problem)
+    assert torch.equal(actual.losses[2].isinf(), torch.tensor([[True], [False]]).expand(2, 4))
+    assert actual.dlogits.isfinite().all() and actual.dhidden.isfinite().all()
 
 
 def test_a_nan_stays_in_its_row():
@@ -227,11 +233,11 @@ def test_a_nan_stays_in_its_row():
 
 def test_rows_apart_and_rows_that_repeat():
     problem = make(4, soft=True, prior=True)
-    want = run_rows(problem)
+    expected = run_rows(problem)
     far = [torch.full((4, 30), 7.0)[:, 5:15].copy_(x) for x in (problem.prior, problem.spec.soft)]
     features = torch.full((7, 9), 3.0).t()[:4, :].contiguous().t()[:7].t().copy_(problem.features)
-    got = run_rows(problem._replace(prior=far[0], spec=problem.spec._replace(soft=far[1]), features=features))
-    for x, y in zip(want, got, strict=True):
+    actual = run_rows(problem._replace(prior=far[0], spec=problem.spec._replace(soft=far[1]), features=features))
+    for x, y in zip(expected, actual, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     check(
         problem._replace(
@@ -251,9 +257,9 @@ def test_counting_in_a_launch_of_its_own(monkeypatch):
 
 def test_layouts_that_matrix_products_take():
     """Check that hidden, dhidden and dlogits go to torch.bmm as they are, and dhidden (B, L H) to one product."""
-    got = run_rows(make(5, 10, 7, 20, 3))
-    assert got.hidden.stride() == got.dhidden.stride() == (20, 60, 1) and got.dlogits.is_contiguous()
-    assert got.dhidden.transpose(0, 1).is_contiguous()
+    actual = run_rows(make(5, 10, 7, 20, 3))
+    assert actual.hidden.stride() == actual.dhidden.stride() == (20, 60, 1) and actual.dlogits.is_contiguous()
+    assert actual.dhidden.transpose(0, 1).is_contiguous()
 
 
 def test_equal_bits_twice():

@@ -176,8 +176,8 @@ def test_mass_on_a_masked_class(plans):
         y, s = case.target, case.options.get("label_smoothing", 0.0)
         y = y if y.is_floating_point() else torch.nn.functional.one_hot(y, 37)
         y = (1 - s) * y.double() + s / 37
-        want = 0.5 * (y.sum(-1, keepdim=True) + q.sum(-1, keepdim=True)) * p - 0.5 * y - 0.5 * q
-        torch.testing.assert_close(result.dlogits.double(), want, atol=1e-6, rtol=0)
+        expected = 0.5 * (y.sum(-1, keepdim=True) + q.sum(-1, keepdim=True)) * p - 0.5 * y - 0.5 * q
+        torch.testing.assert_close(result.dlogits.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_all_classes_masked(plans):
@@ -247,11 +247,11 @@ def test_without_gradient(plans):
 
 def test_rows_apart_and_rows_that_repeat(plans):
     case = make_case(4, 37, soft=True)
-    want = run(case)
+    expected = run(case)
     spread = [torch.full((4, 90), 7.0)[:, 11:48].copy_(x) for x in (case.logits, case.prior, case.target)]
     out = torch.zeros(4, 64)
     result = run(Case(*spread, case.alpha), out=out[:, :37])
-    for x, y in zip(want, result, strict=True):
+    for x, y in zip(expected, result, strict=True):
         assert torch.equal(x, y)
     assert torch.equal(out[:, 37:], torch.zeros(4, 27))
     check(Case(*(x[:1].expand(4, 37) for x in (case.logits, case.prior, case.target)), case.alpha))
@@ -263,14 +263,14 @@ def test_row_offsets_beyond_32_bits(plans):
     A stride itself beyond 2**31 would be passed as 64 bits and hide a product taken in 32.
     """
     apart, case = 2**30 + 64, make_case(3, 37, dtype=torch.float16)
-    want = run(case)
+    expected = run(case)
     far = torch.empty(2 * apart + 37, dtype=torch.float16).as_strided((3, 37), (apart, 1))
     far.copy_(case.logits)
     result = run(Case(far, case.prior, case.target, case.alpha), out=far)
-    for x, y in zip(want, result, strict=True):
+    for x, y in zip(expected, result, strict=True):
         assert torch.equal(x, y)
     core_triton.scale_(far, torch.tensor(2.0))
-    assert torch.equal(far, want.dlogits * 2)
+    assert torch.equal(far, expected.dlogits * 2)
 
 
 def test_equal_bits_twice(plans):
@@ -299,15 +299,15 @@ def test_scale(dtype, rows, classes):
     one_for_all = torch.tensor(0.5).expand(rows)  # as the backward pass of a sum hands it on
     for scale in (torch.tensor(0.25), torch.tensor(1.0), row_scale, one_for_all):
         wide = torch.full((rows, classes + 5), 3.0, dtype=dtype)
-        got = core_triton.scale_(wide[:, :classes].copy_(grad), scale)
-        assert torch.equal(got, (grad.float() * (scale[:, None] if scale.dim() else scale)).to(dtype))
+        actual = core_triton.scale_(wide[:, :classes].copy_(grad), scale)
+        assert torch.equal(actual, (grad.float() * (scale[:, None] if scale.dim() else scale)).to(dtype))
         assert torch.equal(wide[:, classes:], torch.full((rows, 5), 3.0, dtype=dtype))
 
 
 def test_public_operations_and_autograd():
     case = make_case(6, 37, dtype=torch.bfloat16)
-    got, dlogits = local_loss_and_grad(case.logits, case.prior, case.target, case.alpha, backend="triton")
-    assert_within_budget(got, dlogits, case)
+    actual, dlogits = local_loss_and_grad(case.logits, case.prior, case.target, case.alpha, backend="triton")
+    assert_within_budget(actual, dlogits, case)
     z = case.logits.clone().requires_grad_()
     loss = fused_local_loss(z, case.prior, case.target, case.alpha, backend="triton").loss
     (loss * 2).backward()
@@ -325,7 +325,7 @@ def test_incoming_gradient_is_rounded_once(dtype, reduction, monkeypatch):
     prior, alpha = case.prior.double(), case.alpha.double()
     truth = fused_local_loss(exact, prior, case.target, alpha, reduction=reduction, backend="reference").loss
     incoming = torch.linspace(-3, 3, 8) if reduction == "none" else torch.tensor(0.37)
-    (got,) = torch.autograd.grad(loss, z, incoming)
-    (want,) = torch.autograd.grad(truth, exact, incoming.double())
-    assert got.dtype is dtype and torch.allclose(loss.double(), truth, rtol=1e-5)
-    assert torch.allclose(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
+    (actual,) = torch.autograd.grad(loss, z, incoming)
+    (expected,) = torch.autograd.grad(truth, exact, incoming.double())
+    assert actual.dtype is dtype and torch.allclose(loss.double(), truth, rtol=1e-5)
+    assert torch.allclose(actual.double(), expected, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)

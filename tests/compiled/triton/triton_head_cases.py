@@ -61,9 +61,9 @@ def check(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
     """Hold each value to PyTorch's error in the same dtype, against float64, plus a few roundings of the largest."""
     dtype = problem.hidden.dtype
     belief_dtype = dtype if problem.prior is None else problem.prior.dtype
-    got, want, peer = triton_head.run(problem), plain(problem, torch.float64), plain(problem, dtype)
+    actual, want, peer = triton_head.run(problem), plain(problem, torch.float64), plain(problem, dtype)
     wanted = dict(belief=problem.need_belief, dlogits=problem.need_grad, dhidden=problem.need.hidden)
-    for name, x, truth, other in zip(BeliefHeadOutputs._fields, got, want, peer, strict=True):
+    for name, x, truth, other in zip(BeliefHeadOutputs._fields, actual, want, peer, strict=True):
         if not wanted.get(name, True):
             assert x is None, name
             continue
@@ -79,7 +79,7 @@ def check(problem: BeliefHeadProblem) -> BeliefHeadOutputs:
         allowed = own + ROUNDINGS * (info.eps / 2 * largest + info.tiny * info.eps)
         worst = ((x - truth).abs() - allowed).max()
         assert worst <= 0, f"{name}: {worst:.2e} beyond what is allowed, at most {allowed.max():.2e}"
-    return got
+    return actual
 
 
 @pytest.mark.parametrize("divergence,target", KINDS)
@@ -113,17 +113,17 @@ def test_only_what_is_asked_for():
 
 
 def test_no_rows():
-    got = triton_head.run(make(rows=0))
-    assert [x.shape for x in got] == [(3, 0), (0, 10), (0, 10), (0, 20)]
+    actual = triton_head.run(make(rows=0))
+    assert [x.shape for x in actual] == [(3, 0), (0, 10), (0, 10), (0, 20)]
 
 
 def test_rows_that_do_not_count():
     problem = make()
     before = triton_head.run(problem)
     problem.spec.labels.fill_(-100)
-    got = check(problem)
-    assert not got.losses.any() and not got.dlogits.any() and not got.dhidden.any()
-    assert torch.equal(got.belief, before.belief)
+    actual = check(problem)
+    assert not actual.losses.any() and not actual.dlogits.any() and not actual.dhidden.any()
+    assert torch.equal(actual.belief, before.belief)
 
 
 def test_labels_out_of_range():
@@ -131,11 +131,13 @@ def test_labels_out_of_range():
     problem = make(6, reduction="sum")
     before = triton_head.run(problem)
     problem.spec.labels[1], problem.spec.labels[4] = 10, -1
-    got = triton_head.run(problem)
+    actual = triton_head.run(problem)
     bad, good = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
-    assert got.losses[:, bad].isnan().all() and got.dlogits[bad].isnan().all() and got.dhidden[bad].isnan().all()
-    assert torch.equal(got.belief, before.belief) and torch.equal(got.losses[:, good], before.losses[:, good])
-    assert torch.equal(got.dhidden[good], before.dhidden[good])
+    assert (
+        actual.losses[:, bad].isnan().all() and actual.dlogits[bad].isnan().all() and actual.dhidden[bad].isnan().all()
+    )
+    assert torch.equal(actual.belief, before.belief) and torch.equal(actual.losses[:, good], before.losses[:, good])
+    assert torch.equal(actual.dhidden[good], before.dhidden[good])
 
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))
@@ -149,8 +151,8 @@ def test_masked_classes(divergence):
             problem.spec.labels[problem.spec.labels == 3] = 4
         else:
             problem.spec.soft[:, 3] = 0.0
-        got = check(problem)
-        assert got.losses.isfinite().all() and not got.belief[:, 3].any() and not got.dlogits[:, 3].any()
+        actual = check(problem)
+        assert actual.losses.isfinite().all() and not actual.belief[:, 3].any() and not actual.dlogits[:, 3].any()
 
 
 def test_mass_on_a_masked_class():
@@ -158,9 +160,9 @@ def test_mass_on_a_masked_class():
     problem = make(4, 10, prior=False)
     problem.bias[3] = -math.inf
     problem.spec.labels[:] = 5
-    got = triton_head.run(problem)
-    assert got.losses[2].isinf().all() and got.losses[1].isfinite().all()
-    assert got.dlogits.isfinite().all() and got.dhidden.isfinite().all()
+    actual = triton_head.run(problem)
+    assert actual.losses[2].isinf().all() and actual.losses[1].isfinite().all()
+    assert actual.dlogits.isfinite().all() and actual.dhidden.isfinite().all()
 
 
 def test_a_nan_stays_in_its_row():
@@ -178,14 +180,14 @@ def test_a_nan_stays_in_its_row():
 
 def test_rows_apart_and_rows_that_repeat():
     problem = make(4, 10, 20, soft=True)
-    want = triton_head.run(problem)
+    expected = triton_head.run(problem)
     inputs = (problem.hidden, problem.prior, problem.spec.soft)
     far = [torch.full((4, 50), 7.0)[:, 5 : 5 + x.shape[1]].copy_(x) for x in inputs]
 
     def replaced(hidden, prior, soft):
         return problem._replace(hidden=hidden, prior=prior, spec=problem.spec._replace(soft=soft))
 
-    for x, y in zip(want, triton_head.run(replaced(*far)), strict=True):
+    for x, y in zip(expected, triton_head.run(replaced(*far)), strict=True):
         assert torch.equal(x, y)
     check(replaced(*(x[:1].expand(4, -1) for x in far)))
 

@@ -35,9 +35,9 @@ def test_numbers(sizes, options, prior, backend, chunks):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_other_dtypes(options, prior, dtype, chunks):
     problem = Problem(70, 33, 10, dtype=dtype, prior=prior, **options)
-    found = problem.run()
-    assert found["hidden"].dtype == found["weight"].dtype == dtype and found["loss"].dtype != torch.bfloat16
-    assert_within_budget(found, problem)
+    actual = problem.run()
+    assert actual["hidden"].dtype == actual["weight"].dtype == dtype and actual["loss"].dtype != torch.bfloat16
+    assert_within_budget(actual, problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,8 +73,8 @@ def test_through_autograd(prior, reduction, chunks):
     (loss * weight).sum().backward()
     (other * weight).sum().backward()
     assert torch.allclose(loss, other, rtol=1e-5)
-    for got, want in zip(inputs, plain, strict=True):
-        assert torch.allclose(got.grad, want.grad, rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(inputs, plain, strict=True):
+        assert torch.allclose(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -125,9 +125,9 @@ def test_operator_and_compiled_whole(reduction):
         )
         return 2.0 * result.loss.mean()
 
-    want, got = form(*inputs), torch.compile(form, fullgraph=True)(*inputs)
-    assert torch.allclose(want, got, rtol=1e-6)
-    gradients = [torch.autograd.grad(x, inputs) for x in (want, got)]
+    expected, actual = form(*inputs), torch.compile(form, fullgraph=True)(*inputs)
+    assert torch.allclose(expected, actual, rtol=1e-6)
+    gradients = [torch.autograd.grad(x, inputs) for x in (expected, actual)]
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
 
@@ -166,9 +166,9 @@ def test_float16_sums_stay_in_range(monkeypatch):
 
 def test_the_belief_of_a_half_precision_prior_head_is_what_the_operator_says():
     problem = Problem(9, 7, 5, dtype=torch.bfloat16, prior="head", divergence="reverse", label_smoothing=0.1)
-    found = problem.run()["belief"].dtype
+    actual = problem.run()["belief"].dtype
     compiled = torch.compile(problem.run, fullgraph=True, backend="eager")()["belief"].dtype
-    assert found is compiled is torch.float32
+    assert actual is compiled is torch.float32
 
 
 def test_leading_dimensions_and_strided_rows():
@@ -185,9 +185,9 @@ def test_leading_dimensions_and_strided_rows():
 
 def test_no_rows_and_all_rows_ignored():
     for problem in (Problem(0, 7, 5), Problem(9, 7, 5, ignored=9), Problem(0, 7, 5, prior="head")):
-        found = problem.run()
-        assert found["loss"] == 0 and found["belief"].shape == (len(problem.hidden), 5)
-        assert all((found[name] == 0).all() for name in ("hidden", "weight", "bias"))
+        actual = problem.run()
+        assert actual["loss"] == 0 and actual["belief"].shape == (len(problem.hidden), 5)
+        assert all((actual[name] == 0).all() for name in ("hidden", "weight", "bias"))
 
 
 def test_at_most_a_chunk_of_logits_is_alive(allocated):
@@ -213,8 +213,8 @@ def test_module_is_a_linear_layer_with_a_loss():
     x, y, target = torch.randn(12, 8), torch.randn(12, 6), torch.randint(0, 30, (12,))
     result = student(y, teacher.as_prior(x), target, alpha=0.25, return_belief=False)
     result.loss.backward()
-    want = fused_local_loss(student.logits(y), teacher.logits(x).softmax(-1), target, 0.25)
-    assert torch.allclose(result.loss, want.loss) and result.belief is None
+    expected = fused_local_loss(student.logits(y), teacher.logits(x).softmax(-1), target, 0.25)
+    assert torch.allclose(result.loss, expected.loss) and result.belief is None
     assert teacher.weight.grad is None and student.weight.grad.abs().sum() > 0
     assert list(student.state_dict()) == ["weight", "bias"]
     student.load_state_dict(torch.nn.Linear(6, 30).state_dict())
@@ -224,15 +224,17 @@ def test_module_is_a_linear_layer_with_a_loss():
 def test_gradients_in_hand_under_a_mode_and_compiled(reduction):
     """Check that tensors without an address take the operator: fake ones get shapes, and compiled code gets values."""
     problem = Problem(20, 6, 50, prior="head", reduction=reduction)
-    want = problem.run()
-    found = torch.compile(problem.run, fullgraph=True)()
-    assert all(torch.allclose(found[name], want[name], rtol=1e-6) for name in RESULTS)
+    expected = problem.run()
+    actual = torch.compile(problem.run, fullgraph=True)()
+    assert all(torch.allclose(actual[name], expected[name], rtol=1e-6) for name in RESULTS)
     with FakeTensorMode() as mode:
         for name in ("hidden", "weight", "bias", "target"):
             setattr(problem, name, mode.from_tensor(getattr(problem, name)))
         problem.prior = PriorHead(*map(mode.from_tensor, problem.prior))
-        found = problem.run()
-    assert all(found[name].shape == want[name].shape and found[name].dtype == want[name].dtype for name in RESULTS)
+        actual = problem.run()
+    assert all(
+        actual[name].shape == expected[name].shape and actual[name].dtype == expected[name].dtype for name in RESULTS
+    )
 
 
 BAD = [

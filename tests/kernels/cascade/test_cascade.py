@@ -24,14 +24,14 @@ def test_numbers(sizes, options, backend):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_other_dtypes_go_stage_by_stage(options, dtype):
     case = make_case(3, 30, 24, 8, 10, dtype=dtype, **options)
-    found = run(case)
+    actual = run(case)
     if dtype.itemsize == 2:  # between stages beliefs are kept in float32: nearer to float64 than a chain in the dtype
-        want = truth(case)
+        expected = truth(case)
         for name in NAMES:
-            error = (found[name].double() - want[name]).abs().max() / want[name].abs().max()
+            error = (actual[name].double() - expected[name]).abs().max() / expected[name].abs().max()
             assert error <= 40 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
     else:
-        assert_within_budget(found, case)
+        assert_within_budget(actual, case)
 
 
 def test_rows_as_in_a_step_of_the_reference_network():
@@ -79,8 +79,8 @@ def test_through_autograd_and_scaled():
         )
         assert result.loss.requires_grad and not any(x.requires_grad for x in result[1:])
         gradients = torch.autograd.grad(result.loss * factor, inputs)
-        for name, got in zip(("features", *CascadeWeights._fields), gradients, strict=True):
-            assert torch.allclose(got, factor * direct[name], rtol=1e-6), name
+        for name, actual in zip(("features", *CascadeWeights._fields), gradients, strict=True):
+            assert torch.allclose(actual, factor * direct[name], rtol=1e-6), name
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -134,32 +134,32 @@ def test_compiled_whole_equals_eager():
     def form(features, weights, target):
         return 2.0 * refine_cascade(features, weights, target, case.alpha).loss
 
-    for got, want in zip(gradients(torch.compile(form, fullgraph=True)), gradients(form), strict=True):
-        assert torch.equal(got, want)
+    for actual, expected in zip(gradients(torch.compile(form, fullgraph=True)), gradients(form), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_rows_with_masked_classes_and_nan_stay_rows():
     case = make_case(3, 20, 16, 8, 10)
     case.weights.logits_bias[:, 3] = -torch.inf  # a masked class
     case.target[case.target == 3] = 4
-    found = run(case)
+    actual = run(case)
     # p_0 gives the class mass: the first stage's consistency is infinite, its gradient is not
-    assert found["consistency"][0] == torch.inf and found["stage_loss"][1:].isfinite().all()
-    assert (found["belief"][:, 3] == 0).all()
-    assert all(found[name].isfinite().all() for name in ("features", *CascadeWeights._fields))
+    assert actual["consistency"][0] == torch.inf and actual["stage_loss"][1:].isfinite().all()
+    assert (actual["belief"][:, 3] == 0).all()
+    assert all(actual[name].isfinite().all() for name in ("features", *CascadeWeights._fields))
     bad = make_case(3, 20, 16, 8, 10)
     clean = run(bad)
     bad.features[7] = torch.nan
-    found = run(bad)
+    actual = run(bad)
     keep = torch.arange(20) != 7
-    assert found["belief"][7].isnan().all() and torch.equal(found["belief"][keep], clean["belief"][keep])
+    assert actual["belief"][7].isnan().all() and torch.equal(actual["belief"][keep], clean["belief"][keep])
 
 
 def test_all_rows_ignored_and_no_rows():
     for case in (make_case(2, 9, 7, 5, 4, ignored=9), make_case(2, 0, 7, 5, 4)):
-        found = run(case)
-        assert found["loss"] == 0 and found["belief"].shape == (len(case.features), 4)
-        assert all((found[name] == 0).all() for name in ("features", *CascadeWeights._fields))
+        actual = run(case)
+        assert actual["loss"] == 0 and actual["belief"].shape == (len(case.features), 4)
+        assert all((actual[name] == 0).all() for name in ("features", *CascadeWeights._fields))
 
 
 def test_memory_held_does_not_grow_with_depth(allocated):
@@ -186,21 +186,21 @@ def _problem(case):
 
 def test_under_autocast_and_under_other_defaults():
     case = make_case(3, 20, 16, 8, 10, prior=True)
-    want = run(case)
+    expected = run(case)
     half = case.features.bfloat16()  # as from a layer under autocast
     weights = CascadeWeights(*(x.clone().requires_grad_() for x in case.weights))
     with torch.autocast("cpu", torch.bfloat16):
         result = refine_cascade(half, weights, case.target, case.alpha, prior=case.prior)
     result.loss.backward()
-    assert torch.allclose(result.stage_loss, want["stage_loss"], rtol=0.02)
+    assert torch.allclose(result.stage_loss, expected["stage_loss"], rtol=0.02)
     assert weights.hidden_weight.grad.dtype is torch.float32
     torch.set_default_dtype(torch.float64)
     try:
         cascade_cpu.release()  # as in a new thread
-        found = run(case)
+        actual = run(case)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(found[name], want[name]) for name in NAMES)
+    assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
 
 
 def test_a_large_stage_is_not_kept_in_memory():
@@ -215,21 +215,23 @@ def test_stages_are_the_fused_local_loss_of_what_they_read():
         hidden = torch.relu(torch.cat((prior, case.features), 1) @ case.weights[0][i].t() + case.weights[1][i])
         logits = hidden @ case.weights[2][i].t() + case.weights[3][i]
         loss, prior, fidelity, consistency = fused_local_loss(logits, prior, case.target, case.alpha[i])
-        found = run(case)
-        for name, want in (("stage_loss", loss), ("fidelity", fidelity), ("consistency", consistency)):
-            assert torch.allclose(found[name][i], want, rtol=1e-5)
+        actual = run(case)
+        for name, expected in (("stage_loss", loss), ("fidelity", fidelity), ("consistency", consistency)):
+            assert torch.allclose(actual[name][i], expected, rtol=1e-5)
 
 
 def test_gradients_in_hand_under_a_mode_and_compiled():
     """Check that tensors without an address take the operator: fake ones get shapes, and compiled code gets values."""
     case = make_case(3, 20, 16, 8, 10, alpha="stages")
-    want = run(case)
-    found = torch.compile(lambda: run(case), fullgraph=True)()
-    assert all(torch.equal(found[name], want[name]) for name in NAMES)
+    expected = run(case)
+    actual = torch.compile(lambda: run(case), fullgraph=True)()
+    assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
     with FakeTensorMode() as mode:
         weights = CascadeWeights(*map(mode.from_tensor, case.weights))
-        found = run(Case(mode.from_tensor(case.features), weights, mode.from_tensor(case.target), case.alpha))
-    assert all(found[name].shape == want[name].shape and found[name].dtype == want[name].dtype for name in NAMES)
+        actual = run(Case(mode.from_tensor(case.features), weights, mode.from_tensor(case.target), case.alpha))
+    assert all(
+        actual[name].shape == expected[name].shape and actual[name].dtype == expected[name].dtype for name in NAMES
+    )
 
 
 BAD = [

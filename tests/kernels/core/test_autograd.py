@@ -264,9 +264,9 @@ def test_checkpointing_that_is_not_reentrant(name, reduction):
     def form(*x):
         return fused(*(v * 2 for v in x), **options).sum()
 
-    want = torch.autograd.grad(form(*leaves), leaves)
-    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(form, *leaves, use_reentrant=False), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    expected = torch.autograd.grad(form(*leaves), leaves)
+    actual = torch.autograd.grad(torch.utils.checkpoint.checkpoint(form, *leaves, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -278,8 +278,8 @@ def test_hooks_may_change_the_gradient_of_a_kept_graph(name, reduction, factor, 
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     between = [x * 1 for x in leaves]
     loss = fused(*between, **options).sum() * factor
-    want = torch.autograd.grad(loss, between, retain_graph=True)
-    want = [x.clone() for x in want]
+    expected = torch.autograd.grad(loss, between, retain_graph=True)
+    expected = [x.clone() for x in expected]
     for x in between:
         x.register_hook(lambda gradient: gradient.mul_(0.0))
     assert not any(x.any() for x in torch.autograd.grad(loss, leaves, retain_graph=True))
@@ -287,4 +287,4 @@ def test_hooks_may_change_the_gradient_of_a_kept_graph(name, reduction, factor, 
     assert not any(x.any() for x in again)  # hooks run here, too
     for x in between:
         x._backward_hooks.clear()
-    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, between), want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, between), expected, strict=True))

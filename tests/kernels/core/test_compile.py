@@ -58,9 +58,9 @@ def test_opcheck(backend, kind):
     kinds = dict(SIGNATURES[kind])
     if kinds.get("dtype") is torch.float64 and backend.name != "reference":
         kinds["dtype"] = torch.float16  # float64 is the reference backend's alone
-    found = torch.library.opcheck(LOCAL_LOSS, signature(device=backend.device, backend=backend.name, **kinds))
+    actual = torch.library.opcheck(LOCAL_LOSS, signature(device=backend.device, backend=backend.name, **kinds))
     expected = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    assert {found[name] for name in expected} == {"SUCCESS"}, found
+    assert {actual[name] for name in expected} == {"SUCCESS"}, actual
 
 
 def compiled_step(backend, **options):
@@ -104,8 +104,8 @@ def test_compiled_gradient_in_hand(backend):
         return result.loss, dlogits * 2
 
     expected = f(case.logits, case.prior, case.target)
-    found = torch.compile(f, fullgraph=True)(case.logits, case.prior, case.target)
-    torch.testing.assert_close(found, expected)
+    actual = torch.compile(f, fullgraph=True)(case.logits, case.prior, case.target)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_compiled_out(backend):
@@ -117,9 +117,9 @@ def test_compiled_out(backend):
 
     out = torch.empty_like(case.logits)
     expected = local_loss_and_grad(case.logits, case.prior, case.target, backend=backend.name)[1]
-    found = torch.compile(f, fullgraph=True)(case.logits, case.prior, case.target, out)
+    actual = torch.compile(f, fullgraph=True)(case.logits, case.prior, case.target, out)
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(found, expected + 1)
+    torch.testing.assert_close(actual, expected + 1)
 
 
 def test_no_recompiling_for_each_batch_size(backend):
@@ -205,8 +205,8 @@ def test_export():
     arguments = (case.logits, case.prior, case.target)
     program = torch.export.export(Belief(), arguments, dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
     other = make_case(17, 9, seed=1)
-    found = program.module()(other.logits, other.prior, other.target)
-    assert torch.equal(found, Belief()(other.logits, other.prior, other.target))
+    actual = program.module()(other.logits, other.prior, other.target)
+    assert torch.equal(actual, Belief()(other.logits, other.prior, other.target))
 
 
 def test_torch_func(backend):

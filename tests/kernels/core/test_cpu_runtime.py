@@ -131,8 +131,8 @@ def test_from_other_threads_at_once(threads):
     cases = [make_case(rows, 1031, seed=rows, dtype=DTYPES[rows % 3]) for rows in (3, 40, 65, 100)] * 3
     expected = [call(case) for case in cases]
     with ThreadPoolExecutor(4) as pool:
-        for found, wanted in zip(pool.map(call, cases), expected, strict=True):
-            assert equal_bits(found, wanted)
+        for actual, wanted in zip(pool.map(call, cases), expected, strict=True):
+            assert equal_bits(actual, wanted)
 
 
 def test_the_lock_is_let_go(threads):
@@ -230,8 +230,8 @@ def test_streaming_stores_give_equal_bits(classes, dtype, prior_dtype):
     few = make_case(1, classes, reduction="none")
     few.logits, few.prior, few.target = case.logits[picked], case.prior[picked], case.target[picked]
     assert equal_bits(call(few), [x[picked] for x in whole])
-    found = call(few)
-    assert_within_budget(LocalLoss(*found[:4]), found[4], few)
+    actual = call(few)
+    assert_within_budget(LocalLoss(*actual[:4]), actual[4], few)
 
 
 @pytest.mark.usefixtures("two_threads")

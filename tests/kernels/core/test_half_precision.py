@@ -12,8 +12,8 @@ from sid_kernels import CascadeWeights, fused_belief_head, fused_local_loss, ref
 ALPHA, SCALE = 0.3, 65536.0
 
 
-def relative_error(got, want):
-    return float((got.double() - want).norm() / want.norm())
+def relative_error(actual, expected):
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def make_logits(rows, classes, dtype):
@@ -40,22 +40,22 @@ def test_float16_gradient_survives_the_mean(shape):
     """Check that errors with a loss scale are at most 1.5 times PyTorch's; they were 9.6% and 30%."""
     z, q, target = make_logits(*shape, torch.float16)
     leaf = z.clone().requires_grad_()
-    (got,) = gradient(fused_local_loss(leaf, q, target, ALPHA).loss, (leaf,), SCALE)
+    (actual,) = gradient(fused_local_loss(leaf, q, target, ALPHA).loss, (leaf,), SCALE)
     (plain,) = gradient(plain_loss(leaf, q, target), (leaf,), SCALE)
     exact = z.double().softmax(1).sub_(q, alpha=1 - ALPHA)
     exact[torch.arange(len(target)), target] -= ALPHA
     exact *= SCALE / len(target)
-    error, allowed = relative_error(got, exact), relative_error(plain, exact)
-    assert got.dtype is torch.float16 and error <= 1.5 * allowed, (error, allowed)
+    error, allowed = relative_error(actual, exact), relative_error(plain, exact)
+    assert actual.dtype is torch.float16 and error <= 1.5 * allowed, (error, allowed)
 
 
-def _assert_one_rounding(got, exact, dtype):
+def _assert_one_rounding(actual, exact, dtype):
     """Raise unless every element is the exact one rounded once, after the errors of float32."""
-    assert got.dtype is dtype
+    assert actual.dtype is dtype
     least = torch.finfo(dtype).smallest_normal
     unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().clamp(min=least).log2().floor()
     allowed = 0.5 * unit + 2**-20 * exact.abs().max()
-    assert bool(((got.double() - exact).abs() <= allowed).all())
+    assert bool(((actual.double() - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -70,12 +70,12 @@ def test_incoming_factor_is_rounded_once(backend, dtype, reduction, keep):
     incoming = torch.full_like(loss, 0.37)
     if reduction == "none":
         incoming = torch.linspace(-3, 3, len(loss), device=loss.device)
-    (got,) = torch.autograd.grad(loss, leaf, incoming, retain_graph=keep)
-    (want,) = torch.autograd.grad(truth, exact, incoming.double())
-    _assert_one_rounding(got, want, dtype)
+    (actual,) = torch.autograd.grad(loss, leaf, incoming, retain_graph=keep)
+    (expected,) = torch.autograd.grad(truth, exact, incoming.double())
+    _assert_one_rounding(actual, expected, dtype)
     if keep:
         (again,) = torch.autograd.grad(loss, leaf, incoming)
-        assert torch.equal(got, again)
+        assert torch.equal(actual, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -120,7 +120,7 @@ def test_float16_gradients_of_a_head(rows, classes, reduction):
     incoming = SCALE if reduction == "mean" else SCALE / rows
 
     loss = fused_belief_head(*inputs, None, target, ALPHA, reduction=reduction, return_belief=False).loss
-    got = gradient(loss, inputs, incoming)
+    actual = gradient(loss, inputs, incoming)
     uniform = torch.full((1, classes), 1 / classes)
     plain = gradient(plain_loss(RoundedLinear.apply(*inputs), uniform, target), inputs, SCALE)
     exact = [x.detach().double() for x in inputs]
@@ -128,8 +128,8 @@ def test_float16_gradients_of_a_head(rows, classes, reduction):
     dlogits[torch.arange(rows), target] -= ALPHA
     dlogits *= SCALE / rows
     truth = (dlogits @ exact[1], dlogits.t() @ exact[0], dlogits.sum(0))
-    for name, a, b, want in zip(("hidden", "weight", "bias"), got, plain, truth, strict=True):
-        error, allowed = relative_error(a, want), relative_error(b, want)
+    for name, a, b, expected in zip(("hidden", "weight", "bias"), actual, plain, truth, strict=True):
+        error, allowed = relative_error(a, expected), relative_error(b, expected)
         assert error <= 1.5 * allowed, (name, error, allowed)
 
 
@@ -151,6 +151,8 @@ def test_gradients_of_a_cascade(dtype):
     leaves = [x.requires_grad_() for x in exact_inputs]
     loss = refine_cascade(leaves[0], CascadeWeights(*leaves[1:]), target, ALPHA).loss
     truth = gradient(loss, leaves, SCALE)
-    got = gradients(dtype, SCALE)
-    for x, want in zip(got, truth, strict=True):
-        assert x.dtype is dtype and relative_error(x, want) <= 6 * torch.finfo(dtype).eps, relative_error(x, want)
+    actual = gradients(dtype, SCALE)
+    for x, expected in zip(actual, truth, strict=True):
+        assert x.dtype is dtype and relative_error(x, expected) <= 6 * torch.finfo(dtype).eps, relative_error(
+            x, expected
+        )

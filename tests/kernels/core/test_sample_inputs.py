@@ -48,10 +48,10 @@ def assert_agree(fused, plain, leaves):
     dtype = leaves[0].dtype
     torch.testing.assert_close(fused, plain.to(fused.dtype), rtol=1e-5, atol=1e-6)
     incoming = torch.linspace(0.5, 2.0, fused.numel(), dtype=fused.dtype).view(fused.shape)
-    got = torch.autograd.grad(fused, leaves, incoming)
-    want = torch.autograd.grad(plain, leaves, incoming.to(plain.dtype))
+    actual = torch.autograd.grad(fused, leaves, incoming)
+    expected = torch.autograd.grad(plain, leaves, incoming.to(plain.dtype))
     half = dtype in (torch.bfloat16, torch.float16)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         scale = float(b.detach().abs().max()) if b.numel() else 0.0
         atol = 4 * torch.finfo(dtype).eps * scale if half else 1e-6
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps if half else 1e-5, atol=atol)

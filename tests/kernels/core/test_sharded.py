@@ -32,9 +32,9 @@ def draw():
     return z, q.softmax(1), labels, y.softmax(1), torch.rand(ROWS), *layer
 
 
-def compare(got, want, name):
-    got = got.full_tensor() if hasattr(got, "full_tensor") else got
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+def compare(actual, expected, name):
+    actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
 def loss_of_every_placement():
@@ -55,10 +55,10 @@ def loss_of_every_placement():
             ):  # fmt: skip
                 for target, given, prior in ((labels, alpha, q), (labels, 0.3, None), (soft, 0.3, q)):
                     leaf = z.clone().requires_grad_()
-                    want = fused_local_loss(leaf, prior, target, given, **options)
+                    expected = fused_local_loss(leaf, prior, target, given, **options)
                     sharded = distribute_tensor(z, mesh, layout).requires_grad_()
                     place = layout if target is soft else rows
-                    got = fused_local_loss(
+                    actual = fused_local_loss(
                         sharded,
                         None if prior is None else distribute_tensor(prior, mesh, layout),
                         distribute_tensor(target, mesh, place),
@@ -66,13 +66,13 @@ def loss_of_every_placement():
                         **options,
                     )
                     name = f"{layout} {options} soft={target is soft}"
-                    for field in got._fields:
-                        compare(getattr(got, field), getattr(want, field).detach(), f"{name} {field}")
-                    incoming = torch.linspace(0.1, 1.0, want.loss.numel()).view(want.loss.shape)
-                    (want.loss * incoming).sum().backward()
-                    if got.loss.dim():
+                    for field in actual._fields:
+                        compare(getattr(actual, field), getattr(expected, field).detach(), f"{name} {field}")
+                    incoming = torch.linspace(0.1, 1.0, expected.loss.numel()).view(expected.loss.shape)
+                    (expected.loss * incoming).sum().backward()
+                    if actual.loss.dim():
                         incoming = distribute_tensor(incoming, mesh, rows)
-                    (got.loss * incoming).sum().backward()
+                    (actual.loss * incoming).sum().backward()
                     assert sharded.grad.placements == tuple(Shard(p.dim % 2) if p != Replicate() else p for p in layout)
                     compare(sharded.grad, leaf.grad, f"{name} gradient")
 
@@ -88,17 +88,17 @@ def head_of_every_placement():
     for of_hidden, of_weight in ((Shard(0), Replicate()), (Replicate(), Replicate()), (Replicate(), Shard(0))):
         for prior in (None, q, teacher):
             leaves = [x.clone().requires_grad_() for x in layer]
-            want = fused_belief_head(*leaves, prior, labels, 0.3)
-            want.loss.backward()
+            expected = fused_belief_head(*leaves, prior, labels, 0.3)
+            expected.loss.backward()
             places = (of_hidden, of_weight, of_weight)
             sharded = [distribute_tensor(x, mesh, [p]).requires_grad_() for x, p in zip(layer, places, strict=True)]
             if prior is teacher:
                 given = PriorHead(*(distribute_tensor(x, mesh, [p]) for x, p in zip(prior, places, strict=True)))
             else:
                 given = None if prior is None else distribute_tensor(prior, mesh, [Replicate()])
-            got = fused_belief_head(*sharded, given, distribute_tensor(labels, mesh, [Replicate()]), 0.3)
-            got.loss.backward()
-            compare(got.loss, want.loss.detach(), (of_hidden, of_weight))
+            actual = fused_belief_head(*sharded, given, distribute_tensor(labels, mesh, [Replicate()]), 0.3)
+            actual.loss.backward()
+            compare(actual.loss, expected.loss.detach(), (of_hidden, of_weight))
             for a, b in zip(sharded, leaves, strict=True):
                 compare(a.grad, b.grad, (of_hidden, of_weight))
 

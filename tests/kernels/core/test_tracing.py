@@ -49,8 +49,8 @@ def test_traced_programs_are_differentiable(name):
     leaves = tuple(x.clone().requires_grad_() for x in operation.inputs)
     recorded = torch.jit.trace(lambda *x: operation.fused(*x), leaves)
     others = tuple(x.detach().flip(0).requires_grad_() for x in leaves)
-    got, want = (torch.autograd.grad(f(*others), others) for f in (recorded, operation.fused))
-    torch.testing.assert_close(got, want)
+    actual, expected = (torch.autograd.grad(f(*others), others) for f in (recorded, operation.fused))
+    torch.testing.assert_close(actual, expected)
 
 
 class Network(torch.nn.Module):

@@ -14,8 +14,8 @@ def operation(request):
     return make_operation(request.param)
 
 
-def close(got, want):
-    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+def close(actual, expected):
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (actual, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -31,11 +31,11 @@ def test_grad_and_vjp(operation):
 def test_jvp_and_dual_numbers(operation):
     """Check forward mode, which used to give a tangent of zero."""
     tangents = tuple(x.roll(1, 0) for x in operation.inputs)
-    want = jvp(operation.plain, operation.inputs, tangents)
-    close(jvp(operation.fused, operation.inputs, tangents), want)
+    expected = jvp(operation.plain, operation.inputs, tangents)
+    close(jvp(operation.fused, operation.inputs, tangents), expected)
     with forward_ad.dual_level():
         duals = (forward_ad.make_dual(*pair) for pair in zip(operation.inputs, tangents, strict=True))
-        close(tuple(forward_ad.unpack_dual(operation.fused(*duals))), want)
+        close(tuple(forward_ad.unpack_dual(operation.fused(*duals))), expected)
 
 
 def test_jacobians(operation):
@@ -53,9 +53,9 @@ def test_vmap_and_gradients_of_samples(operation):
 
 def test_functionalize(operation):
     close(functionalize(operation.fused)(*operation.inputs), operation.plain(*operation.inputs))
-    want = grad(operation.plain)(*operation.inputs)
-    close(functionalize(grad(operation.fused))(*operation.inputs), want)
-    close(grad(functionalize(operation.fused))(*operation.inputs), want)
+    expected = grad(operation.plain)(*operation.inputs)
+    close(functionalize(grad(operation.fused))(*operation.inputs), expected)
+    close(grad(functionalize(operation.fused))(*operation.inputs), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -77,15 +77,15 @@ def test_every_argument_may_have_a_sample_dimension(reduction, soft):
         single = torch.stack([grad(lambda *x: form(*x).sum())(*x) for x in one])
         close(vmap(grad(lambda *x: form(*x).sum()), in_dims=dims)(*given), single)
     scalar = torch.rand(3, generator=draw)
-    found = vmap(form, in_dims=(0, 0, 0, 0))(z, q, y, scalar)
-    close(found, torch.stack([form(*x) for x in zip(z, q, y, scalar, strict=True)]))
+    actual = vmap(form, in_dims=(0, 0, 0, 0))(z, q, y, scalar)
+    close(actual, torch.stack([form(*x) for x in zip(z, q, y, scalar, strict=True)]))
 
 
 def test_half_precision_is_rounded_once():
     operation = make_operation("loss")
     z = operation.inputs[0].bfloat16()
-    got = grad(lambda z: 0.37 * operation.fused(z))(z)
-    assert torch.equal(got, grad(lambda z: 0.37 * operation.plain(z))(z.float()).bfloat16())
+    actual = grad(lambda z: 0.37 * operation.fused(z))(z)
+    assert torch.equal(actual, grad(lambda z: 0.37 * operation.plain(z))(z.float()).bfloat16())
 
 
 def test_functional_call_of_a_module():
@@ -94,11 +94,11 @@ def test_functional_call_of_a_module():
     x, target = torch.randn(4, 6, generator=draw), torch.tensor([0, 4, 2, 2])
     prior = torch.randn(4, 5, generator=draw).softmax(1)
     parameters = {name: x.detach() for name, x in layer.named_parameters()}
-    want = grad(lambda p: plain_loss(functional_call(layer, p, (x,)), prior, target))(parameters)
-    got = grad(lambda p: fused_local_loss(functional_call(layer, p, (x,)), prior, target, 0.3).loss)(parameters)
+    expected = grad(lambda p: plain_loss(functional_call(layer, p, (x,)), prior, target))(parameters)
+    actual = grad(lambda p: fused_local_loss(functional_call(layer, p, (x,)), prior, target, 0.3).loss)(parameters)
     of_head = grad(lambda p: functional_call(head, p, (x, prior, target, 0.3)).loss)(parameters)
     for name in parameters:
-        close((got[name], of_head[name]), (want[name], want[name]))
+        close((actual[name], of_head[name]), (expected[name], expected[name]))
 
 
 def test_second_derivatives_are_refused(operation):
@@ -131,11 +131,11 @@ def test_batch_of_incoming_gradients(name, reduction, dtype):
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     loss = fused(*inputs, reduction=reduction) if reduction == "none" else fused(*inputs)
     incoming = torch.linspace(-2, 2, 3 * loss.numel()).view(3, *loss.shape)
-    got = torch.autograd.grad(loss, inputs, incoming, is_grads_batched=True, retain_graph=True)
+    actual = torch.autograd.grad(loss, inputs, incoming, is_grads_batched=True, retain_graph=True)
     single = [torch.autograd.grad(loss, inputs, x, retain_graph=True) for x in incoming]
     atol = 1e-6 if dtype is torch.float32 else 0.01
-    for x, want in zip(got, zip(*single, strict=True), strict=True):
-        torch.testing.assert_close(x, torch.stack(want), rtol=2 * torch.finfo(dtype).eps, atol=atol)
+    for x, expected in zip(actual, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(expected), rtol=2 * torch.finfo(dtype).eps, atol=atol)
 
 
 def test_vectorized_jacobian():
@@ -144,9 +144,9 @@ def test_vectorized_jacobian():
     def losses(z):
         return operation.fused(z, reduction="none")
 
-    want = torch.autograd.functional.jacobian(losses, operation.inputs[0])
+    expected = torch.autograd.functional.jacobian(losses, operation.inputs[0])
     for strategy in ("reverse-mode", "forward-mode"):
-        got = torch.autograd.functional.jacobian(losses, operation.inputs[0], vectorize=True, strategy=strategy)
-        close(got, want)
+        actual = torch.autograd.functional.jacobian(losses, operation.inputs[0], vectorize=True, strategy=strategy)
+        close(actual, expected)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.functional.hessian(operation.fused, operation.inputs[0], vectorize=True)

@@ -31,8 +31,8 @@ def negated(x):
 def test_views_with_the_negative_bit(name):
     operation = make_operation(name)
     inputs = tuple(x.detach() for x in operation.inputs)
-    want = operation.fused(*(-x for x in inputs))
-    assert torch.equal(operation.fused(*map(negated, inputs)), want)
+    expected = operation.fused(*(-x for x in inputs))
+    assert torch.equal(operation.fused(*map(negated, inputs)), expected)
 
 
 @pytest.mark.parametrize("which", ["logits", "prior", "target", "alpha"])
@@ -41,12 +41,12 @@ def test_tensors_of_implied_zeros(which):
         "logits": torch.randn(4, 5), "prior": torch.full((4, 5), 0.2), "target": TARGET, "alpha": torch.full((), 0.3),
     }  # fmt: skip
     zeros = torch._efficientzerotensor(given[which].shape, dtype=given[which].dtype)
-    got, gradient = local_loss_and_grad(**(given | {which: zeros}))
+    actual, gradient = local_loss_and_grad(**(given | {which: zeros}))
     want, expected = local_loss_and_grad(**(given | {which: torch.zeros_like(given[which])}))
-    assert torch.equal(got.loss, want.loss) and torch.equal(gradient, expected)
+    assert torch.equal(actual.loss, want.loss) and torch.equal(gradient, expected)
     if which == "prior":  # the call of a training step
-        got = fused_local_loss(given["logits"], zeros, TARGET)
-        assert torch.equal(got.loss, fused_local_loss(given["logits"], torch.zeros(4, 5), TARGET).loss)
+        actual = fused_local_loss(given["logits"], zeros, TARGET)
+        assert torch.equal(actual.loss, fused_local_loss(given["logits"], torch.zeros(4, 5), TARGET).loss)
 
 
 def unusual():

@@ -45,8 +45,8 @@ def test_alpha_one_is_cross_entropy(backend, smoothing, reduction):
     expected = F.cross_entropy(z, labels, **options)
     torch.testing.assert_close(result.loss, expected)
     torch.testing.assert_close(result.fidelity, expected.detach())
-    (found,), (wanted,) = (torch.autograd.grad(loss.sum(), z) for loss in (result.loss, expected))
-    torch.testing.assert_close(found, wanted)
+    (actual,), (wanted,) = (torch.autograd.grad(loss.sum(), z) for loss in (result.loss, expected))
+    torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("reduction", ("none", "batchmean", "sum"))
@@ -59,8 +59,8 @@ def test_alpha_zero_is_kl_div(backend, reduction):
     result = fused_local_loss(z, q, labels, 0.0, reduction=reduction.replace("batch", ""), backend=backend.name)
     torch.testing.assert_close(result.loss, expected)
     torch.testing.assert_close(result.consistency, expected.detach())
-    (found,), (wanted,) = (torch.autograd.grad(loss.sum(), z) for loss in (result.loss, expected))
-    torch.testing.assert_close(found, wanted)
+    (actual,), (wanted,) = (torch.autograd.grad(loss.sum(), z) for loss in (result.loss, expected))
+    torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse"))

@@ -102,14 +102,14 @@ def test_mnist_files_by_methods_networks_and_options(tmp_path, words, depth, opt
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_the_seed_determines_every_bit(tmp_path):
-    found = []
+    actual = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name
         options = ["--epochs", "2", "--depth", "3", "--crop", "1", "--seed", str(seed)]
         options += ["--batch-size", "100", "--train-images", "400"]
         assert main(["train", *options, "--out", str(out)]) == 0
-        found.append(without_times(out))
-    assert found[0] == found[1] != found[2]
+        actual.append(without_times(out))
+    assert actual[0] == actual[1] != actual[2]
 
 
 def run_and_read(arguments, capsys):

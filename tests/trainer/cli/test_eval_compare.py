@@ -30,10 +30,10 @@ def last_row(folder):
 def test_eval_equals_the_last_epoch(words, tmp_path, capsys):
     common = ["--train-images", "200", "--batch-size", "64", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(["train", *common, *words.split()]) == 0
-    row, found = last_row(tmp_path / "run"), evaluate_run(tmp_path / "run")
-    assert found["accuracy"] == row["stage_accuracy"] and found["images"] == 360
-    assert found["kl"] == pytest.approx(row["stage_kl"], rel=1e-5)
-    assert found["certificate"] == pytest.approx(
+    row, actual = last_row(tmp_path / "run"), evaluate_run(tmp_path / "run")
+    assert actual["accuracy"] == row["stage_accuracy"] and actual["images"] == 360
+    assert actual["kl"] == pytest.approx(row["stage_kl"], rel=1e-5)
+    assert actual["certificate"] == pytest.approx(
         row["certificate"], abs=1.5 / 360
     )  # rounding may decide about one image
     capsys.readouterr()
@@ -42,9 +42,9 @@ def test_eval_equals_the_last_epoch(words, tmp_path, capsys):
     assert printed[1] == "stage   accuracy   KL(y|p)   certificate   on 360 test images"
     depth = len(row["stage_kl"])
     ways = [line.split()[0] for line in printed[2 + depth :]]
-    assert ways == (["plain", "averaged"] if "plain" in found else [])
-    assert ("plain" in found) == ("stagewise" in words and depth > 1)
-    assert all(f"{found[line.split()[0]]:.2%}" in line for line in printed[2 + depth :])
+    assert ways == (["plain", "averaged"] if "plain" in actual else [])
+    assert ("plain" in actual) == ("stagewise" in words and depth > 1)
+    assert all(f"{actual[line.split()[0]]:.2%}" in line for line in printed[2 + depth :])
     for stage, line in enumerate(printed[2 : 2 + depth]):
         number, accuracy, kl, certificate = line.split()
         assert int(number) == stage + 1 and accuracy == f"{row['stage_accuracy'][stage]:.2%}"

@@ -71,10 +71,10 @@ def test_a_program_runs_without_this_package(run, tmp_path, capsys):
     assert classes == [str(i) for i in range(10)]
     assert ours == ["sid_kernels", "sid_trainer"]  # only the blocked entries, and no submodule
     logits = expected(run, images)
-    found = np.load(tmp_path / "logits.npz")
-    assert found.files == ["1", "2", "7", "40"]
-    for size in found.files:
-        torch.testing.assert_close(torch.from_numpy(found[size]), logits[: int(size)], rtol=1e-4, atol=1e-5)
+    actual = np.load(tmp_path / "logits.npz")
+    assert actual.files == ["1", "2", "7", "40"]
+    for size in actual.files:
+        torch.testing.assert_close(torch.from_numpy(actual[size]), logits[: int(size)], rtol=1e-4, atol=1e-5)
 
 
 @needs_onnx
@@ -89,8 +89,8 @@ def test_onnx(run, tmp_path, capsys):
     (takes,), images = session.get_inputs(), pixels()
     logits = expected(run, images)
     for size in (1, 2, 7, 40):
-        (found,) = session.run(None, {takes.name: images[:size].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), logits[:size], rtol=1e-3, atol=1e-4)
+        (actual,) = session.run(None, {takes.name: images[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), logits[:size], rtol=1e-3, atol=1e-4)
 
 
 def test_a_program_has_the_accuracy_of_the_run(run):

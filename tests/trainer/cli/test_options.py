@@ -49,9 +49,9 @@ def parsers():
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_flags_are_frozen(command):
-    found = {flag for action in parsers()[command]._actions for flag in action.option_strings} - {"-h", "--help"}
+    actual = {flag for action in parsers()[command]._actions for flag in action.option_strings} - {"-h", "--help"}
     negations = SWITCHES.split() if command in ("train", "compare") else []
-    assert sorted(found) == sorted(
+    assert sorted(actual) == sorted(
         [f"--{name}" for name in FLAGS[command].split()] + [f"--no-{name}" for name in negations]
     )
 

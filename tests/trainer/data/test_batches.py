@@ -38,10 +38,10 @@ def in_memory_and_streamed(folder, workers):
 
 def test_crop_and_flip_against_a_loop():
     images = torch.randint(0, 256, (40, 6, 5, 3), dtype=torch.uint8)
-    found = crop_and_flip(images, 2, True, torch.Generator().manual_seed(3))
-    assert found.shape == images.shape
+    actual = crop_and_flip(images, 2, True, torch.Generator().manual_seed(3))
+    assert actual.shape == images.shape
     mirrored = 0
-    for image, result in zip(images.numpy(), found.numpy(), strict=True):
+    for image, result in zip(images.numpy(), actual.numpy(), strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
         windows = [padded[y : y + 6, x : x + 5] for y in range(5) for x in range(5)]
         straight = any(np.array_equal(result, window) for window in windows)
@@ -49,7 +49,7 @@ def test_crop_and_flip_against_a_loop():
         assert straight or any(np.array_equal(result, window[:, ::-1]) for window in windows)
     assert 8 <= mirrored <= 32
     again = crop_and_flip(images, 2, True, torch.Generator().manual_seed(3))
-    assert torch.equal(found, again)
+    assert torch.equal(actual, again)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -90,10 +90,10 @@ def test_batches_are_normalized_and_complete():
 def test_a_single_image_left_over_joins_the_batch_before(count, size, expected):
     images = torch.randint(0, 256, (count, 2, 2, 1), dtype=torch.uint8)
     batches = Batches(Split(images, torch.arange(count)), size, CPU, *pixel_statistics(images))
-    found = list(batches.shuffle(0, 1, 1, True))
-    assert [len(labels) for _, labels in found] == expected and len(batches) == len(expected)
-    assert sorted(torch.cat([labels for _, labels in found]).tolist()) == list(range(count))
-    assert same(found[1:], list(batches.shuffle(0, 1, 1, True, start=1)))
+    actual = list(batches.shuffle(0, 1, 1, True))
+    assert [len(labels) for _, labels in actual] == expected and len(batches) == len(expected)
+    assert sorted(torch.cat([labels for _, labels in actual]).tolist()) == list(range(count))
+    assert same(actual[1:], list(batches.shuffle(0, 1, 1, True, start=1)))
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
@@ -106,8 +106,8 @@ def test_an_epoch_resumes_at_any_batch_with_the_same_bits(folder, start):
 def test_the_crops_of_a_batch_differ_from_epoch_to_epoch_and_batch_to_batch():
     split = Split(torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8, 1).repeat(8, 1, 1, 1), torch.zeros(8).long())
     batches = Batches(split, 4, CPU, torch.zeros(1), torch.ones(1))
-    found = [inputs for seed in (0, 1) for epoch in (0, 1) for inputs, _ in batches.shuffle(seed, epoch, 4, True)]
-    assert len({inputs.numpy().tobytes() for inputs in found}) == 8
+    actual = [inputs for seed in (0, 1) for epoch in (0, 1) for inputs, _ in batches.shuffle(seed, epoch, 4, True)]
+    assert len({inputs.numpy().tobytes() for inputs in actual}) == 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -136,12 +136,12 @@ def test_an_unreadable_streamed_image_is_named_in_one_line(folder, workers, dama
 def test_workers_ignore_signals_to_the_process_group(folder):
     _, streamed = in_memory_and_streamed(folder, workers=1)
     batches = streamed.shuffle(0, 0, 0, False)
-    found = [next(batches)]  # the worker has been initialized
+    actual = [next(batches)]  # the worker has been initialized
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
-    found += batches
-    assert len(found) == 7
+    actual += batches
+    assert len(actual) == 7
 
 
 KILLED_WORKER = """

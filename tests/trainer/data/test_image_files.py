@@ -25,8 +25,8 @@ def save(file, image, **options):
 def test_16_bit_grey_is_scaled(tmp_path):
     values = RAMP.astype(np.uint16) * 257 + 100  # rounds to RAMP
     for name in ("a.png", "a.tif"):
-        found = read_image(save(tmp_path / name, Image.fromarray(values)))
-        assert np.array_equal(found, RAMP[..., None].repeat(3, 2)), name
+        actual = read_image(save(tmp_path / name, Image.fromarray(values)))
+        assert np.array_equal(actual, RAMP[..., None].repeat(3, 2)), name
     big_endian = Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes())
     assert np.array_equal(read_image(save(tmp_path / "b.tif", big_endian))[..., 0], RAMP)
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535 " + values.astype(">u2").tobytes())
@@ -95,8 +95,8 @@ def test_a_transparent_color_is_white(tmp_path, mode):
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     else:
         image = image.convert(mode)
-    found = read_image(save(tmp_path / "a.png", image, transparency=transparent))
-    assert (found[:, :4] == 255).all() and (found[:, 4:] == 153).all()
+    actual = read_image(save(tmp_path / "a.png", image, transparency=transparent))
+    assert (actual[:, :4] == 255).all() and (actual[:, 4:] == 153).all()
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [
@@ -112,9 +112,9 @@ def test_photographs_are_turned(tmp_path, suffix, mode, orientation, turned):
     pixels = LEFT[:, :6].copy()
     pixels[:2] //= 2
     options = {"jpg": {"quality": 100}, "webp": {"lossless": True}}.get(suffix, {})
-    found = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(pixels).convert(mode), exif=exif, **options))
+    actual = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(pixels).convert(mode), exif=exif, **options))
     expected = turned(pixels)
-    assert found.shape == (*expected.shape, 3) and np.abs(found[..., 0].astype(int) - expected).max() < 40
+    assert actual.shape == (*expected.shape, 3) and np.abs(actual[..., 0].astype(int) - expected).max() < 40
 
 
 def test_other_kinds_are_shown_as_before(tmp_path):
@@ -131,8 +131,8 @@ def test_other_kinds_are_shown_as_before(tmp_path):
         save(tmp_path / "moving.png", grey, save_all=True, append_images=[Image.fromarray(255 - LEFT)]),
         save(tmp_path / "moving.webp", grey, save_all=True, lossless=True, append_images=[Image.fromarray(255 - LEFT)]),
     ):
-        found = read_image(file).astype(int)
-        assert np.abs(found - LEFT[..., None]).max() <= 3, file
+        actual = read_image(file).astype(int)
+        assert np.abs(actual - LEFT[..., None]).max() <= 3, file
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -39,29 +39,29 @@ def check_whole(part, data):
 )
 def test_a_subset_has_the_proportions_of_the_classes(sizes, count, expected):
     data = numbered(sizes)
-    found = take_subset(data, count).train
-    check_whole(found, data)
-    assert len(set(numbers(found))) == count and tuple(torch.bincount(found.labels, minlength=3).tolist()) in expected
-    assert numbers(found) == sorted(numbers(found))
-    assert numbers(take_subset(data, count).train) == numbers(found)
+    actual = take_subset(data, count).train
+    check_whole(actual, data)
+    assert len(set(numbers(actual))) == count and tuple(torch.bincount(actual.labels, minlength=3).tolist()) in expected
+    assert numbers(actual) == sorted(numbers(actual))
+    assert numbers(take_subset(data, count).train) == numbers(actual)
 
 
 def test_another_seed_draws_another_subset_of_the_training_images():
     data = numbered([50, 50])
-    found = [take_subset(data, 20, seed) for seed in (0, 1)]
-    assert numbers(found[0].train) != numbers(found[1].train)
-    assert found[0].test is data.test and found[0].classes == data.classes
+    actual = [take_subset(data, 20, seed) for seed in (0, 1)]
+    assert numbers(actual[0].train) != numbers(actual[1].train)
+    assert actual[0].test is data.test and actual[0].classes == data.classes
 
 
 def test_validation_is_disjoint_and_by_class():
     data = numbered([100, 40, 7])
-    found = split_validation(data, 0.1, seed=3)
-    check_whole(found.train, data), check_whole(found.validation, data)
-    assert torch.bincount(found.validation.labels).tolist() == [10, 4, 1]
-    assert sorted(numbers(found.train) + numbers(found.validation)) == list(range(147))
-    assert numbers(split_validation(data, 0.1, seed=3).validation) == numbers(found.validation)
-    assert numbers(split_validation(data, 0.1, seed=4).validation) != numbers(found.validation)
-    assert found.test is data.test
+    actual = split_validation(data, 0.1, seed=3)
+    check_whole(actual.train, data), check_whole(actual.validation, data)
+    assert torch.bincount(actual.validation.labels).tolist() == [10, 4, 1]
+    assert sorted(numbers(actual.train) + numbers(actual.validation)) == list(range(147))
+    assert numbers(split_validation(data, 0.1, seed=3).validation) == numbers(actual.validation)
+    assert numbers(split_validation(data, 0.1, seed=4).validation) != numbers(actual.validation)
+    assert actual.test is data.test
     assert split_validation(data, 0).validation is None
 
 

@@ -48,8 +48,8 @@ def own_lines(text):
 
 def restarted(run, gone):
     """Return both ranks, rank -> process id, once neither is one of those that ended; until then None."""
-    found = workers(run.process.pid)
-    return found if len(found) == 2 and not gone & set(found.values()) else None
+    processes = workers(run.process.pid)
+    return processes if len(processes) == 2 and not gone & set(processes.values()) else None
 
 
 @pytest.mark.slow

@@ -346,10 +346,10 @@ def test_how_ranks_spent_their_time():
         {"begun": 10.0, "ended": 18.0, "busy": 8.0, "trained": 9, "batches": [(10.0, 12.0)]},
         {"begun": 10.5, "ended": 20.0, "busy": 4.0, "trained": 9, "batches": [(12.0, 13.0)]},
     ]
-    found = summarize_times(ranks, 2)
-    assert found["bubble"] == pytest.approx(0.4) and found["predicted_bubble"] == pytest.approx(0.1)
-    assert found["imbalance"] == pytest.approx(0.25) and found["span"] == 10.0
-    assert found["ranks"][1]["ended"] == 10.0 and found["ranks"][1]["batches"] == [(2.0, 3.0)]
+    actual = summarize_times(ranks, 2)
+    assert actual["bubble"] == pytest.approx(0.4) and actual["predicted_bubble"] == pytest.approx(0.1)
+    assert actual["imbalance"] == pytest.approx(0.25) and actual["span"] == 10.0
+    assert actual["ranks"][1]["ended"] == 10.0 and actual["ranks"][1]["batches"] == [(2.0, 3.0)]
 
 
 def test_stages_are_balanced_with_what_loading_costs_the_first_rank(monkeypatch):

@@ -166,11 +166,11 @@ def test_layouts_are_those_of_the_features_in_training_and_nothing_changes(arch,
     inputs = torch.randn(3, 1, 8, 8).to(memory_format=torch.channels_last)
     network.to(memory_format=torch.channels_last)
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
-    found = activation_layouts(network, inputs[:2], dtype)
+    actual = activation_layouts(network, inputs[:2], dtype)
     assert torch.equal(torch.get_rng_state(), random) and network.training
     assert_same(dict(network.state_dict()), dict(before))
     features, prior = inputs, network.uniform(inputs)
-    for stage, layout in zip(network.stages, found, strict=True):
+    for stage, layout in zip(network.stages, actual, strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             features, logits = stage(features.detach(), prior)
         prior = logits.detach().float().softmax(1)
@@ -184,16 +184,16 @@ def test_layouts_are_those_of_the_features_in_training_and_nothing_changes(arch,
 @pytest.fixture
 def moved(monkeypatch):
     """Record all modules that are moved to a device with memory, each with what it holds."""
-    found, to = [], nn.Module.to
+    actual, to = [], nn.Module.to
 
     def noted(module, *where, **options):
         device = torch._C._nn._parse_to(*where, **options)[0]
         if device is not None and device.type != "meta":
-            found.append(module)
+            actual.append(module)
         return to(module, *where, **options)
 
     monkeypatch.setattr(nn.Module, "to", noted)
-    return found
+    return actual
 
 
 def trainer_of(arch, layout, strategy):
@@ -285,11 +285,11 @@ def report(rank, count):
     communicator = connect(rank, count)
     for t in range(3):
         own = {"of": rank, "t": t, "tensor": torch.arange(rank + 2), "none": None, "numbers": [0.1 * rank]}
-        found = communicator.gather_on_logging_rank(own)
+        actual = communicator.gather_on_logging_rank(own)
         if rank != count - 1:
-            assert found is None
+            assert actual is None
             continue
-        for other, there in enumerate(found):
+        for other, there in enumerate(actual):
             assert (there["of"], there["t"], there["none"], there["numbers"]) == (other, t, None, [0.1 * other])
             assert torch.equal(there["tensor"], torch.arange(other + 2))
     communicator.wait_for_sends()

@@ -77,15 +77,15 @@ def test_the_schedules_have_the_same_gradients(arch, layout, options):
     network = make(arch, layout, depth=3 if layout == "shared" else None).double()
     inputs, targets = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (4,))
     alphas = [0.9 - 0.1 * i for i in range(len(network.stages))]
-    found, losses = {}, {}
+    actual, losses = {}, {}
     for schedule in STEP_SCHEDULES:
         network.zero_grad()
         losses[schedule] = sid_step(network, inputs, targets, alphas, schedule=schedule, **options).stage_loss
-        found[schedule] = [p.grad.clone() for p in network.parameters()]
+        actual[schedule] = [p.grad.clone() for p in network.parameters()]
     groups = [list(m.parameters()) for m in network.local_modules if list(m.parameters())]
     for schedule in STEP_SCHEDULES[1:]:
         torch.testing.assert_close(losses[schedule].double(), losses["one-pass"].double())
-        ours, theirs = iter(found["one-pass"]), iter(found[schedule])
+        ours, theirs = iter(actual["one-pass"]), iter(actual[schedule])
         for group in groups:
             pairs = [(next(ours), next(theirs)) for _ in group]
             largest = max(a.abs().max() for a, _ in pairs)
@@ -99,9 +99,9 @@ def gradients(network, step, *arguments, **options):
     return result, [p.grad.clone() for p in network.parameters()]
 
 
-def assert_same(found, expected, rounding=1e-4):
+def assert_same(actual, expected, rounding=1e-4):
     largest = max(b.abs().max() for b in expected)
-    assert all((a - b).abs().max() <= rounding * largest for a, b in zip(found, expected, strict=True))
+    assert all((a - b).abs().max() <= rounding * largest for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,8 +113,8 @@ def test_the_three_forms_of_backpropagation_agree(layout):
     F.cross_entropy(network(inputs), targets).backward()
     expected = [p.grad.clone() for p in network.parameters()]
     for options in BACKPROPAGATED.values():
-        result, found = gradients(network, bp_step, inputs, targets, **options)
-        assert_same(found, expected)
+        result, actual = gradients(network, bp_step, inputs, targets, **options)
+        assert_same(actual, expected)
         torch.testing.assert_close(result.stage_loss, F.cross_entropy(network(inputs), targets).detach().reshape(1))
         torch.testing.assert_close(result.logits, network(inputs).detach())
 
@@ -122,7 +122,7 @@ def test_the_three_forms_of_backpropagation_agree(layout):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_checkpointing_updates_batch_norm_once(momentum):
     inputs, targets = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
-    found = []
+    actual = []
     for checkpointed in (False, True):
         network = make("vgg11", "stagewise", "bp")
         norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
@@ -131,8 +131,8 @@ def test_checkpointing_updates_batch_norm_once(momentum):
         for _ in range(2):
             _, grads = gradients(network, bp_step, inputs, targets, checkpointed=checkpointed)
         assert len(norms) == 8 and all(norm.momentum == momentum for norm in norms)
-        found.append([*grads, *network.state_dict().values()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        actual.append([*grads, *network.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,8 +142,8 @@ def test_deep_supervision_and_greedy_against_their_definitions(layout):
     network.zero_grad()
     sum(F.cross_entropy(z, targets) for z in network.stage_logits(inputs)).backward()
     expected = [p.grad.clone() for p in network.parameters()]
-    _, found = gradients(network, deep_supervision_step, inputs, targets)
-    assert_same(found, expected)
+    _, actual = gradients(network, deep_supervision_step, inputs, targets)
+    assert_same(actual, expected)
 
     network.zero_grad()
     features, prior = network.extractor(inputs), torch.full((8, 10), 0.1)
@@ -165,8 +165,8 @@ def test_the_features_of_a_stagewise_network_are_not_those_of_the_stage_after_it
         expected = sid_step(network, inputs, targets)
         network.zero_grad()
         optimizers = [None, *(torch.optim.SGD(stage.parameters(), lr) for stage in network.stages)]
-        found = sid_step(network, inputs, targets, 0.5, optimizers)
-        assert torch.equal(found.stage_loss, expected.stage_loss) and torch.equal(found.logits, expected.logits)
+        actual = sid_step(network, inputs, targets, 0.5, optimizers)
+        assert torch.equal(actual.stage_loss, expected.stage_loss) and torch.equal(actual.logits, expected.logits)
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "one-cycle"])

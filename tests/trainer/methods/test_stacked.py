@@ -31,16 +31,16 @@ def optimizers(network, kind=SGD, **options):
     return [kind(module.parameters(), **options) for module in network.local_modules]
 
 
-def assert_near(found, wanted, rounding=ROUNDING):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= rounding * value.abs().max(), name
+def assert_near(actual, expected, rounding=ROUNDING):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] - value).abs().max() <= rounding * value.abs().max(), name
 
 
-def assert_equal(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
@@ -51,10 +51,10 @@ def test_gradients_and_losses_are_those_of_stage_by_stage(classes, alpha):
     for fused in (True, False):
         network, inputs, targets = make(classes=classes, fused=fused)
         results.append((sid_step(network, inputs, targets, alpha), gradients(network)))
-    (result, found), (expected, wanted) = results
+    (result, actual), (expected, wanted) = results
     torch.testing.assert_close(result.stage_loss, expected.stage_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    assert_near(found, wanted)
+    assert_near(actual, wanted)
 
 
 def test_soft_targets_and_gradients_that_add_up():

@@ -38,15 +38,15 @@ def summed_loss_gradients(network, inputs, targets, alphas):
         total = total + alpha * F.cross_entropy(logits, targets) + (1 - alpha) * consistency
         prior = logits.softmax(1).detach()
     total.backward()
-    found = gradients(network)
+    actual = gradients(network)
     network.zero_grad()
-    return found
+    return actual
 
 
-def assert_within_rounding(found, expected, rounding=ROUNDING):
-    assert found.keys() == expected.keys()
+def assert_within_rounding(actual, expected, rounding=ROUNDING):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
+        error = (actual[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
         assert error <= rounding, f"{name}: off by {error:.1e} of the largest"
 
 
@@ -156,14 +156,14 @@ def test_the_reference_network():
 def test_pooling_before_relu_changes_no_bit():
     """Compare with the reference's order, ReLU before each pooling, on values that tie at zero."""
     conv = nn.Conv2d(3, 8, 3, padding=1)
-    found = []
+    actual = []
     for order in ((nn.ReLU(), nn.MaxPool2d(2)), (nn.MaxPool2d(2), nn.ReLU())):
         inputs = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).round().requires_grad_()
         conv.zero_grad()
         output = nn.Sequential(conv, *order)(inputs)
         output.square().sum().backward()
-        found.append((output, inputs.grad, conv.weight.grad.clone()))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        actual.append((output, inputs.grad, conv.weight.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 @pytest.mark.parametrize("step", [sid_step, bp_step, deep_supervision_step])
@@ -206,11 +206,11 @@ def test_labels_out_of_range_and_ignored_ones_in_every_schedule(schedule, fused)
         sid_step(network, inputs, targets, schedule=schedule)
     targets[3] = -100
     network.zero_grad()
-    found = sid_step(network, inputs, targets, 1.0, schedule=schedule).stage_loss[0]
+    actual = sid_step(network, inputs, targets, 1.0, schedule=schedule).stage_loss[0]
     first = make(depth=2, fused=False)[0]
     with torch.no_grad():
         _, logits = next(iter(first.stages))(first.extractor(inputs), torch.full((16, 10), 0.1))
-    torch.testing.assert_close(found, F.cross_entropy(logits, targets))
+    torch.testing.assert_close(actual, F.cross_entropy(logits, targets))
 
 
 @pytest.mark.parametrize("way", [*STEP_SCHEDULES, "loop"])

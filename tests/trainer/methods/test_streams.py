@@ -206,7 +206,7 @@ def test_what_adds_up_the_gradients_of_shared_features_is_made_before_the_first_
 @pytest.mark.parametrize("schedule", ["one-pass", "two-phase"])
 @pytest.mark.parametrize(("layout", "fused"), [("shared", False), ("shared", True), ("stagewise", False)])
 def test_streams_that_only_order_change_no_bit(layout, fused, schedule):
-    found = []
+    actual = []
     for streams in (None, StageHooks(), StageHooks(defer_updates=True), StageStreams("cpu", 3, Backend())):
         network, inputs, targets = make(layout, fused=fused)
         optimizers = make_optimizers(network, "sid", step_schedule=schedule)
@@ -214,9 +214,9 @@ def test_streams_that_only_order_change_no_bit(layout, fused, schedule):
             result = sid_step(
                 network, inputs, targets, 0.5, optimizers, schedule=schedule, fused=False, streams=streams
             )
-        found.append([*result, *network.parameters()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        actual.append([*result, *network.parameters()])
+    for other in actual[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(actual[0], other, strict=True))
 
 
 def test_only_cuda_gets_streams():

@@ -125,9 +125,9 @@ def test_other_settings_than_the_seed_are_not_averaged_over(tmp_path):
         write_run(tmp_path / "d", (0.2,), label_noise=0.4, seed=0),
         write_run(tmp_path / "e", (0.1,), label_noise=0.4, seed=0, classes=["other", "names"]),
     ]
-    found = [(one["label_noise"], one["settings"], one["test_accuracy"]) for one in compared(folders)]
-    assert found[:2] == [(0.0, "alpha 0.5", pytest.approx(0.6)), (0.0, "alpha 0.9, 0.3", 0.9)]
-    assert sorted(found[2:]) == [(0.4, "", 0.1), (0.4, "", 0.2)]
+    actual = [(one["label_noise"], one["settings"], one["test_accuracy"]) for one in compared(folders)]
+    assert actual[:2] == [(0.0, "alpha 0.5", pytest.approx(0.6)), (0.0, "alpha 0.9, 0.3", 0.9)]
+    assert sorted(actual[2:]) == [(0.4, "", 0.1), (0.4, "", 0.2)]
     assert "alpha 0.9, 0.3" in as_markdown(comparison_text(load_runs(folders).runs))
 
 
@@ -372,12 +372,12 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: {}, "'bubble'"),
-        (lambda found: [], "not a file of a run"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"busy": None}]}, "not a file of a run"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": [[0, math.inf]]}]}, "every time and share must be a number"),
-        (lambda found: found | {"ranks": [found["ranks"][0] | {"batches": []}]}, "every time and share must be a number"),
-        (lambda found: found | {"bubble": "much"}, "could not convert string to float: 'much'"),
+        (lambda pipeline: {}, "'bubble'"),
+        (lambda pipeline: [], "not a file of a run"),
+        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"busy": None}]}, "not a file of a run"),
+        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"batches": [[0, math.inf]]}]}, "every time and share must be a number"),
+        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"batches": []}]}, "every time and share must be a number"),
+        (lambda pipeline: pipeline | {"bubble": "much"}, "could not convert string to float: 'much'"),
     ],
 )  # fmt: skip
 def test_a_pipeline_that_is_none_is_named(change, message, tmp_path):
