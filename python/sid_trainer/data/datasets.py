@@ -63,15 +63,9 @@ class ImageData(NamedTuple):
 
 
 def load_data(
-    name: str,
-    path: str | os.PathLike | None = None,
-    *,
-    cache: str | os.PathLike | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-    stream: bool | None = None,
-    workers: int = 0,
-) -> ImageData:
+    name: str, path: str | os.PathLike | None = None, *, cache: str | os.PathLike | None = None,
+    download: bool = False, image_size: int | None = None, stream: bool | None = None, workers: int = 0,
+) -> ImageData:  # fmt: skip
     """Load the data set called `name`, one of DATASETS, from the folder `path`.
 
     Args:

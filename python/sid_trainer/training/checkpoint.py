@@ -1,6 +1,7 @@
-"""Checkpoints of a run: last.pt, and previous.pt from the save before it. They hold only tensors, numbers and text.
+"""Save and load the checkpoints of a run: last.pt, and previous.pt from the save before it.
 
-Reading checks every checksum and uses `weights_only`, so that an untrusted file runs no code.
+They hold only tensors, numbers and text. Reading checks every checksum and uses `weights_only`, so that an untrusted
+file runs no code.
 """
 
 import itertools
@@ -63,15 +64,15 @@ def load_checkpoint(path: Path) -> dict:
         if previous == file:
             raise
         try:
-            before = read_checkpoint(previous)
+            state = read_checkpoint(previous)
         except ValueError:
             raise error from None
-        offer = f"{previous}, of epoch {before['epoch']} step {before['step']}, is undamaged: resume from it instead"
+        offer = f"{previous}, of epoch {state['epoch']} step {state['step']}, is undamaged: resume from it instead"
         raise ValueError(f"{error}; {offer}") from error
 
 
 def set_aside_damaged(folder: Path) -> Path | None:
-    """Rename a damaged last.pt, which the next save would make previous.pt; return the new path, or None."""
+    """Rename last.pt if it is damaged, because the next save would make it previous.pt; return the new path or None."""
     last = folder / LAST
     if not last.exists():
         return None
@@ -86,14 +87,14 @@ def set_aside_damaged(folder: Path) -> Path | None:
 def check_same(path: Path, saved: dict, own: dict, names: Iterable[str]) -> None:
     """Raise ValueError for the first of `names` with different values in `saved`, read from `path`, and `own`."""
     for name in names:
-        there, here = saved.get(name), own[name]
-        if there == here:
+        saved_value, own_value = saved.get(name), own[name]
+        if saved_value == own_value:
             continue
-        if name == "classes" and there:  # name only the first class that differs
-            first = len(os.path.commonprefix([there, here]))
+        if name == "classes" and saved_value:  # name only the first class that differs
+            first = len(os.path.commonprefix([saved_value, own_value]))
             name = f"class {first}"
-            there, here = (next(iter(classes[first:]), None) for classes in (there, here))
-        raise ValueError(f"{path}: saved by a run with {name} {there!r}, not {here!r}")
+            saved_value, own_value = (next(iter(classes[first:]), None) for classes in (saved_value, own_value))
+        raise ValueError(f"{path}: saved by a run with {name} {saved_value!r}, not {own_value!r}")
 
 
 def read_checkpoint(file: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Flush denormal numbers on a CPU: arithmetic on them is slow, and training does not need them."""
+"""Flush denormal numbers to zero on a CPU: arithmetic on them is slow, and training does not need them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

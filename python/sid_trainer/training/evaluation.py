@@ -1,4 +1,4 @@
-"""Metrics of every stage on a split: accuracy, KL divergence to the labels, and the descent certificate."""
+"""Measure every stage on a split: accuracy, KL divergence to the labels, and the descent certificate."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -77,7 +77,7 @@ def exit_curve(
             counts[i] += torch.bincount(exits, minlength=network.depth)
     images = counts.sum(dim=1, keepdim=True)
     return [
-        (right / float(n), share) for right, n, share in zip(correct, images, (counts / images).tolist(), strict=True)
+        (hits / float(n), shares) for hits, n, shares in zip(correct, images, (counts / images).tolist(), strict=True)
     ]
 
 
@@ -89,10 +89,9 @@ def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[
 
 
 def sum_metrics(
-    batches: Iterable[tuple[Any, Tensor]],
-    run_stages: Callable[[Any], tuple[Sequence[Tensor], Tensor]],
+    batches: Iterable[tuple[Any, Tensor]], run_stages: Callable[[Any], tuple[Sequence[Tensor], Tensor]],
     options: StepOptions,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, int]:  # fmt: skip
     """Return the sums (3, L), float64, of the metrics of `evaluate`, and the number of images.
 
     `run_stages` maps the inputs of a batch to the logits of L stages and the first prior, as in `stage_logits`.

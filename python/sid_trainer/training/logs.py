@@ -1,4 +1,4 @@
-"""The log of a run: config.json, metrics.jsonl, TensorBoard events and a printed table."""
+"""Write the log of a run: config.json, metrics.jsonl, TensorBoard events and a printed table."""
 
 import json
 from pathlib import Path

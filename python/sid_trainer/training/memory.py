@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class SavedBytes:
-    """A context that measures the bytes held for backward: `alive` now, and `peak` at most.
+    """A context that measures the bytes held for the backward pass: `alive` now, and at most `peak`.
 
     Each storage counts once, as a whole. The storages of `parameters` do not count.
     """
@@ -49,7 +49,7 @@ class SavedBytes:
 
 
 class SavedTensor:
-    """A tensor held for backward. Autograd deletes this object when it frees the graph."""
+    """A tensor held for the backward pass. Autograd deletes this object when it frees the graph."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor

@@ -1,6 +1,7 @@
-"""Operations of networks: multiplications and additions of matrix products and convolutions; all else is a small share.
+"""Count the operations of networks: multiplications and additions of matrix products and convolutions.
 
-They are counted on the CPU before training, on two images of zeros, and are numbers per image.
+All other operations are a small share. The counts are per image, and made on the CPU before training, on two images of
+zeros.
 """
 
 import copy

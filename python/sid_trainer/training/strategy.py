@@ -1,4 +1,4 @@
-"""Where a trainer's work runs: `Strategy` uses this process alone; its subclasses share the work among processes."""
+"""Place a trainer's work: `Strategy` uses this process alone, and its subclasses share the work among processes."""
 
 import copy
 from collections.abc import Generator, Iterator
@@ -116,8 +116,8 @@ class Strategy:
     def run_step(self, inputs: Any, targets: Tensor) -> StepResult:
         """Update the network on one batch.
 
-        The first step of a run measures `activation_bytes`. With `graph` on a GPU, a later step on a
-        full batch is captured, and replayed for every full batch.
+        The first step of a run measures `activation_bytes`. With `graph` on a GPU, the next step on a full batch is
+        captured, and replayed for every full batch.
         """
         if self.activation_bytes is None:
             with SavedBytes(self.network.parameters()) as saved:

@@ -55,16 +55,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        network: Network,
-        data: ImageData | OwnData,
-        config: TrainConfig,
-        folder: Path | str | None = None,
-        *,
-        strategy: Strategy | None = None,
-        metadata: dict | None = None,
-        quiet: bool = False,
-    ):
+        self, network: Network, data: ImageData | OwnData, config: TrainConfig, folder: Path | str | None = None, *,
+        strategy: Strategy | None = None, metadata: dict | None = None, quiet: bool = False,
+    ):  # fmt: skip
         self.folder = None if folder is None else nonempty_path(folder, "folder")
         if not isinstance(network, Network):
             raise ValueError(f"network must be what `cut` or `build_network` return, not a {type(network).__name__}")
@@ -182,7 +175,7 @@ class Trainer:
                 raise
 
     def images_done(self) -> int:
-        """Return the number of images processed in the current epoch."""
+        """Return the number of images on which the current epoch has trained so far."""
         return sum(self.strategy.batches["train"].sizes()[: self.step])
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
@@ -224,8 +217,8 @@ class Trainer:
 
     def non_finite(self, problem: str) -> NonFiniteLoss:
         saved = self.folder and has_checkpoint(self.folder)
-        kept = "the last good checkpoint is kept" if saved else "nothing was saved yet"
-        return NonFiniteLoss(f"{problem} (learning rate {float(self.lr):g}, {self.config.dtype}); {kept}")
+        checkpoint = "the last good checkpoint is kept" if saved else "nothing was saved yet"
+        return NonFiniteLoss(f"{problem} (learning rate {float(self.lr):g}, {self.config.dtype}); {checkpoint}")
 
     def summarize_epoch(self, results: dict) -> dict:
         """Return the row of metrics.jsonl for the current epoch.
@@ -322,9 +315,9 @@ class Trainer:
         if difference := compare_shapes(state["network"], self.network.state_dict()):
             raise ValueError(f"{path}: saved by another network ({difference})")
         for name in ("threads", "torch"):
-            then, now = state["config"].get(name), self.metadata[name]
-            if then != now and not self.quiet:
-                print(f"{name}: {now} instead of {then}, so results will not have the same bits")
+            saved_value, own_value = state["config"].get(name), self.metadata[name]
+            if saved_value != own_value and not self.quiet:
+                print(f"{name}: {own_value} instead of {saved_value}, so results will not have the same bits")
         if self.strategy.writes_run_folder and self.folder and path != self.folder:
             if (damaged := set_aside_damaged(self.folder)) and not self.quiet:
                 print(f"{self.folder / LAST} is damaged; renamed to {damaged.name}")
@@ -346,9 +339,9 @@ def parameter_place(name: str, value: Tensor) -> str:
 def compare_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
     """Return the first difference in names or shapes between two state dicts, or None."""
     for name in [*own, *saved]:
-        there, here = (tuple(state[name].shape) if name in state else "nothing" for state in (saved, own))
-        if there != here:
-            return f"{name} is {there} in the checkpoint and {here} in the network"
+        saved_shape, own_shape = (tuple(state[name].shape) if name in state else "nothing" for state in (saved, own))
+        if saved_shape != own_shape:
+            return f"{name} is {saved_shape} in the checkpoint and {own_shape} in the network"
     return None
 
 
@@ -360,7 +353,7 @@ def stop_requests(announce: bool = True) -> Iterator[list[int]]:
     """
     received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
@@ -368,11 +361,11 @@ def stop_requests(announce: bool = True) -> Iterator[list[int]]:
             print("stopping after this step, the run is saved ...", file=sys.stderr)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread
-        before = {}
+        previous_handlers = {}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
