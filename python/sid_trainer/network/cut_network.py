@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .local_pass import LocalOutput, LocalPass, at_least_float32, reshard, shift_labels, uniform_belief
+from .local_pass import (
+    LocalOutput,
+    LocalPass,
+    at_least_float32,
+    reshard,
+    shift_labels,
+    uniform_belief,
+    warn_of_input_gradients,
+)
 from .loss_options import StageLossOptions
 
 Visit = Callable[[int, Tensor], Any]  # stage, its features
@@ -220,6 +228,7 @@ class CutNetwork(nn.Module):
             return True
 
         self.check_parameters()
+        warn_of_input_gradients((inputs, keywords))
         reshard(self)
         parameters = [self.parameters_of_stage(i) for i in range(self.depth)]
         with LocalPass(targets, self.loss_options, self.depth) as local:

@@ -1,5 +1,6 @@
 """A forward pass that trains every stage: losses and gradients are computed in it, and `backward` hands them out."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from sid_kernels import CascadeWeights, local_loss_and_grad, refine_cascade, refine_cascade_and_grad
 from sid_kernels.core.options import HALF
@@ -198,6 +200,15 @@ def float16_scale(output: Tensor, rows: int, parameters: Iterable[Tensor]) -> fl
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether `fully_shard` divides a parameter among processes."""
     return hasattr(parameter, "to_local")
+
+
+def warn_of_input_gradients(inputs: Any) -> None:
+    """Warn if an input requires a gradient: a pass returns none, so that what computed the input is not trained."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inputs)):
+        warnings.warn(
+            "inputs that require a gradient get none from a call with targets: compute them within the model",
+            stacklevel=5,  # the caller of the network
+        )
 
 
 def reshard(network: nn.Module) -> None:

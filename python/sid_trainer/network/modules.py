@@ -19,6 +19,7 @@ from .local_pass import (
     reshard,
     take_terms,
     uniform_belief,
+    warn_of_input_gradients,
 )
 from .loss_options import StageLossOptions
 
@@ -171,7 +172,10 @@ class SIDNetwork(nn.Module):
     ) -> Tensor | LocalOutput:
         """Return the last stage's logits (B, C), or with targets (B,) or (B, C) (or `labels`) a `LocalOutput`."""
         targets = labels if targets is None else targets
-        return self.stage_logits(inputs)[-1] if targets is None else self.learn(inputs, targets)
+        if targets is None:
+            return self.stage_logits(inputs)[-1]
+        warn_of_input_gradients(inputs)
+        return self.learn(inputs, targets)
 
     def learn(self, inputs: Tensor, targets: Tensor) -> LocalOutput:
         """Compute every stage's loss and gradients, as a call with targets does."""

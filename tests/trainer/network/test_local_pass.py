@@ -1,6 +1,7 @@
 """Test a call with targets: it has `sid_step`'s gradients, fits any loop, and holds one stage's memory."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -144,6 +145,19 @@ def test_hooks_of_parameters_run_once_on_what_they_get(kind):
         for own, its in zip(gradients(networks[0]), gradients(networks[1]), strict=True):
             torch.testing.assert_close(own, its * 0.5)
     assert len(seen) == 2 * len(gradients(networks[0]))
+
+
+@pytest.mark.parametrize("kind", ["stages", "names"])
+def test_inputs_that_require_a_gradient_are_warned_of(kind):
+    network, (inputs, targets) = deep_network(kind, 2), batch()
+    with pytest.warns(UserWarning, match="inputs that require a gradient get none from a call with targets") as caught:
+        network(inputs.requires_grad_(), targets)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(inputs)
+        with torch.no_grad():
+            network(inputs, targets)
 
 
 def test_a_second_backward_is_an_error_that_says_what_to_do():
