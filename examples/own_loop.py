@@ -1,4 +1,4 @@
-"""Train a stack of local stages in a loop of your own: one fused loss a stage, and no gradient between stages."""
+"""Train a stack of local stages in a loop of your own: one fused loss per stage, and no gradient between stages."""
 
 import torch
 from torch import nn

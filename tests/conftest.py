@@ -14,7 +14,7 @@ from sid_kernels.core import backends
 
 try:
     from hypothesis import HealthCheck, settings
-except ImportError:  # a GPU machine without a network: the files that draw their cases skip themselves
+except ImportError:  # a GPU machine without a network has no hypothesis; files that need it skip themselves
     pass
 else:
     settings.register_profile(

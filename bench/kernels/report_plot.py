@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from bench.kernels.contenders import CLONE, DIRECT, FUSED
 from bench.lib.plot import bars, where
 
-# The alternatives drawn, and their colours; "compiled four-op" stands in the table only.
+# The alternatives drawn, and their colors; "compiled four-op" stands in the table only.
 DRAWN = {
     "eager four-op": "#9aa5b1",
     "eager collapsed": "#6b7785",

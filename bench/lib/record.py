@@ -43,7 +43,7 @@ def write_json(path: Path, record: dict) -> None:
 
 
 def scrub(text: str) -> str:
-    """`text` without colours, addresses, and the folders of this machine: paths below the checkout become relative."""
+    """`text` without colors, addresses, and the folders of this machine: paths below the checkout become relative."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"\w+://\S+", "<address>", text)
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")

@@ -17,7 +17,7 @@ SCHEDULES = ("sid", "gpipe", "1f1b", "zb")
 
 @dataclass(frozen=True)
 class NetworkLink:
-    """The links between neighbouring ranks, one in each direction. A link carries one message at a time.
+    """The links between neighboring ranks, one in each direction. A link carries one message at a time.
 
     seconds_per_byte_on_rank: time that a message takes from its sender and from its receiver (gloo copies on the rank's
     own core).
@@ -195,7 +195,7 @@ def microbatch_order(schedule: str, rank: int, ranks: int, m: int) -> str:
 
 
 class Channel:
-    """The messages of one direction between two neighbours, with the time of each step on their way."""
+    """The messages of one direction between two neighbors, with the time of each step on their way."""
 
     def __init__(self, link: NetworkLink, in_flight: int | None):
         self.link, self.in_flight = link, in_flight

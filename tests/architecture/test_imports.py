@@ -9,7 +9,7 @@ import pytest
 
 from helpers.sources import PACKAGES, ROOT, arrows, imported_modules, parse, room_of
 
-# From the ground up. A room imports rooms of lower floors only.
+# Floors from the bottom up: a room imports only rooms of lower floors.
 FLOORS = {
     "sid_kernels": [
         {"core"},

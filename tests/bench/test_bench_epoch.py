@@ -46,9 +46,9 @@ def test_one_round(where, monkeypatch, capfd):
         assert len(speeds) == 2 and min(speeds) > 0 and f"{row['times_reference']:.2f}" in printed
         ratios = [a / b for a, b in zip(speeds, base, strict=True)]
         assert row["times_reference"] == pytest.approx(statistics.median(ratios))
-        assert row["test_accuracy"] >= 0.5, name  # two classes that differ in colour
+        assert row["test_accuracy"] >= 0.5, name  # two classes that differ in color
     lines = [line.split()[2] for line in printed.splitlines() if line.startswith("round 1")]
-    assert len(lines) == 3 and lines[0] == "sid"  # each round begins with another
+    assert len(lines) == 3 and lines[0] == "sid"  # each round starts with another contender
 
 
 def test_the_references_network_and_loop(where, monkeypatch):

@@ -34,7 +34,7 @@ def test_cascade_contenders_agree_with_float64():
     for contender in [*listed.values(), captured]:
         if not contender.compiled:
             passes(cascade, contender, problem, cascade.truth(problem))
-    for parameter, old in zip(problem.network.parameters(), before, strict=True):  # each had a copy of its own
+    for parameter, old in zip(problem.network.parameters(), before, strict=True):  # each had its own copy
         assert torch.equal(parameter, old)
 
 
@@ -139,7 +139,7 @@ def test_operators_of_a_known_call():
 
     x, y = torch.randn(4, 3), torch.randn(4, 3)
     assert footprint.operators(lambda: (x + y) * 2) == 2
-    assert footprint.operators(lambda: torch.nn.functional.linear(x, y)) == 1  # and not what it calls in turn
+    assert footprint.operators(lambda: torch.nn.functional.linear(x, y)) == 1  # not what it calls itself
     labels, prior = torch.zeros(4, dtype=torch.int64), y.softmax(-1)
     calls = footprint.operators(lambda: local_loss_and_grad(x, prior, labels, 0.5))
     assert calls == 5 + 1  # the five outputs' memory and the kernel

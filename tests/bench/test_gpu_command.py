@@ -77,7 +77,7 @@ def gone(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return True
-    return state == "Z"  # killed, and not yet collected by whoever inherited it
+    return state == "Z"  # killed, and not yet reaped by its new parent
 
 
 def test_total_time_is_kept_and_later_steps_keep_their_share(monkeypatch):
@@ -254,4 +254,4 @@ def test_dry_run_names_every_step():
     limits = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert all(limit > 0 for limit in limits)
     kept = [float(line.split("most,")[1].split()[0]) for line in done.stdout.splitlines()]
-    assert sum(kept) < 330  # so that a slow step never takes the time of those after it, in a smaller total either
+    assert sum(kept) < 330  # so that a slow step never takes the time of later ones, even if the total is smaller

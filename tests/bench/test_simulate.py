@@ -50,7 +50,7 @@ def test_a_local_stage_hands_on_before_it_learns():
 def test_several_stages_on_a_rank_and_the_slowest_sets_the_pace():
     costs = [StageCost(1, 1, 1, held=2), StageCost(2, 0, 1, held=9), StageCost(1, 1, 0, held=4)]
     found = simulate(costs, [range(0, 2), range(2, 3)], "sid", 10)
-    # stage 2's features leave 3 + 2 after a batch's beginning, once every 6; rank 1 then takes 2
+    # stage 2 sends its features 3 + 2 after a batch begins, every 6 seconds; rank 1 then takes 2
     assert found.seconds == 9 * 6 + 5 + 2 and found.busy == [60, 20]
     assert found.imbalance == pytest.approx(1 - 40 / 60) and found.held == [9, 4]
 
@@ -86,9 +86,9 @@ def test_the_update_empties_the_pipeline_of_backpropagation():
 def test_links_take_time_and_carry_one_message_at_a_time():
     cost = StageCost(1.0, 1.0, sent=10)
     late = even(2, cost, batches=5, link=NetworkLink(latency_seconds=0.25, bytes_per_second=20))
-    assert late.seconds == 5 * 2 + 1 + 10 / 20 + 0.25  # half a second a message: hidden but for the first
+    assert late.seconds == 5 * 2 + 1 + 10 / 20 + 0.25  # half a second per message: hidden, except for the first
     bound = even(2, cost, batches=5, link=NetworkLink(bytes_per_second=2))
-    # five seconds a message; the first leaves at 1, and the last is worked on for 2
+    # five seconds per message; the first is sent at 1, and the last takes 2 to process
     assert bound.seconds == 1 + 5 * 5 + 2
     copied = even(2, cost, batches=5, link=NetworkLink(seconds_per_byte_on_rank=0.01))
     assert copied.busy == pytest.approx([5 * 2.1, 5 * 2.1]) and copied.seconds == pytest.approx(5 * 2.1 + 1 + 0.1)
@@ -151,7 +151,7 @@ def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link)
             begins[rank] = [event for event in mine if event.kind == "forward"][
                 :: len(parts[rank]) if schedule == "sid" else 1
             ]
-        for rank in range(1, ranks):  # nothing is worked on before it was made and has travelled
+        for rank in range(1, ranks):  # nothing is processed before it was computed and received
             step = 1 / link.bytes_per_second * costs[parts[rank].start - 1].sent + link.latency_seconds
             for before, after in zip(begins[rank - 1], begins[rank], strict=True):
                 assert after.start >= before.end + step - 1e-9

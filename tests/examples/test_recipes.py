@@ -20,7 +20,7 @@ NEEDS = {
     "lightning_module": ["lightning"],
     "accelerate_loop": ["accelerate"],
 }
-CASES = [  # recipe, arguments of its main, what it must reach
+CASES = [  # recipe, arguments of its main, results that it must reach
     ("timm_models", ("resnet18",), 0.6),  # accuracies; chance: 10%
     pytest.param("timm_models", ("convnext_atto",), 0.6, marks=pytest.mark.slow),
     pytest.param("timm_models", ("vit_tiny_patch16_224",), 0.3, marks=pytest.mark.slow),

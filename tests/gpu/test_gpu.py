@@ -124,14 +124,14 @@ def test_on_another_device(kernel):
 
 
 @pytest.fixture
-def synchronisation_is_an_error():
+def synchronization_is_an_error():
     before = torch.cuda.get_sync_debug_mode()
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("rows,classes", ((128, 10), (9000, 10), (64, 1000), (2, 262_144)))
-def test_nothing_waits_for_the_gpu(kernel, rows, classes, synchronisation_is_an_error):
+def test_nothing_waits_for_the_gpu(kernel, rows, classes, synchronization_is_an_error):
     cases = [on_gpu(rows, classes, alpha="scalar", ignored=0.2), on_gpu(rows, classes, soft=True, alpha="rows")]
 
     def everything():
@@ -147,7 +147,7 @@ def test_nothing_waits_for_the_gpu(kernel, rows, classes, synchronisation_is_an_
 
     everything()  # compiles and reserves memory
     torch.cuda.synchronize()
-    synchronisation_is_an_error()
+    synchronization_is_an_error()
     everything()
 
 

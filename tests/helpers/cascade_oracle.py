@@ -17,7 +17,7 @@ from sid_kernels import CascadeWeights, refine_cascade_and_grad
 
 TINY = torch.finfo(torch.float32).tiny
 NAMES = ("loss", "stage_loss", "fidelity", "consistency", "belief", "logits", "features", *CascadeWeights._fields)
-# Roundings of what a result is summed from, beyond PyTorch's own error. Stages amplify what those before were off by.
+# Allowed roundings of a result's terms, beyond PyTorch's own error. Stages amplify errors of earlier ones.
 ROUNDINGS = 32
 
 
@@ -148,7 +148,7 @@ def assert_within_budget(found: dict[str, Tensor], case: Case) -> None:
             continue
         scale, error = want["sizes"][name], (got - expected).abs().max()
         allowed = (peer[name].double() - expected).abs().max()
-        # One rounding more where a result is stored in half precision
+        # One more rounding for results stored in half precision
         allowed = allowed + (ROUNDINGS if dtype.itemsize >= 4 else 2) * torch.finfo(dtype).eps / 2 * scale + 1e-30
         assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e} (largest {scale:.2e})"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# For interpreted kernels, which take a second or more a case: the half types are `slow`.
+# For interpreted kernels, which take a second or more per case: the half types are `slow`.
 INTERPRETED_DTYPES = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:]))
 TARGETS = {  # options of `make_case`
     "hard": dict(ignored=0.3),

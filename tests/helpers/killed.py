@@ -16,7 +16,7 @@ import torch
 from helpers.processes import PATIENCE
 from sid_trainer.training.checkpoint import LAST, load_checkpoint
 
-TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what two runs of equal bits differ in
+TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what differs between two runs of equal bits
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -82,7 +82,7 @@ def _call_before(name, destination, nth, number, worker):
     *module, attribute = name.split(".")
     try:
         place = importlib.import_module(".".join(module))
-    except ImportError:  # a method: the class is the last but one
+    except ImportError:  # a method: the class is the second to last part of the name
         place = getattr(importlib.import_module(".".join(module[:-1])), module[-1])
     whole, calls = getattr(place, attribute), 0
 

@@ -17,7 +17,7 @@ TINY = torch.finfo(torch.float32).tiny
 # How many float32 roundings of its terms' magnitudes a value may be off, beyond PyTorch's own error. Measured over 3000
 # random cases on the CPU backend: 13 at most, in rows of up to 3000 classes; half as many again for the loops of a GPU.
 ROUNDINGS = 20
-# What is left of a probability below float32's normal numbers, times a difference of logarithms of up to 3 * 88.
+# The rest of a probability below float32's normal numbers, times a difference of logarithms of up to 3 * 88.
 FLUSHED = 264 * TINY
 
 

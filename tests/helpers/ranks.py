@@ -20,7 +20,7 @@ from helpers.processes import PATIENCE
 from sid_trainer.runs.build import PROCESSES
 
 STEP = "sid_trainer.training.trainer.Trainer.train_step"
-MEMORY = {"activation_bytes", "pipeline"}  # of rows; in what else than times runs by more or fewer processes differ
+MEMORY = {"activation_bytes", "pipeline"}  # of rows: what differs with the number of processes, besides times
 STARTS = {*PROCESSES, "run", "fused", "launch"}  # of config.json
 
 
@@ -80,7 +80,7 @@ def finish(processes: list) -> list[int]:
         process.join(max(0, end - time.monotonic()))
     status = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()  # one that is stopped, too
+        process.kill()  # also one that is stopped
         process.join()
     assert None not in status, f"exit statuses after {PATIENCE:.0f} seconds: {status}"
     return status
@@ -139,7 +139,7 @@ def workers(torchrun: int) -> dict[int, int]:
     """Return the processes of torchrun's ranks, rank -> process id, as far as they have been started."""
     found = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
+        with contextlib.suppress(OSError, ValueError):  # it has ended in the meantime
             if int(file.read_text().rpartition(")")[2].split()[1]) == torchrun:
                 variables = dict(v.split("=", 1) for v in (file.parent / "environ").read_text().split("\0") if "=" in v)
                 if "RANK" in variables:

@@ -128,7 +128,7 @@ def other_variants() -> list[Variant]:
     return variants
 
 
-# (C, H, D): for each size of a row one of round numbers and one that no vector and no chunk divides.
+# (C, H, D): per row size, one set of round numbers and one that no vector and no chunk divides.
 CASCADES = (
     (10, 256, 128), (31, 250, 127), (64, 256, 128), (50, 250, 127), (100, 256, 128), (101, 250, 127),
     (200, 256, 128), (255, 250, 127),

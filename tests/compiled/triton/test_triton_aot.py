@@ -83,7 +83,7 @@ def test_no_spills_in_products(target, kernel):
     """Compile the cascade and the belief head with each of their plans, at sizes of models."""
     variants = (tv.cascade_set if kernel == "cascade" else tv.head_set)(nvidia=target != "gfx942")
     assert len(set(variants)) == 2 * len(tv.CASCADES if kernel == "cascade" else tv.HEADS)
-    if target == "sm_100":  # these tiles compile as for sm_90: each size in one of its two dtypes will do
+    if target == "sm_100":  # these tiles compile as for sm_90, so each size in one of its two dtypes is enough
         variants = [v for i, v in enumerate(variants) if i % 4 in (0, 3)]
     check(variants, target)
 

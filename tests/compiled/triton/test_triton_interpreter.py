@@ -27,7 +27,7 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-# Each file, and how many cases it holds at least: those of `make test`, and the slow ones.
+# Each file, and the least number of its cases: those of `make test`, and the slow ones.
 CASES = {
     "triton_cases.py": (137, 84),
     "triton_belief_cases.py": (27, 48),

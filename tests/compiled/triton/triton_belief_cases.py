@@ -26,7 +26,7 @@ def test_every_kind(monkeypatch, kernel, dtype, divergence, target, prior):
     if kernel == "loop":
         monkeypatch.setattr(triton_kernels, "PLANS", LOOPS)
     for (rows, classes), reduction in zip(SIZES, ("mean", "sum", "none", "mean", "none"), strict=True):
-        if kernel == "loop":  # one row a program; the interpreter is slow
+        if kernel == "loop":  # one row per program; the interpreter is slow
             rows = min(rows, 2)
         case = make_case(
             rows, classes, dtype=dtype, divergence=divergence, reduction=reduction, alpha="rows", seed=classes,

@@ -23,12 +23,10 @@ from sid_kernels.local_loss.problem import make_problem
 from sid_kernels.local_loss.triton_launch import LossPlan
 
 assert INTERPRETING, "run through test_triton_interpreter.py"
-# numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
+# numpy warns about what the kernels intend: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-LOOP = (
-    LossPlan(2**62, 1, 16, 1, (64, 64, 64), looped=True),
-)  # chunks of 16: three of them, the last cut short, at C = 37
+LOOP = (LossPlan(2**62, 1, 16, 1, (64, 64, 64), looped=True),)  # three chunks of 16 at C = 37, the last one partial
 
 
 @pytest.fixture(params=("tile", "loop"))
@@ -117,7 +115,7 @@ def test_rows_that_do_not_count(plans):
     assert result.loss == 0 and result.dlogits.abs().max() == 0
     case = make_case(5, 37, ignore_index=3)
     case.target[::2] = 3
-    case.logits[0, 5] = math.nan  # what does not count cannot spoil the mean
+    case.logits[0, 5] = math.nan  # ignored rows do not affect the mean
     result = run(case)
     assert result.loss.isfinite() and torch.equal(result.dlogits[::2], torch.zeros(3, 37))
     assert result.belief[0].isnan().all()
@@ -296,7 +294,7 @@ def test_scale(dtype, rows, classes):
     grad = torch.randn(rows, classes).to(dtype)
     row_scale = torch.randn(rows)
     row_scale[0] = 1.0
-    one_for_all = torch.tensor(0.5).expand(rows)  # as the backward pass of a sum hands it on
+    one_for_all = torch.tensor(0.5).expand(rows)  # as the backward pass of a sum passes it on
     for scale in (torch.tensor(0.25), torch.tensor(1.0), row_scale, one_for_all):
         wide = torch.full((rows, classes + 5), 3.0, dtype=dtype)
         actual = core_triton.scale_(wide[:, :classes].copy_(grad), scale)

@@ -20,7 +20,7 @@ from sid_kernels.core.triton import INTERPRETING
 from sid_kernels.local_loss import triton_launch as triton_kernels
 
 assert INTERPRETING, "run through test_triton_interpreter.py"
-# numpy warns where the kernels mean it: log 0, 0 * inf, -inf - -inf
+# numpy warns about what the kernels intend: log 0, 0 * inf, -inf - -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 

@@ -44,4 +44,4 @@ def test_cascade_in_groups(called, monkeypatch):
 def test_head(sizes, options, prior, called):
     problem = heads.Problem(*sizes, prior=prior, **options)
     heads.assert_within_budget(problem.run(backend="triton"), problem)
-    assert len(called) == (0 if prior == "head" else 1)  # a prior that is a head goes in chunks
+    assert len(called) == (0 if prior == "head" else 1)  # a prior that is a head is computed in chunks

@@ -25,7 +25,7 @@ def test_numbers(sizes, options, backend):
 def test_other_dtypes_go_stage_by_stage(options, dtype):
     case = make_case(3, 30, 24, 8, 10, dtype=dtype, **options)
     actual = run(case)
-    if dtype.itemsize == 2:  # between stages beliefs are kept in float32: nearer to float64 than a chain in the dtype
+    if dtype.itemsize == 2:  # beliefs between stages stay in float32: nearer to float64 than a chain in the dtype
         expected = truth(case)
         for name in NAMES:
             error = (actual[name].double() - expected[name]).abs().max() / expected[name].abs().max()

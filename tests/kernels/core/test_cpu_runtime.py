@@ -144,7 +144,7 @@ def test_the_lock_is_let_go(threads):
 
     def work():
         try:
-            for _ in range(1000):  # on a busy machine the other thread may get no time in some of the calls
+            for _ in range(1000):  # on a busy machine, the other thread may not run during some calls
                 out.fill_(7.0)
                 call(case, out=out)
                 if seen.is_set():

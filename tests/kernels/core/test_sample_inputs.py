@@ -22,7 +22,7 @@ def samples():
         sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)  # type: ignore[assignment]
     from torch.testing._internal.common_methods_invocations import op_db
 
-    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True  # that import forbids other tests to set flags
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True  # it prevents other tests from setting flags
 
     def listed(name, dtype):
         (info,) = (x for x in op_db if x.name == f"nn.functional.{name}" and not x.variant_test_name)

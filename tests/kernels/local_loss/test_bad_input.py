@@ -125,7 +125,7 @@ LABELS = {
 @pytest.mark.parametrize("case", LABELS)
 def test_label_out_of_range(backend, case, more):
     if backend.device != "cpu":
-        pytest.skip("on a GPU such a row is NaN, without a synchronisation: test_gpu.py")
+        pytest.skip("on a GPU such a row is NaN, without synchronization: test_gpu.py")
     labels, message, options = LABELS[case]
     refused(backend, IndexError, message, target=torch.tensor(labels), **options, **more)
     if not options and not more:
@@ -135,7 +135,7 @@ def test_label_out_of_range(backend, case, more):
 
 def test_label_out_of_range_in_more_dimensions_and_other_dtypes(backend):
     if backend.device != "cpu":
-        pytest.skip("on a GPU such a row is NaN, without a synchronisation: test_gpu.py")
+        pytest.skip("on a GPU such a row is NaN, without synchronization: test_gpu.py")
     labels = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
     with pytest.raises(IndexError, match=r"label 255 in row 3"):
         fused_local_loss(torch.randn(2, 2, 6), None, labels, backend=backend.name)

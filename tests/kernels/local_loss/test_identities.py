@@ -13,7 +13,7 @@ def distributions(*shape, seed=0):
 
 @pytest.mark.parametrize("alpha", (0.2, 0.5, 0.9))
 @pytest.mark.parametrize("classes", (3, 10, 300))
-def test_forward_minimiser_is_the_arithmetic_mixture(backend, classes, alpha):
+def test_forward_minimizer_is_the_arithmetic_mixture(backend, classes, alpha):
     y, q = distributions(6, classes, seed=1), distributions(6, classes, seed=2)
     z = (alpha * y + (1 - alpha) * q).log() + 4.0  # a constant changes nothing
     z, q, y = (x.to(backend.device) for x in (z, q, y))
@@ -26,7 +26,7 @@ def test_forward_minimiser_is_the_arithmetic_mixture(backend, classes, alpha):
 
 @pytest.mark.parametrize("alpha", (0.2, 0.5, 0.9))
 @pytest.mark.parametrize("classes", (3, 10, 300))
-def test_reverse_minimiser_is_the_geometric_mixture(backend, classes, alpha):
+def test_reverse_minimizer_is_the_geometric_mixture(backend, classes, alpha):
     y, q = distributions(6, classes, seed=1), distributions(6, classes, seed=2)
     z = alpha * y.log() + (1 - alpha) * q.log() - 4.0
     z, q, y = (x.to(backend.device) for x in (z, q, y))

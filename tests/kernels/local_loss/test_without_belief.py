@@ -55,7 +55,7 @@ def test_cuda_source(kind, divergence, target):
             rows, classes, dtype=simt.KIND_DTYPES[kind], divergence=divergence, **TARGETS[target], **PRIORS[prior]
         )
         if kind != "any" and prior == "other dtype":
-            continue  # that is what `any` is for
+            continue  # that is the purpose of `any`
         for plan in plans[:1] if classes == 5000 else plans:
             beside = simt.run(case, plan)
             assert_equal_except_belief(simt.run(case, plan, need_belief=False), beside)

@@ -18,7 +18,7 @@ SETTINGS = (
     " optimizer parallel prior-dropout prior-input"
     " replicas save-every schedule stages-per-rank stream streams tail timeout train-images val weight-decay workers"
 )
-SWITCHES = "channels-last download flip fused graph norm prior-input stream streams"  # each has a --no-...
+SWITCHES = "channels-last download flip fused graph norm prior-input stream streams"  # each also has a --no-... flag
 FLAGS = {
     "train": f"{SETTINGS} layout method out overwrite resume seed",
     "compare": f"{SETTINGS} layouts methods out seeds",

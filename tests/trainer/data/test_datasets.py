@@ -75,11 +75,11 @@ def test_the_cache_is_used_while_it_matches_the_files(tmp_path, monkeypatch):
     for file in cache.iterdir():  # truncated
         file.write_bytes(file.read_bytes()[:-5])
     assert torch.equal(load(), first) and decodes == ["train", "test"]
-    for file in cache.iterdir():  # a pickle instead of it is not opened
+    for file in cache.iterdir():  # a pickle in its place is not opened
         np.save(file.open("wb"), np.array([print], dtype=object), allow_pickle=True)
     assert torch.equal(load(), first) and decodes == ["train", "test"]
     assert load(image_size=4).shape == (12, 4, 4, 3) and decodes == ["train", "test"]
-    assert torch.equal(load(), first) and decodes == []  # two sizes live side by side
+    assert torch.equal(load(), first) and decodes == []  # caches of two sizes coexist
     Image.new("RGB", (8, 8), "blue").save(root / "train" / "a" / "0.png")
     assert not torch.equal(load(), first) and decodes == ["train"]
     assert len(list(cache.iterdir())) == 4  # the outdated array is gone
@@ -105,7 +105,7 @@ def test_image_size_makes_mixed_sizes_equal(tmp_path):
     Image.fromarray(image).save(root / "train" / "a" / "0.png")
     data = load_data("folder", root, cache=tmp_path / "cache", image_size=4)
     assert data.image_size == (4, 4) and data.train.images.shape == (12, 4, 4, 3)
-    assert data.train.images[0].eq(255).all()  # its height is 4 already, so only the centre is cut
+    assert data.train.images[0].eq(255).all()  # its height is 4 already, so only the center is cut
 
 
 def test_files_are_streamed_if_asked_or_too_large(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_bad_mnist_files_are_named_in_one_line(tmp_path):
     for content in (good[:-3], b"", b"nonsense"):
         labels.write_bytes(content)
         refused("set: the MNIST files could not be read ", "mnist", root)
-    for content in (good[:-1] + b"\x0b", good[:7] + b"\x0f" + good[8:-1]):  # a label of 11; one label less
+    for content in (good[:-1] + b"\x0b", good[:7] + b"\x0f" + good[8:-1]):  # a label of 11; one label too few
         labels.write_bytes(content)
         refused("set: the MNIST files need a label below 10 for each image", "mnist", root)
     labels.unlink()

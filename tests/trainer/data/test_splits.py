@@ -79,7 +79,7 @@ def test_noise_is_exact_and_symmetric_and_of_the_training_labels_alone(share):
     assert moves.diagonal().eq(0).all()
     if share in (0.2, 0.4):
         assert not torch.equal(add_label_noise(data, share, seed=3).train.labels, noisy.train.labels)
-        for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):  # each class loses the same share, evenly to the others
+        for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):  # each class loses the same share, spread evenly
             lost = moves[a, b] + moves[a, c]
             expected = share * (data.train.labels == a).sum()
             assert abs(lost - expected) < 4 * expected.sqrt() and abs(moves[a, b] - lost / 2) < 2 * lost.sqrt()

@@ -135,7 +135,10 @@ def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
         )
         assert status == 1 and own_lines(text) == [expected] and "Traceback" not in text, text
         state = state_of(folder)
-        assert (state["epoch"], state["step"]) in ((2, 6), (3, 0))  # of 9 steps an epoch; what was sent on was learned
+        assert (state["epoch"], state["step"]) in (
+            (2, 6),
+            (3, 0),
+        )  # of 9 steps per epoch; what was sent to the next rank was learned
 
 
 @pytest.mark.parametrize(

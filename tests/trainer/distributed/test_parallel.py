@@ -22,7 +22,7 @@ from sid_trainer.runs.build import RunConfig, assign_stages, make_data, make_net
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes may have a GPU each")
 CPU = torch.device("cpu")
-# 13 steps an epoch, the last on 4 images; SGD, because Adam makes of a rounded zero a whole step.
+# 13 steps per epoch, the last on 4 images; SGD, because Adam turns a rounded zero into a whole step.
 SMALL = "--train-images 100 --batch-size 8 --epochs 2 --crop 1 --seed 3 --optimizer sgd --lr 0.02 --no-fused"
 RUNS = {
     "mlp": "--arch mlp --layout stagewise --val 0.1 --alpha 0.8:0.4",
@@ -257,7 +257,7 @@ def test_without_torchrun_and_with_a_port_in_use(tmp_path):
         processes = start_ranks([words, words], folder, port)
         processes[0].join(300)
         status = processes[0].exitcode
-        processes[1].kill()  # it cannot know that what listens there is no peer; torchrun ends it
+        processes[1].kill()  # it cannot know that the program there is no peer; torchrun ends it
         finish(processes)
     refused(
         folder,

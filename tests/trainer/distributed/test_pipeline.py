@@ -117,7 +117,7 @@ def test_what_a_pipeline_saved_is_an_ordinary_run(alone, tmp_path):
     assert stopped[1]["step"] == 9 and stopped[1]["sums"]["right"] > 0
     assert_same(stopped[1], stopped[2])
     held = [state_of(tmp_path / str(count))["activation_bytes"] for count in (1, 2)]
-    assert held[0] == held[1]  # of the rank that holds most, not the logging rank's
+    assert held[0] == held[1]  # that of the rank that holds most, not of the logging rank
     assert sid("eval", tmp_path / "2", out=tmp_path / "eval")[0] == 0
 
 
@@ -266,7 +266,7 @@ def take_batches(sent, taken, in_flight, batches):
         end = time.monotonic() + 200
         while sent.value < most and time.monotonic() < end:
             time.sleep(0.001)
-        time.sleep(0.02)  # in which one that does not wait would be further ahead
+        time.sleep(0.02)  # long enough for a rank that does not wait to get further ahead
         assert sent.value == most, f"{sent.value} of {most} sent before batch {t} was taken"
         features, belief = link.recv()
         assert features.tolist() == [[t] * 3] * (1 + t % 2) and belief.tolist() == [[t + 0.5] * 2] * (1 + t % 2)

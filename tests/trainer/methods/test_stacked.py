@@ -245,7 +245,7 @@ def test_what_the_cascade_holds_does_not_grow_with_depth(allocated):
 
         def call(network=network, inputs=inputs, targets=targets, owners=owners):
             result = sid_step(network, inputs, targets, 0.5, owners)
-            cascade_cpu.release()  # so that the next call takes anew, and is charged with, what would be kept
+            cascade_cpu.release()  # so that the next call allocates what would be kept, and it is counted
             return result
 
         peaks.append(allocated(call))

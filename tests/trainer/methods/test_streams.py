@@ -24,7 +24,7 @@ from sid_trainer.network.heads import HeadOptions
 
 class Stream:
     def __init__(self, name):
-        self.name, self.before = name, set()  # the work that is done before what this stream is asked for next
+        self.name, self.before = name, set()  # the work that is done before the next work on this stream
 
     def record_event(self):
         return frozenset(self.before)
@@ -92,7 +92,7 @@ def tell(backend, network, optimizers, monkeypatch, prefix=lambda: ""):
         watch(module, name)
         if optimizer is None:
             continue
-        first = next(module.parameters())  # the last whose gradient is made
+        first = next(module.parameters())  # the last parameter whose gradient is computed
         first.register_post_accumulate_grad_hook(lambda _, name=name: backend.do(f"{prefix()}backward {name}"))
         optimizer.register_step_pre_hook(lambda *_, name=name: backend.do(f"{prefix()}update {name}"))
 
@@ -282,7 +282,7 @@ def trained(network, batches, streams, captured=False, dtype=torch.float32):
 def test_streams_on_and_off_give_equal_bits(on_gpu, dtype):
     network, batches = on_gpu
     off = trained(network, batches, None, dtype=dtype)
-    for _ in range(3):  # a race need not show at once
+    for _ in range(3):  # a race may not show at once
         streams = stage_streams(torch.device("cuda"), len(network.stages))
         assert type(streams) is StageStreams
         on = trained(network, batches, streams, dtype=dtype)

@@ -228,7 +228,7 @@ def test_a_run_without_the_newer_keys_leaves_their_columns_and_panels_out(tmp_pa
     assert mixed["new"]["certificate"] == "62.50%"
     write_report([new], whole)
     sizes = [(folder / "report.png").stat().st_size for folder in (alone, both, whole)]
-    assert sizes[0] < sizes[2] < sizes[1]  # fewer panels; and with two groups there are bars
+    assert sizes[0] < sizes[2] < sizes[1]  # fewer panels, and bars for two groups
     timed = write_run(tmp_path / "timed", without=("elapsed",))
     assert list(load_runs([timed]).epochs["elapsed"]) == [3.0, 6.0]  # summed from the epochs' seconds
 

@@ -146,7 +146,7 @@ def test_a_file_from_elsewhere_runs_no_code(run, tmp_path, as_archive, capsys):
         assert f"{run / 'last.pt'}: damaged or not a checkpoint" in refused(words, capsys)
     assert not touched.exists()
     torch.load(run / "last.pt", weights_only=False)
-    assert touched.exists()  # or it would have been harmless anyway
+    assert touched.exists()  # otherwise it would have been harmless anyway
 
 
 # ---------------------------------------------------------------- another network, other settings
@@ -266,7 +266,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_what_was_saved(run, fi
     assert limited.stderr == f"sid train: error: [Errno 27] File too large: '{run / 'last.pt'}'\n"
     after = {file.name: file.read_bytes() for file in run.iterdir() if file.suffix in (".pt", ".json", ".jsonl")}
     changed = {name for name in before if after[name] != before[name]}
-    assert before.keys() == after.keys() and changed <= {"metrics.jsonl"}  # a row fewer: it goes on from previous.pt
+    assert before.keys() == after.keys() and changed <= {"metrics.jsonl"}  # one row less: from previous.pt
     assert not list(run.glob(".last.pt*"))
     assert main(resume) == 0
     assert_same(state_of(run), state_of(finished))

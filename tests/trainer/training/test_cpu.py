@@ -8,7 +8,7 @@ from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.cpu import denormals_as_zero
 
-SMALLEST = torch.finfo(torch.float32).tiny  # that is not denormal
+SMALLEST = torch.finfo(torch.float32).tiny  # the smallest number that is not denormal
 
 pytestmark = pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU cannot flush denormals")
 

@@ -11,7 +11,7 @@ from sid_trainer.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.processes
 
-# 24 steps an epoch and 24 batches of test images, of which the workers decode at most 4 ahead
+# 24 steps per epoch and 24 batches of test images, of which the workers decode at most 4 ahead
 WORDS = "train --dataset folder --stream --workers 2 --arch mlp --depth 2 --batch-size 2 --epochs 2 --seed 1".split()
 STEP = "sid_trainer.training.trainer.Trainer.train_step"
 LOST = (

@@ -28,11 +28,11 @@ def test_saved_bytes_are_those_of_the_graph():
         w.sum().backward()
         del y, z, w
         assert saved.alive == 0 and saved.peak == 30 * FLOAT
-        x.new_zeros(20).requires_grad_().exp()  # dies at once
+        x.new_zeros(20).requires_grad_().exp()  # is freed at once
         assert saved.alive == 0 and saved.peak == 30 * FLOAT
         kept = x.new_zeros(40).requires_grad_().exp()
         assert saved.alive == saved.peak == 40 * FLOAT
-    torch.zeros(99, requires_grad=True).exp()  # outside nothing is counted
+    torch.zeros(99, requires_grad=True).exp()  # outside the context, nothing is counted
     assert saved.peak == 40 * FLOAT and kept is not None
 
 
@@ -76,7 +76,7 @@ def test_a_run_records_the_bytes_its_step_holds():
 def test_what_takes_the_memory_a_parameter_has_left_is_counted():
     parameter, leaf = nn.Parameter(torch.empty(2000)), torch.zeros(1000, requires_grad=True)
     with SavedBytes([parameter]) as saved:
-        parameter.data = torch.empty(3)  # as stages are moved into one memory at their first step
+        parameter.data = torch.empty(3)  # as when stages are moved into shared memory at their first step
         activations = [leaf.exp() for _ in range(20)]
     assert saved.alive == len(activations) * 1000 * FLOAT
 

@@ -16,7 +16,7 @@ from sid_trainer import TrainConfig, Trainer, cut
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.training.checkpoint import load_checkpoint
 
-# 7 steps an epoch, the last on 8 images; saved after steps 2, 4, 6 and 7 of each. One-cycle, for its momentary rate.
+# 7 steps per epoch, the last on 8 images; saved after steps 2, 4, 6 and 7 of each. One-cycle, for its momentary rate.
 COMMON = (
     "--train-images 200 --batch-size 32 --crop 1 --epochs 3 --save-every 2 --lr-schedule one-cycle --seed 3".split()
 )
@@ -39,7 +39,7 @@ def run(request, tmp_path_factory):
 
 
 def check_same(folder, alone):
-    assert not list(folder.glob(".last.pt.*"))  # what a run killed while it saved leaves, the next save removes
+    assert not list(folder.glob(".last.pt.*"))  # left by a run that was killed while it saved; the next save removes it
     assert_same(state_of(folder), state_of(alone))
     assert rows_of(folder) == rows_of(alone) and len(rows_of(alone)) == 3
 
@@ -141,7 +141,7 @@ def test_a_stop_during_evaluation_waits_for_the_next_step_or_the_end(run, tmp_pa
     resume(folder)
     check_same(folder, alone)
     status, printed = sid(*words, "--out", last, out=last, kill=(place, 3), number=signal.SIGTERM)
-    assert status == 0, printed  # nothing is left to stop
+    assert status == 0, printed  # the run has ended already
     check_same(last, alone)
 
 
@@ -225,7 +225,7 @@ def test_random_layers_of_a_users_network_draw_what_they_would_have(tmp_path, sc
     with pytest.raises(Dying):
         dying.fit()
 
-    torch.manual_seed(99)  # where another process may stand
+    torch.manual_seed(99)  # at a step that another process may have reached
     resumed = trainer("died")
     resumed.resume()
     resumed.fit()
