@@ -2,6 +2,7 @@
 
 from .data.datasets import load_data
 from .data.own import OwnData
+from .data.text import load_text
 from .methods.baselines import bp_step, deep_supervision_step
 from .methods.capture import CapturedStep, capture
 from .methods.common import StepResult
@@ -10,6 +11,7 @@ from .network.architectures import build_network
 from .network.cut import cut
 from .network.cut_network import CutNetwork
 from .network.heads import StackedHeads, StageHead
+from .network.language import build_language_model
 from .network.local_pass import LocalOutput, add_stage_loss
 from .network.loss_options import StageLossOptions
 from .network.modules import SIDNetwork, Stage
@@ -31,10 +33,12 @@ __all__ = [
     "Trainer",
     "add_stage_loss",
     "bp_step",
+    "build_language_model",
     "build_network",
     "capture",
     "cut",
     "deep_supervision_step",
     "load_data",
+    "load_text",
     "sid_step",
 ]

@@ -1,6 +1,8 @@
 """The `sid` command. It turns arguments into calls and errors into one line; it holds no logic."""
 
 import argparse
+import codecs
+import math
 import shlex
 import sys
 from collections.abc import Iterable
@@ -27,6 +29,8 @@ def find_dataset(path: str | None) -> str:
     """Return the name of the data set in a folder, for --data without --dataset."""
     if path is None:
         return "digits"
+    if Path(path).is_file():
+        return "text"
     return next((name for entry, name in CONTENTS.items() if (Path(path) / entry).exists()), "folder")
 
 
@@ -67,9 +71,9 @@ def print_start(trainer: Trainer) -> None:
     """Print where a resumed run continues, and its method, data, network and operations."""
     if (trainer.epoch, trainer.step) != (1, 0):
         print(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
-    run, images = trainer.metadata, [trainer.strategy.batches[name].count for name in ("train", "test")]
+    run, counts = trainer.metadata, [trainer.strategy.batches[name].count for name in ("train", "test")]
     print(
-        f"{run['method']} on {run['dataset']}: {images[0]} training and {images[1]} test images,"
+        f"{run['method']} on {run['dataset']}: {counts[0]} training and {counts[1]} test {trainer.data.unit},"
         f" {run['arch']} {run['layout']}, {run['depth']} stages, {run['num_parameters']:,} parameters,"
         f" {run['dtype']} on {trainer.strategy.device}"
     )
@@ -87,6 +91,7 @@ def print_end(folder: Path) -> None:
     last = results.stages[results.stages["last"]]
     when = f"after epoch {last['epoch'].max():.0f}"
     print_stages(last["stage_accuracy"], last["stage_kl"], last["certificate"], when)
+    print_perplexity(last["stage_kl"], results.runs["config"].iloc[0].get("bytes_per_token"))
     picture = draw_run(results)
     write_atomically(folder / PICTURE, lambda file: file.write(picture))
     print(f"\npicture: {folder / PICTURE}")
@@ -97,6 +102,32 @@ def print_stages(accuracy: Iterable[float], kl: Iterable[float], certificate: It
     print(f"\nstage   accuracy   KL(y|p)   certificate   {when}")
     for stage, row in enumerate(zip(accuracy, kl, certificate, strict=True), 1):
         print("{:5d} {:10.2%} {:9.4f} {:13.1%}".format(stage, *row))
+
+
+def print_perplexity(kl: Iterable[float], bytes_per_token: float | None) -> None:
+    """Print the perplexity and the bits per byte of each stage of a language model, from its nats per token."""
+    if bytes_per_token:
+        print("\nstage   nats/token   perplexity   bits/byte")
+        for stage, nats in enumerate(kl, 1):
+            print(f"{stage:5d} {nats:12.4f} {math.exp(nats):12.2f} {nats / math.log(2) / bytes_per_token:11.4f}")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Continue a text with a trained language model."""
+    from .runs.sample import sample
+
+    stages = []
+    tokens = sample(
+        args.run_folder, args.prompt, count=args.tokens, temperature=args.temperature, confidence=args.exit,
+        seed=args.seed,
+    )  # fmt: skip
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may have several tokens
+    for piece, number in tokens:
+        print(decoder.decode(piece), end="", flush=True)
+        stages += [number] * (number > 0)
+    print(decoder.decode(b"", final=True))
+    if args.exit is not None and stages:
+        print(f"\nstages per token: {sum(stages) / len(stages):.2f} on average")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -128,7 +159,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     moved = {name: getattr(args, name, None) for name in ("data", "cache")}
     metrics = evaluate_run(args.run_folder, exits=args.exit, **moved)
-    print_stages(metrics["accuracy"], metrics["kl"], metrics["certificate"], f"on {metrics['images']} test images")
+    unit = "tokens" if "tokens" in metrics else "images"
+    print_stages(metrics["accuracy"], metrics["kl"], metrics["certificate"], f"on {metrics[unit]} test {unit}")
+    print_perplexity(metrics["kl"], metrics.get("bytes_per_token"))
     for name, meaning in (("plain", "trunk and last head alone"), ("averaged", "mean of the stages' log-beliefs")):
         if name in metrics:
             print(f"{name} {metrics[name]:.2%}   ({meaning})")
@@ -170,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = "sid"
     try:
         run = {"train": train, "compare": compare, "report": report, "eval": evaluate, "export": export}
+        run["sample"] = sample
         args = make_parser(run).parse_args(arguments)
         command = f"sid {args.command}"
         args.run(args)

@@ -66,6 +66,14 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add("--cache", metavar="DIR", help="folder for decoded images")
     add("--exit", action="store_true", default=False, help="measure accuracy and operations if sure images leave early")
 
+    add = parsers["sample"].add_argument
+    add("run_folder", **run_folder)
+    add("--prompt", metavar="TEXT", default="\n", help="text to continue (default: a new line)")
+    add("--tokens", metavar="N", type=int, default=400, help="number of tokens to add (default: 400)")
+    add("--temperature", metavar="X", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")
+    add("--exit", metavar="X", type=float, default=None, help="stop at the first stage whose belief has an entry of X")
+    add("--seed", metavar="N", type=int, default=0, help="seed of the draws (default: 0)")
+
     add = parsers["export"].add_argument
     add("run_folder", **run_folder)
     add("--format", choices=("torch", "onnx"), default="torch", help="torch is for torch.export.load (default: torch)")

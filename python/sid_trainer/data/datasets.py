@@ -50,6 +50,7 @@ class ImageData(NamedTuple):
     crop: int = 0
     flip: bool = False
     validation: Split | None = None
+    unit: str = "images"  # what sizes of batches count
 
     @property
     def in_channels(self) -> int:

@@ -26,15 +26,29 @@ class OwnData:
     draws from PyTorch's global generator, so that a resumed run continues with the same batches.
     """
 
+    unit = "images"
     crop, flip = 0, False
     in_channels = 0
     image_size: tuple[int, ...] = ()
+    train: Any
+    test: Any
+    validation: Any = None
+    classes: list[str] | None
 
     def __init__(
         self, train: Source, test: Source, *, validation: Source | None = None, classes: Sequence[str] | None = None
     ):
         self.train, self.test, self.validation = train, test, validation
         self.classes = None if classes is None else list(classes)
+
+    def make_batches(self, split: Any, batch_size: int, device: torch.device, shuffle: bool, workers: int = 0) -> Any:
+        """Return the batches of a split, with the methods of `Batches`."""
+        return LoaderBatches(split, batch_size, device, shuffle, workers)
+
+    def example(self) -> Tensor:
+        """Return one training input (1, ...)."""
+        inputs, _ = next(self.make_batches(self.train, 2, torch.device("cpu"), False).in_order())
+        return inputs[:1]
 
 
 class LoaderBatches:
@@ -101,9 +115,3 @@ class LoaderBatches:
             )
         inputs, targets = (x.to(self.device, non_blocking=True) for x in batch)
         return inputs, targets.long()
-
-
-def example(data: OwnData) -> Tensor:
-    """Return one training input (1, ...)."""
-    inputs, _ = next(LoaderBatches(data.train, 2, torch.device("cpu"), False).in_order())
-    return inputs[:1]

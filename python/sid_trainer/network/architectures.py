@@ -122,16 +122,19 @@ TRUNKS: dict[str, tuple[Trunk, Sequence[int]]] = {
     "vit_tiny": (vit_tiny, (4, 1, 2, 3, 6, 12)),
     "mlp": (mlp, (4, *range(1, 4), *range(5, 129))),
 }
+ARCHITECTURES = (*TRUNKS, "gpt")  # gpt: `build_language_model`
 LAYOUTS = ("shared", "stagewise")
 CLASSIFIERS = ("linear", "mlp")
 
 
 def stage_count(arch: str, layout: str, depth: int | None = None) -> int:
     """Return `depth`, or the default number of stages. Raises ValueError for a depth that the network cannot have."""
-    for name, value, table in (("arch", arch, TRUNKS), ("layout", layout, LAYOUTS)):
+    for name, value, table in (("arch", arch, ARCHITECTURES), ("layout", layout, LAYOUTS)):
         if value not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
-    depths = TRUNKS[arch][1]
+    if arch == "gpt" and layout == "shared":
+        raise ValueError("layout must be 'stagewise' for gpt, not 'shared'")
+    depths = (2, 1, *range(3, 129)) if arch == "gpt" else TRUNKS[arch][1]
     if depth is None:
         return SHARED_DEPTH if layout == "shared" else depths[0]
     if depth < 1:

@@ -129,7 +129,7 @@ class SIDNetwork(nn.Module):
             raise ValueError("plain inference needs a network of separate stages, not StackedHeads")
         *before, last = list(self.stages)[: len(self.stages) if stage == -1 else stage + 1]
         trunk = nn.Sequential(self.extractor, *(module.get_submodule("body") for module in before))
-        return SIDNetwork(trunk, [last], self.num_classes).train(self.training)
+        return type(self)(trunk, [last], self.num_classes).train(self.training)
 
     def averaged(self, inputs: Tensor) -> Tensor:
         """Return the mean over the stages of the logarithms of their beliefs (B, C); its argmax is a prediction."""

@@ -12,7 +12,9 @@ import torch
 
 from ..data.batches import Batches
 from ..data.datasets import ImageData, load_data
+from ..data.own import OwnData
 from ..data.splits import add_label_noise, split_validation, take_subset
+from ..data.text import TextData, load_text
 from ..distributed import rendezvous
 from ..distributed.balance import balance_stages, measure_stage_seconds
 from ..distributed.rendezvous import Communicator
@@ -21,8 +23,9 @@ from ..distributed.topology import Topology
 from ..files import CONFIG, PICTURE, PIPELINE
 from ..methods.common import StepOptions
 from ..methods.factory import LOCAL
-from ..network.architectures import build_network
+from ..network.architectures import build_network, stage_count
 from ..network.heads import StackedHeads
+from ..network.language import LanguageModel, build_language_model
 from ..network.modules import SIDNetwork
 from ..network.own import Network, make_own_network
 from ..training.checkpoint import LAST, PREVIOUS, check_same, has_checkpoint, load_checkpoint
@@ -33,8 +36,10 @@ from ..training.strategy import Strategy, pick_device
 from ..training.trainer import Trainer
 
 
-def make_data(run: RunConfig) -> ImageData:
-    """Load the data of a run, with its subset, validation split, label noise and augmentation."""
+def make_data(run: RunConfig) -> Any:
+    """Load the data of a run: a text, or images with subset, validation split, label noise and augmentation."""
+    if run.dataset == "text":
+        return load_text(run.data, run.tokens, run.context)
     data = load_data(
         run.dataset, run.data, cache=run.cache, download=run.download, image_size=run.image_size, stream=run.stream,
         workers=run.workers,
@@ -53,6 +58,12 @@ def make_network(run: RunConfig, classes: int, in_channels: int, image_size: tup
     """Build the network of a run, with newly drawn parameters."""
     if run.network is not None:
         return make_own_network(run.network, classes, in_channels, image_size)
+    if run.arch == "gpt":
+        return build_language_model(
+            classes, run.context, stage_count(run.arch, run.layout, run.depth), layers=run.layers, width=run.width,
+            attention_heads=run.attention_heads, plain=is_plain(run), readout=run.readout, readout_blocks=run.tail,
+            readout_refresh=run.readout_refresh,
+        )  # fmt: skip
     return build_network(
         run.arch, run.layout, num_classes=classes, in_channels=in_channels, image_size=image_size, depth=run.depth,
         plain=is_plain(run), head_depth=run.head_depth, hidden_dim=run.hidden_dim, grid=run.grid,
@@ -91,7 +102,9 @@ def make_trainer(
     if run.network is not None:
         metadata |= {"arch": run.network, "layout": "own"}
     metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
-    if isinstance(network, SIDNetwork) and communicator.is_logging:  # the rank that writes and prints them
+    if isinstance(data, TextData):
+        metadata["bytes_per_token"] = data.bytes_per_token
+    elif isinstance(network, SIDNetwork) and communicator.is_logging:  # the rank that writes and prints them
         shape = (data.in_channels, *data.image_size)
         costs = training_operations(network, run.method, shape), exit_operations(network, shape)[-1]
         metadata["operations"] = dict(zip(("training", "inference"), costs, strict=True))
@@ -244,11 +257,17 @@ def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
     data = make_data(run)
     properties = {"classes": data.classes, "in_channels": data.in_channels, "image_size": list(data.image_size)}
     check_same(path, metadata, properties, properties)
-    mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
-    batches = Batches(data.test, run.batch_size, torch.device("cpu"), mean, std, workers=run.workers)
+    device = torch.device("cpu")
+    if isinstance(data, OwnData):
+        batches = data.make_batches(data.test, run.batch_size, device, False)
+    else:
+        mean, std = torch.tensor(metadata["pixel_mean"]), torch.tensor(metadata["pixel_std"])
+        batches = Batches(data.test, run.batch_size, device, mean, std, workers=run.workers)
     options = StepOptions(metadata["alpha"], metadata["divergence"], metadata["label_smoothing"], DTYPES[run.dtype])
-    metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), "images": len(data.test.labels)}
-    if isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
+    metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), data.unit: batches.count}
+    if isinstance(data, TextData):  # its readouts read no prior, so that plain inference is that of the last stage
+        metrics["bytes_per_token"] = data.bytes_per_token
+    elif isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
         metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)
         metrics["averaged"] = accuracy(network.averaged, batches.in_order(), options)
     if exits:
@@ -264,8 +283,8 @@ def measure_exits(network: Network, batches: Batches, options: StepOptions, shap
 
     Raises ValueError for a network without several stages.
     """
-    if not isinstance(network, SIDNetwork) or network.depth < 2:
-        raise ValueError("exit needs a network of several stages that is not cut by names")
+    if not isinstance(network, SIDNetwork) or isinstance(network, LanguageModel) or network.depth < 2:
+        raise ValueError("exit needs a network of several stages on images that is not cut by names")
     operations = exit_operations(network, shape)
     curve = exit_curve(network, batches.in_order(), options, [*CONFIDENCES, math.inf])
     rows = [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..network.language import LanguageModel
 from ..network.modules import SIDNetwork
 from ..network.own import Network
 from .build import load_network
@@ -46,6 +47,14 @@ def export_network(
         return torch.export.export(classifier, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
+def export_language_model(network: LanguageModel, context: int) -> torch.export.ExportedProgram:
+    """Return a language model as an exported program on the CPU: tokens (B, T), T <= context, to logits (B, T, V)."""
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example = torch.zeros(2, max(context // 2, 2), dtype=torch.int64)
+    with torch.no_grad():
+        return torch.export.export(network.cpu().eval(), (example,), dynamic_shapes=(sizes,))
+
+
 def write_program(program: torch.export.ExportedProgram, classes: Sequence[str], file: Path, format: str) -> None:
     """Write a program and the names of its classes to a file, completely or not at all.
 
@@ -78,7 +87,10 @@ def export_run(path: Path, file: Path | None, format: str, *, plain: bool = Fals
             raise ValueError("plain is for the networks of --arch; of a network cut by names export `network.model`")
         network = network.plain()
     file = file or (path if path.is_dir() else path.parent) / FORMATS.get(format, "")
-    mean, std = (torch.tensor(metadata[name]) for name in ("pixel_mean", "pixel_std"))
-    program = export_network(network, mean, std, tuple(metadata["image_size"]))
+    if isinstance(network, LanguageModel):
+        program = export_language_model(network, *metadata["image_size"])
+    else:
+        mean, std = (torch.tensor(metadata[name]) for name in ("pixel_mean", "pixel_std"))
+        program = export_network(network, mean, std, tuple(metadata["image_size"]))
     write_program(program, metadata["classes"], file, format)
     return file

@@ -15,9 +15,11 @@ import torch
 from sid_kernels.core.options import DIVERGENCES
 
 from ..data.datasets import DATASETS
+from ..data.text import TOKENS
 from ..methods.common import STEP_SCHEDULES
 from ..methods.factory import BACKPROPAGATED, CROSS_ENTROPY, LOCAL, LR_SCHEDULES, METHODS, OPTIMIZERS
-from ..network.architectures import CLASSIFIERS, LAYOUTS, TRUNKS, stage_count
+from ..network.architectures import ARCHITECTURES, CLASSIFIERS, LAYOUTS, stage_count
+from ..network.language import READOUTS
 
 PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,8 +47,8 @@ def setting(group: str, default: Any, help: str, limit: Limit | None = None, **f
     return field(default=default, metadata={"group": group, "help": help, "limit": limit, "flag": flag})
 
 
-GROUPS = ("training", "data", "network", "local loss", "machine", "processes, started by torchrun")
-training, images, network, loss, machine, processes = (partial(setting, group) for group in GROUPS)
+GROUPS = ("training", "data", "network", "language model", "local loss", "machine", "processes, started by torchrun")
+training, images, network, language, loss, machine, processes = (partial(setting, group) for group in GROUPS)
 BY_RECIPE = "(default: the network's recipe)"
 
 
@@ -106,8 +108,10 @@ class TrainConfig:
 class RunConfig(TrainConfig):
     """The settings of a run: those of `TrainConfig`, and of data, network and processes. Raises ValueError."""
 
-    dataset: str = images("digits", "data set (default: what --data holds; without --data, digits)", choices=DATASETS)
-    data: str | None = images(None, "folder of the data set, or one with train/CLASS/... and test/CLASS/...")
+    dataset: str = images(
+        "digits", "data set (default: what --data holds; without --data, digits)", choices=(*DATASETS, "text")
+    )  # fmt: skip
+    data: str | None = images(None, "folder of the data set, one with train/CLASS/... and test/CLASS/..., or a text")
     cache: str | None = images(None, "folder for decoded images (default: in the user's cache folder)")
     download: bool = images(False, "download the data set into --data")
     image_size: int | None = images(None, "resize and crop image files to this many pixels (default: as they are)")
@@ -117,7 +121,7 @@ class RunConfig(TrainConfig):
     label_noise: float = images(0.0, "share of the training labels to replace by wrong ones", SHARE)
     crop: int | None = images(None, "pixels to pad by before random crops (default: by data set)", at_least(0))
     flip: bool | None = images(None, "flip images horizontally at random (default: by data set)")
-    arch: str = network("simple_cnn", "backbone", choices=tuple(TRUNKS))
+    arch: str = network("simple_cnn", "backbone", choices=ARCHITECTURES)
     layout: str = network("shared", "one trunk for all stages, or the trunk cut into stages", choices=LAYOUTS)
     depth: int | None = network(None, "number of stages (default: 10 if shared, otherwise the backbone's own)")
     head_depth: int = network(1, "hidden layers of each stage head")
@@ -128,6 +132,15 @@ class RunConfig(TrainConfig):
     prior_input: bool = network(True, "stagewise heads take the prior as input; otherwise only their loss uses it")
     prior_dropout: float = network(0.0, "share of images whose prior a head replaces by the uniform belief", SHARE)
     classifier: str = network("linear", "classifier of a plain network trained by backpropagation", choices=CLASSIFIERS)
+    tokens: str = language("bytes", "what a text is divided into", choices=TOKENS)
+    context: int = language(128, "tokens that a prediction can read", at_least(1))
+    layers: int = language(6, "blocks of the decoder", at_least(1))
+    width: int = language(192, "size of its features", at_least(1))
+    attention_heads: int = language(6, "attention heads of each block", at_least(1))
+    readout: str = language(
+        "private", "readouts of the stages: their own, or a copy of the last one's", choices=READOUTS
+    )
+    readout_refresh: int = language(1, "steps after which shared readouts are copied again", at_least(1))
     network: str | None = network(None, "MODULE:FUNCTION that returns your own network (instead of --arch)")
     parallel: str = processes("none", "share batches, also parameters, or stages among processes", choices=PARALLEL)
     replicas: int = processes(1, "number of pipelines that share each batch", at_least(1))
@@ -142,10 +155,31 @@ class RunConfig(TrainConfig):
         check_parallel(self)
         if self.network is not None and self.parallel != "none":
             raise ValueError(f"network is for one process, not for parallel {self.parallel!r}")
+        check_text(self)
         if self.flip and self.dataset in ("digits", "mnist"):
             raise ValueError(f"flip makes no sense for {self.dataset}: a mirrored digit is not that digit")
         if self.data is not None and self.dataset == "digits":
             raise ValueError("data must not be given for digits, which are part of scikit-learn")
+
+
+# Settings that a text or a language model does not have.
+OF_IMAGES = (
+    "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
+    "hidden_dim", "grid", "norm", "prior_dropout", "classifier", "network",
+)  # fmt: skip
+
+
+def check_text(run: RunConfig) -> None:
+    """Raise ValueError for settings that do not fit a text, or fit nothing else."""
+    if (run.dataset == "text") != (run.arch == "gpt"):
+        raise ValueError(f"arch must be gpt for dataset text, and for no other, not {run.arch!r} for {run.dataset!r}")
+    text = run.arch == "gpt"
+    for declared in fields(run):
+        name, group = declared.name, declared.metadata["group"]
+        if (name in OF_IMAGES if text else group == GROUPS[3]) and getattr(run, name) != declared.default:
+            raise ValueError(f"{name} is not for {'a text' if text else 'images'}: it is {getattr(run, name)!r}")
+    if text and run.parallel != "none":
+        raise ValueError(f"a text is trained on by one process, not with parallel {run.parallel!r}")
 
 
 def check_parallel(run: RunConfig) -> None:
@@ -177,6 +211,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
     "vit_tiny": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
     "mlp": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 5e-4},
+    "gpt": {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.1, "layout": "stagewise", "batch_size": 32},
 }
 
 
@@ -186,6 +221,8 @@ def run_config(**given: Any) -> RunConfig:
     unused = [f.name for f in fields(RunConfig) if f.metadata["group"] == "network" and f.name in given]
     if "network" in given and unused != ["network"]:
         raise ValueError(f"{unused[0]} is for the networks of --arch, not for network {given['network']!r}")
+    if given.get("dataset") == "text":
+        given = {"arch": "gpt"} | given
     common = {"epochs": 30 if given.get("dataset", "digits") == "digits" else 5, "lr_schedule": "one-cycle"}
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 

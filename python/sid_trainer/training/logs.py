@@ -67,7 +67,7 @@ class Log:
         if self.quiet:
             return
         if not self.header_printed:
-            print(HEADER)
+            print(HEADER.replace("images", self.metadata["unit"]))
         self.header_printed = True
         certificate = sum(row["certificate"]) / len(row["certificate"])
         print(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.batches import Batches, pixel_statistics
 from ..data.datasets import ImageData
-from ..data.own import LoaderBatches, OwnData, example
+from ..data.own import OwnData
 from ..methods.capture import CapturedStep, capture
 from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
@@ -70,10 +70,11 @@ class Strategy:
         """Return the stages that this process trains, counted from 0."""
         return range(self.network.depth)
 
-    def make_batches(self, name: str, split: Any) -> Batches | LoaderBatches:
+    def make_batches(self, name: str, split: Any) -> Any:
         """Return this process's batches of a split."""
         if isinstance(self.data, OwnData):
-            return LoaderBatches(split, self.config.batch_size, self.device, name == "train", self.config.workers)
+            config = self.config
+            return self.data.make_batches(split, config.batch_size, self.device, name == "train", config.workers)
         return Batches(
             split, self.config.batch_size, self.device, self.pixel_mean, self.pixel_std, workers=self.config.workers,
             channels_last=self.config.channels_last,
@@ -84,7 +85,7 @@ class Strategy:
         if images > 1:
             return
         data, trial = self.data, copy.deepcopy(self.network).train()
-        inputs = example(data) if isinstance(data, OwnData) else torch.zeros(1, data.in_channels, *data.image_size)
+        inputs = data.example() if isinstance(data, OwnData) else torch.zeros(1, data.in_channels, *data.image_size)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 trial(inputs)

@@ -80,6 +80,7 @@ class Trainer:
             "classes": data.classes or [str(i) for i in range(network.num_classes)],
             "in_channels": data.in_channels,
             "image_size": data.image_size,
+            "unit": data.unit,
             "train_images": self.strategy.batches["train"].count,
             "pixel_mean": self.strategy.pixel_mean.tolist(),
             "pixel_std": self.strategy.pixel_std.tolist(),
@@ -136,8 +137,8 @@ class Trainer:
         losses: list[Tensor] = []
         correct = torch.zeros((), dtype=torch.int64, device=strategy.device)
         bar = tqdm(
-            total=images, initial=self.images_done(), desc=f"epoch {self.epoch}/{config.epochs}", unit=" images",
-            leave=False, disable=True if self.quiet else None,
+            total=images, initial=self.images_done(), desc=f"epoch {self.epoch}/{config.epochs}", leave=False,
+            unit=f" {self.data.unit}", disable=True if self.quiet else None,
         )  # fmt: skip
         batches = strategy.train_batches(self.epoch, self.step)
         start = time.perf_counter()

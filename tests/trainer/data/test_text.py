@@ -1,0 +1,87 @@
+"""Text data: tokens, windows, held-out part, order by seed and epoch, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from sid_trainer.data.image_files import DataError
+from sid_trainer.data.text import load_text
+
+CPU = torch.device("cpu")
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_bytes_are_mapped_and_the_last_tenth_is_held_out(tmp_path):
+    content = bytes(range(256)) * 4
+    data = load_text(write(tmp_path / "a.txt", content), context=8)
+    assert isinstance(data.train.tokens, np.memmap)
+    assert bytes(data.train.tokens) + bytes(data.test.tokens) == content
+    assert len(data.test.tokens) == len(content) // 10
+    assert (len(data.classes), data.bytes_per_token) == (256, 1)
+
+
+def test_characters_are_those_of_the_text(tmp_path):
+    text = "añb€" * 60
+    data = load_text(write(tmp_path / "a.txt", text), "characters", 4)
+    assert data.classes == sorted(set(text))
+    tokens = np.concatenate([data.train.tokens, data.test.tokens])
+    assert "".join(data.classes[i] for i in tokens) == text
+    assert data.bytes_per_token == (1 + 2 + 1 + 3) / 4
+
+
+def test_the_text_files_of_a_folder_follow_each_other_by_name(tmp_path):
+    write(tmp_path / "b.txt", b"b" * 100)
+    write(tmp_path / "a.txt", b"a" * 100)
+    write(tmp_path / ".hidden.txt", b"h" * 100)
+    write(tmp_path / "notes.md", b"m" * 100)
+    data = load_text(tmp_path, context=4)
+    assert bytes(np.concatenate([data.train.tokens, data.test.tokens])) == b"a" * 100 + b"b" * 100
+
+
+def test_targets_are_the_tokens_that_follow(tmp_path):
+    data = load_text(write(tmp_path / "a.txt", bytes(i % 251 for i in range(2000))), context=16)
+    batches = data.make_batches(data.train, 4, CPU, True)
+    for order in (batches.in_order(), batches.shuffle(0, 1, 0, False)):
+        sizes = []
+        for inputs, targets in order:
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert torch.equal((inputs.flatten() + 1) % 251, targets)
+            sizes.append(len(targets))
+        assert sizes == batches.sizes() and sum(sizes) == batches.count and len(sizes) == len(batches)
+
+
+def test_every_epoch_has_its_own_order_and_goes_on_at_any_batch(tmp_path):
+    data = load_text(write(tmp_path / "a.txt", bytes(i % 251 for i in range(2000))), context=16)
+    batches = data.make_batches(data.train, 4, CPU, True)
+    first, second, other = (
+        [inputs for inputs, _ in batches.shuffle(seed, epoch, 0, False)] for seed, epoch in ((0, 1), (0, 2), (1, 1))
+    )
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], other[0])
+    later = [inputs for inputs, _ in batches.shuffle(0, 1, 0, False, start=3)]
+    assert len(later) == len(first) - 3 and all(map(torch.equal, later, first[3:]))
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"a" * 100, {"context": 32}, "100 tokens are too few for a context of 32; 640 are needed"),
+        (b"", {}, "0 tokens are too few"),
+        (b"a" * 50 + b"\xff" * 50, {"tokens": "characters", "context": 2}, "byte 50 is not UTF-8; use tokens 'bytes'"),
+        (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, not 'words'"),
+    ],
+)
+def test_refusals(tmp_path, content, arguments, message):
+    with pytest.raises(DataError, match=message):
+        load_text(write(tmp_path / "a.txt", content), **arguments)
+
+
+def test_refused_paths(tmp_path):
+    for path, message in ((None, "none was given"), (tmp_path / "no.txt", "no text file"), (tmp_path, "no text file")):
+        with pytest.raises(DataError, match=message):
+            load_text(path)
+    with pytest.raises(ValueError, match="path must not be empty"):
+        load_text("")
