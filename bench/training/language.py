@@ -1,0 +1,98 @@
+"""Perplexity of language models trained stage by stage against backpropagation, over seeds, filed as one JSON.
+
+    python bench/training/language.py --data FILE --out bench/results/language.json
+    python bench/training/language.py --data FILE --out bench/results/language.json --table   # prints what is filed
+
+Every variant sees the same windows of the same text in the same order. A file that exists is continued: runs that it
+holds are not made again. Perplexities are those of the held-out tenth after the last epoch, of the last stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
+
+from bench.lib import record
+from sid_trainer.runs.build import make_trainer
+from sid_trainer.training.config import run_config
+
+MODEL = {"tokens": "characters", "layers": 6, "width": 96, "attention_heads": 6, "context": 64, "batch_size": 32}
+
+
+def variants() -> dict[str, dict]:
+    """Return the settings of each row of the table, in the order in which they are made."""
+    rows: dict[str, dict] = {"backpropagation": {"method": "bp"}}
+    for depth in (2, 3, 6):
+        for readout, blocks in (("private", 0), ("shared", 0), ("private", 1), ("shared", 1)):
+            for method in ("greedy", "sid"):
+                name = f"{method}, K = {depth}, {readout} readouts, {blocks} blocks"
+                alpha = {"alpha": [1.0] + [0.7] * (depth - 1)} if method == "sid" else {}  # no uniform teacher
+                rows[name] = {"method": method, "depth": depth, "readout": readout, "tail": blocks} | alpha
+    return rows
+
+
+def train(settings: dict, text: Path, epochs: int, seed: int) -> dict:
+    """Train one model and return its perplexities by stage, its certificate and its seconds."""
+    run = run_config(dataset="text", data=str(text), epochs=epochs, seed=seed, **MODEL | settings)
+    start = time.perf_counter()
+    row = make_trainer(run, quiet=True).fit()[-1]
+    return {
+        "seed": seed,
+        "perplexity": [math.exp(kl) for kl in row["stage_kl"]],
+        "accuracy": row["stage_accuracy"],
+        "certificate": row["certificate"],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def print_table(runs: dict[str, list[dict]]) -> None:
+    """Print a row per variant: seeds, perplexity of each stage, and the last one's over backpropagation's."""
+    base = statistics.mean(run["perplexity"][-1] for run in runs["backpropagation"])
+    for name, made in runs.items():
+        last = [run["perplexity"][-1] for run in made]
+        stages = " ".join(
+            f"{statistics.mean(values):.2f}" for values in zip(*(run["perplexity"] for run in made), strict=True)
+        )
+        deviation = statistics.stdev(last) if len(last) > 1 else math.nan
+        mean = statistics.mean(last)
+        print(f"{name:45s} n={len(last)}  {mean:6.3f} ± {deviation:.3f}  x{mean / base:.3f}   stages {stages}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="text file")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the variants to train")
+    parser.add_argument("--table", action="store_true", help="print what the file holds and train nothing")
+    args = parser.parse_args()
+    if args.table:
+        print_table(json.loads(args.out.read_text())["runs"])
+        return
+    if args.data is None or not args.data.is_file():
+        parser.error(f"--data must be a text file, not {args.data}")
+    filed = json.loads(args.out.read_text()) if args.out.exists() else record.header("perplexity of language models")
+    filed |= {"text": args.data.name, "epochs": args.epochs, "model": MODEL}
+    runs = filed.setdefault("runs", {})
+    for seed in args.seeds:
+        for name, settings in variants().items():
+            if not any(part in name for part in (*args.only, "backpropagation")):
+                continue
+            if any(run["seed"] == seed for run in runs.get(name, [])):
+                continue
+            runs.setdefault(name, []).append(train(settings, args.data, args.epochs, seed))
+            record.write_json(args.out, filed)
+            print(f"{name}, seed {seed}: {runs[name][-1]['perplexity'][-1]:.3f}", flush=True)
+    print_table(runs)
+
+
+if __name__ == "__main__":
+    main()
