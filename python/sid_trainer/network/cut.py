@@ -225,6 +225,8 @@ def inspect(network: CutNetwork, example: Any, channels: str | None = None) -> l
         network.series &= first.tensor.dim() == 3 and network.channels == "first"
         if network.own_classifier:
             finish_stage(network.depth - 1, network.own_logits(output), None)
+            if network.depth - 1 not in owner.values():
+                raise ValueError(f"at must leave parameters behind {network.at[-1]!r} for the stage of own_classifier")
     assign_idle_parameters(network, owner, ran)
     network.stage_parameters = [[name for name in owner if owner[name] == i] for i in range(network.depth)]
     return stage_features

@@ -154,6 +154,10 @@ class CutNetwork(nn.Module):
             logits = logits.movedim(1, -1)
         if logits.shape[-1] != self.num_classes:
             own = logits.shape[-1]
+            if own == 1:
+                raise ValueError(
+                    "own_classifier must be False for a model with one output: it needs one for each class"
+                )
             raise ValueError(f"num_classes must be {own}, as the model's own classifier has, not {self.num_classes}")
         return logits
 

@@ -81,6 +81,8 @@ REFUSED = {
     "next tokens without tokens": (TRUNK, ["0"], {"shift": True}, ValueError, "shift must be False without per_position=True"),
     "the batch second": (nn.Sequential(Swapped(), nn.Linear(8, 8)), ["1"], {"example": torch.randn(2, 5, 8)}, ValueError, r"features must have the batch first, as the example has, but those of '1' are \(5, 2, 8\)"),
     "whole numbers": (nn.Sequential(Rounded(), nn.Embedding(9, 8)), ["0"], {}, ValueError, "at must name modules whose output is floating point, unlike '0': torch.int64"),
+    "the classifier in at": (TRUNK, ["0", "2"], {"own_classifier": True, "num_classes": 8}, ValueError, "at must leave parameters behind '2' for the stage of own_classifier"),
+    "one output": (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), ["0"], {"own_classifier": True}, ValueError, "own_classifier must be False for a model with one output"),
     "no example": (TRUNK, ["0"], {"example": None}, ValueError, "example must be a tensor, a tuple or a dict of inputs, not NoneType"),
     "cut already": (cut(TRUNK, [1], CLASSES, torch.zeros(2, 8)), ["stages.0"], {}, ValueError, "model must not be cut already, as this SIDNetwork is"),
 }  # fmt: skip
