@@ -16,6 +16,7 @@ from torch import OutOfMemoryError, set_flush_denormal
 from .distributed.rendezvous import LostRank, is_main_process, leave, wait_for_main_process
 from .options import make_parser
 from .training.config import MOVABLE, RunConfig, run_config
+from .training.cpu import dtype_advice
 from .training.trainer import Interrupted, NonFiniteLoss, Trainer
 
 # What the folder of a data set contains. The first match counts: Tiny-ImageNet has a folder `train`, too.
@@ -77,6 +78,8 @@ def print_start(trainer: Trainer) -> None:
         f" {run['arch']} {run['layout']}, {run['depth']} stages, {run['num_parameters']:,} parameters,"
         f" {run['dtype']} on {trainer.strategy.device}"
     )
+    if trainer.strategy.device.type == "cpu" and (advice := dtype_advice(run["dtype"])):
+        print(advice)
     if counts := run.get("operations"):
         print(f"operations per image: {counts['training']:.3g} to train, {counts['inference']:.3g} to run all stages")
 

@@ -6,7 +6,7 @@ import torch
 from helpers.processes import forked
 from sid_trainer import TrainConfig, Trainer, build_network
 from sid_trainer.data.datasets import ImageData, Split
-from sid_trainer.training.cpu import denormals_as_zero
+from sid_trainer.training.cpu import denormals_as_zero, dtype_advice
 
 SMALLEST = torch.finfo(torch.float32).tiny  # the smallest number that is not denormal
 
@@ -64,3 +64,19 @@ def test_a_dead_unit_leaves_no_denormals_in_adam(method):
     trainer.fit()
     assert (average[0] == 0).all() and (average[1:] != 0).any()
     assert not flushed()
+
+
+@pytest.mark.parametrize(
+    ("units", "dtype", "advice"),
+    [
+        ("_is_amx_tile_supported", "float32", "this processor has AMX: --dtype bfloat16 may train faster"),
+        ("_is_avx512_bf16_supported", "float32", "this processor has AVX-512 BF16: --dtype bfloat16 may train faster"),
+        ("_is_amx_tile_supported", "bfloat16", None),
+        (None, "float32", None),
+        (None, "bfloat16", "this processor has no units for bfloat16 matrices: --dtype float32 trains faster"),
+    ],
+)
+def test_the_dtype_that_suits_the_processor(monkeypatch, units, dtype, advice):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == units)
+    assert dtype_advice(dtype) == advice
