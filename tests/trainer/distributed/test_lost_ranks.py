@@ -135,10 +135,8 @@ def test_a_rank_that_hangs_is_named_after_the_set_time(tmp_path):
         )
         assert status == 1 and own_lines(text) == [expected] and "Traceback" not in text, text
         state = state_of(folder)
-        assert (state["epoch"], state["step"]) in (
-            (2, 6),
-            (3, 0),
-        )  # of 9 steps per epoch; what was sent to the next rank was learned
+        # Of 9 steps per epoch; the next rank learned from what was sent.
+        assert (state["epoch"], state["step"]) in ((2, 6), (3, 0))
 
 
 @pytest.mark.parametrize(
