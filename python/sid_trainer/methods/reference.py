@@ -10,7 +10,7 @@ from sid_kernels import fused_local_loss
 from sid_kernels.core.checks import canonical_target
 
 from ..network.heads import StageCall
-from ..network.local_pass import own_terms, take_terms
+from ..network.local_pass import collect_terms, take_terms
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import Optimizers, StepOptions, StepResult, autocast, check_owned, clear_gradients, teacher_beliefs, update
 
@@ -25,8 +25,8 @@ def reference_step(
     check_owned(optimizers, network)
     clear_gradients(optimizers)
     teachers = teacher_beliefs(network, inputs, options.dtype)
-    stage_logits, own = [], []
-    with own_terms() as terms, autocast(inputs, options.dtype):
+    stage_logits, terms_by_stage = [], []
+    with collect_terms() as terms, autocast(inputs, options.dtype):
         features = at_least_float32(network.extractor(inputs))
         priors = [network.uniform(features), *teachers[:-1]]
         stages: Iterable[StageCall] = network.stages
@@ -34,7 +34,7 @@ def reference_step(
             outputs, logits = stage(features, prior)
             features = outputs if outputs is features else outputs.detach()
             stage_logits.append(logits)
-            own.append(take_terms(terms))
+            terms_by_stage.append(take_terms(terms))
     plain = options.divergence == "forward" and not options.label_smoothing
     labels, soft = canonical_target(targets, stage_logits[0], stage_logits[0].shape)  # checks shapes
     if labels is not None and labels.is_cpu:
@@ -50,7 +50,7 @@ def reference_step(
             losses.append(alpha * fidelity + (1 - alpha) * consistency)
         else:
             losses.append(fused_local_loss(logits, prior, targets, alpha, **options.loss_of_stage(i)).loss)
-    stage_loss = torch.stack([sum(terms, loss) for loss, terms in zip(losses, own, strict=True)])
+    stage_loss = torch.stack([sum(terms, loss) for loss, terms in zip(losses, terms_by_stage, strict=True)])
     if stage_loss.requires_grad:
         stage_loss.sum().backward()
     update(optimizers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..network.heads import StackedHeads
-from ..network.local_pass import add_terms, own_terms, stage_loss
+from ..network.local_pass import add_terms, collect_terms, stage_loss
 from ..network.loss_options import Alpha
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import (
@@ -80,7 +80,7 @@ def local_step(
         return reference_step(network, inputs, targets, options, optimizers)
     check_optimizers(optimizers, network)
     clear_gradients(optimizers[:1])
-    with own_terms() as terms, autocast(inputs, options.dtype):
+    with collect_terms() as terms, autocast(inputs, options.dtype):
         extracted = network.extractor(inputs)
     # The extractor's graph ends here. The gradients that stages send back are summed in float32.
     features = at_least_float32(extracted.detach())
@@ -118,7 +118,7 @@ def stage_by_stage(
     hooks.step_started()
     for i, stage in enumerate(stages):
         with hooks.run_stage(i):  # waits for the outputs of the stage before, not for its backward and update
-            with own_terms() as terms, autocast(features, options.dtype):
+            with collect_terms() as terms, autocast(features, options.dtype):
                 outputs, logits = stage(features, prior)  # its features, (B, C)
             # p_0 is passed as the tensor that the head reads, not as None, so that the belief is float32 like it.
             loss, belief, dlogits = stage_loss(

@@ -50,8 +50,8 @@ def cut(
         example: Inputs for the model: a tensor (B, ...), a tuple of positional inputs, or a dict of keyword inputs.
             They run through the model in evaluation mode, to find the features and each stage's parameters.
         head_depth, hidden_dim: Number and size of the hidden layers of each head; 0 makes it linear.
-        grid: The heads read features of images, series and volumes pooled to `grid` cells a dimension.
-        norm: Normalise the hidden layers of the heads: batch-norm, and layer-norm with `per_position`.
+        grid: The heads read features of images, series and volumes pooled to `grid` cells per dimension.
+        norm: Normalize the hidden layers of the heads: batch-norm, and layer-norm with `per_position`.
         prior_input: Whether the heads read the preceding belief. It is part of the loss in either case.
         channels: Where the features have their channels, "first" or "last"; None infers it from the model's layers.
         tail: Number of blocks through which each head reads its features, except that of the last stage. They are new
@@ -73,7 +73,7 @@ def cut(
     check_arguments(model, at, num_classes, example, channels, tail)
     if not at or not isinstance(at[0], str):
         if per_position or own_classifier or shift or mask or heads is not None:
-            raise ValueError("at must be names of submodules for the options that only they have, not indices")
+            raise ValueError("at must be names for heads, own_classifier, per_position, shift and mask, not indices")
         return cut_sequential(model, at, num_classes, example, options, channels, tail)
     if shift and not per_position:
         raise ValueError("shift must be False without per_position=True: it is for labels of each token")
@@ -93,16 +93,16 @@ def cut(
     stage_features = inspect(network, example, channels)[: len(names)]
     if heads is not None:
         arguments = "features, prior, mask" if mask else "features, prior"
-        made = own_heads(heads, [features.tensor for features in stage_features], arguments)
+        new_heads = own_heads(heads, [features.tensor for features in stage_features], arguments)
     else:
-        made = []
+        new_heads = []
         for i, (name, features) in enumerate(zip(names, stage_features, strict=True)):
             blocks = new_blocks(following_blocks(model, name, tail if i < network.depth - 1 else 0))
             features = through_tail(blocks, features, name)
             place = known_channels(channels or features.channels, features, repr(name))
             head = make_head(tuple(features.tensor.shape[1:]), place, num_classes, options, per_position=per_position)
-            made.append(TailedHead(blocks, head) if blocks else head)
-    for head, features in zip(made, stage_features, strict=True):
+            new_heads.append(TailedHead(blocks, head) if blocks else head)
+    for head, features in zip(new_heads, stage_features, strict=True):
         network.heads.append(head.to(features.tensor.device, features.tensor.dtype))
     check_shared(network)
     check_logits(network, example)
@@ -110,23 +110,23 @@ def cut(
 
 
 def own_heads(heads: Heads, features: Sequence[Tensor], arguments: str) -> list[nn.Module]:
-    """Return the heads of the user. Raises ValueError unless there is one per cut that takes these arguments."""
+    """Return the heads given to `cut`. Raises ValueError unless there is one per cut, called with these arguments."""
     if isinstance(heads, nn.ModuleList) or not callable(heads):
-        made = list(heads) if isinstance(heads, Iterable) else [heads]
+        modules = list(heads) if isinstance(heads, Iterable) else [heads]
     elif isinstance(heads, nn.Module):
         raise ValueError(f"heads must be a list of modules or a function that makes them, not a {type(heads).__name__}")
     else:
-        made = [heads(i, tensor) for i, tensor in enumerate(features)]
-    if len(made) != len(features):
-        raise ValueError(f"heads must be one for each of the {len(features)} cuts, not {len(made)}")
-    for head in made:
+        modules = [heads(i, tensor) for i, tensor in enumerate(features)]
+    if len(modules) != len(features):
+        raise ValueError(f"heads must be one for each of the {len(features)} cuts, not {len(modules)}")
+    for head in modules:
         if not isinstance(head, nn.Module):
             raise ValueError(f"heads must be modules, not {type(head).__name__}")
         try:
             signature(head.forward).bind(*arguments.split())
         except TypeError as error:
             raise ValueError(f"heads must be called as head({arguments}), but {type(head).__name__} is not") from error
-    return made
+    return modules
 
 
 def make_head(
@@ -153,9 +153,9 @@ def known_channels(channels: str | None, features: Features, name: str) -> str:
 
 def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, channels: str | None, tail: int) -> None:
     """Raise ValueError for arguments of `cut` that no model could have."""
-    listed = isinstance(at, Sequence) and not isinstance(at, str)
-    if not listed or not any(all(isinstance(name, kind) for name in at) for kind in (str, Integral)):
-        given = f"of {', '.join(type(name).__name__ for name in at)}" if listed else repr(at)
+    is_list = isinstance(at, Sequence) and not isinstance(at, str)
+    if not is_list or not any(all(isinstance(name, kind) for name in at) for kind in (str, Integral)):
+        given = f"of {', '.join(type(name).__name__ for name in at)}" if is_list else repr(at)
         raise ValueError(f"at must be a list of names of submodules, or of indices, not {given}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not {type(model).__name__}")
@@ -181,7 +181,7 @@ def check_names(model: nn.Module, at: Sequence[str]) -> None:
     for name in at:
         if name not in names:
             near = difflib.get_close_matches(name, names, 3)
-            hint = f"; near it are {', '.join(near)}" if near else f"; the first are {', '.join(sorted(names)[:5])}"
+            hint = f"; similar are {', '.join(near)}" if near else f"; the first are {', '.join(sorted(names)[:5])}"
             raise ValueError(f"at must be names of submodules; the model has no {name!r}{hint}")
 
 
@@ -207,7 +207,7 @@ def inspect(network: CutNetwork, example: Any, channels: str | None = None) -> l
             if owner.setdefault(name, i) == i:
                 continue
             if name not in frozen:
-                raise ValueError(tied([name, *others], owner[name], i))
+                raise ValueError(tied_error([name, *others], owner[name], i))
             network.shared.append(name)
         start = sequence_number()
 
@@ -251,11 +251,11 @@ def check_shared(network: CutNetwork) -> None:
     for i in range(network.depth):
         for parameter in network.parameters_of_stage(i):
             if parameter.requires_grad and owner.setdefault(id(parameter), i) != i:
-                raise ValueError(tied(names[id(parameter)], owner[id(parameter)], i))
+                raise ValueError(tied_error(names[id(parameter)], owner[id(parameter)], i))
 
 
-def tied(names: Sequence[str], first: int, second: int) -> str:
-    """Return the error for a parameter of two stages, counted from 0."""
+def tied_error(names: Sequence[str], first: int, second: int) -> str:
+    """Return the message of the error for a parameter that two stages, counted from 0, train."""
     return f"parameter {' = '.join(names)} is used in stages {first + 1} and {second + 1}: untie it"
 
 
@@ -279,24 +279,24 @@ def assign_idle_parameters(network: CutNetwork, owner: dict[str, int], ran: set[
         owner: The stage of each parameter that has one; it is extended.
         ran: The names of the modules that ran to their end.
     """
-    reached, lost = dict(owner), []
+    reached, untrained = dict(owner), []
     for name, parameter in network.model.named_parameters():
         if name in owner:
             continue
-        around = module = name.rpartition(".")[0]
-        while around and around not in ran:
-            around = around.rpartition(".")[0]
-        inside = around + "."
-        stages = {stage for own, stage in reached.items() if own.startswith(inside)}
-        if len(stages) == 1 and not any(cut.startswith(inside) for cut in network.at):
+        enclosing = module = name.rpartition(".")[0]
+        while enclosing and enclosing not in ran:
+            enclosing = enclosing.rpartition(".")[0]
+        prefix = enclosing + "."
+        stages = {stage for own, stage in reached.items() if own.startswith(prefix)}
+        if len(stages) == 1 and not any(cut.startswith(prefix) for cut in network.at):
             owner[name] = stages.pop()
         elif module in ran and parameter.requires_grad:
-            lost.append(name)
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            untrained.append(name)
+    if untrained:
+        more = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
         warnings.warn(
-            f"no stage trains {lost[0]}{more}: the loss of the stage in which they run does not depend on them, and"
-            " what later stages read has no gradient",
+            f"no stage trains {untrained[0]}{more}: the loss of the stage in which they run does not depend on them,"
+            " and what later stages read has no gradient",
             stacklevel=5,  # the caller of `cut`
         )
 
@@ -363,7 +363,7 @@ def cut_sequential(
         for parameter in body.parameters():
             if parameter.requires_grad and owner.setdefault(id(parameter), i) != i:
                 names = [name for name, other in trunk.named_parameters(remove_duplicate=False) if other is parameter]
-                raise ValueError(tied(names, owner[id(parameter)], i))
+                raise ValueError(tied_error(names, owner[id(parameter)], i))
     heads = []
     for i, features in enumerate(block_features(bodies, example)):
         blocks = new_blocks(bodies[i + 1 :][:tail])
@@ -376,7 +376,7 @@ def cut_sequential(
 
 
 def through_tail(blocks: Sequence[nn.Module], features: Features, name: str) -> Features:
-    """Return the features as the head after these blocks reads them.
+    """Return the features after the blocks of a tail, as the head reads them.
 
     Raises ValueError if the blocks cannot run on the features alone.
     """

@@ -39,7 +39,7 @@ class CutNetwork(nn.Module):
     return the last stage's logits. With targets they return a `LocalOutput` and train as `SIDNetwork` does.
 
     Attributes:
-        model: The model as it came. Its state dict has the names that it had.
+        model: The model itself. The names in its state dict do not change.
         heads: One head per cut, called as head(features, prior), with a third argument if `mask` is set.
         at: The names of the submodules that end the stages.
         stage_parameters: The names of the model's parameters that each stage trains.
@@ -47,7 +47,7 @@ class CutNetwork(nn.Module):
         loss_options: What the stages learn.
         own_classifier: Whether the rest of the model is the last stage and its output the logits.
         per_position: Whether there is a prediction for each token or pixel.
-        series: Whether these are the positions of series (B, D, T), not of tokens (B, T, D).
+        series: Whether the positions are the steps of series (B, D, T), not tokens (B, T, D).
         channels: "first" or "last", where the features of the first stage have their channels.
         shift: Whether the target at a position is the label of the next one, as for causal language models.
         mask: The name of the keyword input (B, T) that is 0 at padding; None if there is none.
@@ -89,8 +89,8 @@ class CutNetwork(nn.Module):
 
     def parameters_of_stage(self, i: int) -> list[nn.Parameter]:
         """Return the parameters that stage i trains: of the model, then of its head."""
-        own = [self.model.get_parameter(name) for name in self.stage_parameters[i]]
-        return own + (list(self.heads[i].parameters()) if i < len(self.heads) else [])
+        parameters = [self.model.get_parameter(name) for name in self.stage_parameters[i]]
+        return parameters + (list(self.heads[i].parameters()) if i < len(self.heads) else [])
 
     def check_parameters(self) -> None:
         """Raise ValueError if the model has other parameters than when it was cut, or trains one that stages share."""
@@ -128,7 +128,7 @@ class CutNetwork(nn.Module):
 
         modules = [self.model.get_submodule(name) for name in self.at]
         handles = [module.register_forward_hook(partial(end_stage, i)) for i, module in enumerate(modules)]
-        fast = torch.backends.mha.get_fastpath_enabled()
+        fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it passes nested tensors, which heads cannot read
         try:
             args = () if inputs is None else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -136,7 +136,7 @@ class CutNetwork(nn.Module):
         except EndOfLastStage:
             return None
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+            torch.backends.mha.set_fastpath_enabled(fastpath)
             for handle in handles:
                 handle.remove()
         if reached < len(self.at):
@@ -153,12 +153,9 @@ class CutNetwork(nn.Module):
         if self.per_position and logits.dim() > 3 - self.series:  # (B, C, H, W), as F.cross_entropy takes them
             logits = logits.movedim(1, -1)
         if logits.shape[-1] != self.num_classes:
-            own = logits.shape[-1]
-            if own == 1:
-                raise ValueError(
-                    "own_classifier must be False for a model with one output: it needs one for each class"
-                )
-            raise ValueError(f"num_classes must be {own}, as the model's own classifier has, not {self.num_classes}")
+            if (classes := logits.shape[-1]) == 1:
+                raise ValueError("own_classifier must be False for a model with one output: it needs one per class")
+            raise ValueError(f"num_classes must be {classes}, as in the model's own classifier, not {self.num_classes}")
         return logits
 
     def first_prior(self, features: Tensor, inputs: Any, targets: Tensor | None) -> Tensor:
@@ -182,13 +179,13 @@ class CutNetwork(nn.Module):
 
     def input_sizes(self, features: Tensor, inputs: Any) -> torch.Size:
         """Return the sizes (T,), (H, W) or (D, H, W) of the first input that has them, or else of the features."""
-        own = features.shape[2:] if self.channels == "first" else features.shape[1:-1]
-        like = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() == features.dim()), None)
-        if like is None:
-            return own
-        places = like.shape[2:], like.shape[1:-1]  # with its channels first or last: all sizes shrink by one factor
-        factors = [[size / its for size, its in zip(sizes, own, strict=True)] for sizes in places]
-        return places[max(factors[0]) / min(factors[0]) > max(factors[1]) / min(factors[1])]
+        feature_sizes = features.shape[2:] if self.channels == "first" else features.shape[1:-1]
+        tensor = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() == features.dim()), None)
+        if tensor is None:
+            return feature_sizes
+        layouts = tensor.shape[2:], tensor.shape[1:-1]  # channels first, or last: sizes shrink alike
+        factors = [[size / own for size, own in zip(sizes, feature_sizes, strict=True)] for sizes in layouts]
+        return layouts[max(factors[0]) / min(factors[0]) > max(factors[1]) / min(factors[1])]
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
         """Return the logits (B, ..., C) of every stage, first to last. Gradients flow through the whole chain."""

@@ -178,10 +178,10 @@ class PositionHead(StageHead):
     def forward(self, features: Tensor, prior: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits (B, ..., C) for features (B, ...) and the prior belief (B, ..., C)."""
         features = features.movedim(1, -1) if self.channels == "first" else features
-        sizes, own = prior.shape[1:-1], features.shape[1:-1]
-        if sizes == own:
+        sizes, feature_sizes = prior.shape[1:-1], features.shape[1:-1]
+        if sizes == feature_sizes:
             return super().forward(features, prior)
-        belief = F.interpolate(prior.movedim(-1, 1), own, mode="area").movedim(1, -1)
+        belief = F.interpolate(prior.movedim(-1, 1), feature_sizes, mode="area").movedim(1, -1)
         logits = super().forward(features, belief).movedim(-1, 1)
         return F.interpolate(logits, sizes, mode=("linear", "bilinear", "trilinear")[len(sizes) - 1]).movedim(1, -1)
 

@@ -42,8 +42,8 @@ def add_stage_loss(loss: Tensor) -> None:
 
 
 @contextmanager
-def own_terms() -> Iterator[list[Tensor]]:
-    """Yield the list to which `add_stage_loss` adds within the context."""
+def collect_terms() -> Iterator[list[Tensor]]:
+    """Yield the list to which `add_stage_loss` appends its terms within the context."""
     global extra_losses
     outer, extra_losses = extra_losses, []
     try:
@@ -53,14 +53,14 @@ def own_terms() -> Iterator[list[Tensor]]:
 
 
 def take_terms(terms: list[Tensor]) -> list[Tensor]:
-    """Return the terms added so far, and forget them."""
-    taken = list(terms)
+    """Return the terms added so far, and clear the list."""
+    added = list(terms)
     terms.clear()
-    return taken
+    return added
 
 
 def add_terms(loss: Tensor, terms: Iterable[Tensor]) -> Tensor:
-    """Return a loss () plus its own terms, detached."""
+    """Return a loss () plus the detached terms."""
     for term in terms:
         loss = loss + term.detach().to(loss.dtype)
     return loss
@@ -82,7 +82,7 @@ class LocalPass:
         self.gradients: list[tuple[Tensor, Tensor]] = []  # parameter, gradient
 
     def __enter__(self) -> "LocalPass":
-        self.context = own_terms()
+        self.context = collect_terms()
         self.terms = self.context.__enter__()
         return self
 
@@ -175,22 +175,22 @@ class LocalPass:
 
 @contextmanager
 def without_tensor_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Leave out hooks of `Tensor.register_hook` on the leaves: they run when `loss.backward()` hands gradients out."""
+    """Suspend hooks of `Tensor.register_hook` on the leaves: they run when `loss.backward()` hands gradients out."""
     hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
     for current, _ in hooks:
         current.clear()
     try:
         yield
     finally:
-        for current, kept in hooks:
-            current.update(kept)
+        for current, saved in hooks:
+            current.update(saved)
 
 
 def float16_scale(output: Tensor, rows: int, parameters: Iterable[Tensor]) -> float:
-    """Return the factor of the gradients inside a module whose output is float16 and learns from a mean over `rows`.
+    """Return the factor for gradients inside a module whose float16 output learns from a mean over `rows`.
 
-    It brings the gradient of the output from 1/rows, which float16 would round, to about 1. More would overflow where
-    activations are large, and a GradScaler could not lower it. Ranks that share parameters have the same factor.
+    It brings the gradient of the output from 1/rows, which float16 would round, to about 1. A larger factor would
+    overflow if activations are large, and a GradScaler could not lower it. Ranks that share parameters use the same.
     """
     if output.dtype is not torch.float16:
         return 1.0
@@ -212,7 +212,7 @@ def warn_of_input_gradients(inputs: Any) -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """Shard what `fully_shard` has left gathered after an evaluation, so that `parameters()` are the sharded ones."""
+    """Shard again what `fully_shard` left gathered after an evaluation, so that `parameters()` are sharded ones."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 

@@ -1,4 +1,4 @@
-"""Tails: blocks of a head's own, made like those that follow its cut, through which it reads the features."""
+"""Build tails: new blocks like those that follow a cut, through which the head at the cut reads the features."""
 
 import copy
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .cut_network import first_tensor
 
 
 class TailedHead(nn.Module):
-    """A head that reads the features through blocks of its own. Both are called as a head is, without a mask."""
+    """A head that reads the features through blocks of its own, called as head(features, prior)."""
 
     def __init__(self, tail: Sequence[nn.Module], head: nn.Module):
         super().__init__()
@@ -43,5 +43,5 @@ def following_blocks(model: nn.Module, name: str, count: int) -> list[nn.Module]
     """Return the modules, at most `count`, that stand after the submodule `name` in the module that holds both."""
     parent, _, child = name.rpartition(".")
     children = iter(model.get_submodule(parent).named_children())
-    next(found for found, _ in children if found == child)
+    next(sibling for sibling, _ in children if sibling == child)
     return [module for _, module in islice(children, count)]

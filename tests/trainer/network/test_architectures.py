@@ -125,7 +125,7 @@ def test_stacked_heads_are_drawn_as_stages_are(arch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"arch": "lenet"}, "arch must be one of simple_cnn, vgg11, resnet18, vit_tiny, mlp, not 'lenet'"),
+    ({"arch": "lenet"}, "arch must be one of simple_cnn, vgg11, resnet18, vit_tiny, mlp, gpt, not 'lenet'"),
     ({"layout": "ring"}, "layout must be one of shared, stagewise, not 'ring'"),
     ({"depth": 0}, "depth must be at least 1, not 0"),
     ({"arch": "resnet18", "layout": "stagewise", "depth": 5}, "depth must be 4, 8 for a stagewise resnet18, not 5"),

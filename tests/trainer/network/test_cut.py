@@ -303,7 +303,7 @@ def test_the_own_classifier_is_the_last_stage():
     assert "fc.weight" in network.stage_parameters[3] and "layer4.0.conv1.weight" in network.stage_parameters[3]
     network.eval()
     torch.testing.assert_close(network(images()), model(images()))
-    with pytest.raises(ValueError, match="num_classes must be 5, as the model's own classifier has, not 7"):
+    with pytest.raises(ValueError, match="num_classes must be 5, as in the model's own classifier, not 7"):
         cut(model, LAYERS_4[:3], 7, images(), own_classifier=True)
 
 

@@ -55,7 +55,7 @@ REFUSED = {
     "twice the same": (TRUNK, ["0", "0"], {}, ValueError, "at must be one or more different names of submodules"),
     "a text": (TRUNK, "02", {}, ValueError, "at must be a list of names of submodules, or of indices, not '02'"),
     "indices of another model": (Tied(), [1], {}, ValueError, "at must be names of submodules for a Tied"),
-    "options without names": (TRUNK, [1], {"own_classifier": True}, ValueError, "at must be names of submodules for the options"),
+    "options without names": (TRUNK, [1], {"own_classifier": True}, ValueError, "at must be names for heads, own_classifier, per_position, shift and mask"),
     "another order": (TRUNK, ["2", "0"], {}, ValueError, "in this order; '0' did not"),
     "a module that runs twice": (Twice(), ["block"], {"own_classifier": True}, ValueError, "once each, in this order; 'block' did not"),
     "tied parameters": (Tied(), ["first", "last"], {}, ValueError, "parameter first.weight = last.weight is used in stages 1 and 2: untie it"),
