@@ -7,6 +7,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from sid_trainer import OwnData, StageLossOptions, TrainConfig, Trainer, cut
 from sid_trainer.data.own import LoaderBatches
+from sid_trainer.training.evaluation import evaluate
 
 INPUTS = torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
 CLASSES = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0)
@@ -146,3 +147,16 @@ def test_what_is_refused(name):
     with pytest.raises(ValueError, match=message) as caught:
         make_trainer(make()).fit()
     assert "\n" not in str(caught.value)
+
+
+def test_a_trained_network_is_measured_and_exported_from_python(tmp_path):
+    trainer = make_trainer((INPUTS, CLASSES), tmp_path)
+    row = trainer.fit()[-1]
+    again = make_trainer((INPUTS, CLASSES))
+    again.resume(tmp_path)
+    batches = LoaderBatches((INPUTS, CLASSES), 65, torch.device("cpu"), False)
+    measured = evaluate(again.network, batches.in_order(), again.strategy.options)
+    assert measured["accuracy"] == row["stage_accuracy"]
+    sizes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(again.network.eval(), (INPUTS[:2],), dynamic_shapes=sizes)
+    torch.testing.assert_close(program.module()(INPUTS), trainer.network.eval()(INPUTS))
