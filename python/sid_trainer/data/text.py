@@ -15,7 +15,7 @@ from .own import OwnData
 from .seeds import ORDER, seeded_generator
 
 TOKENS = ("bytes", "characters")
-HELD_OUT = 0.1  # share of the text, its end, that is the test split
+HELD_OUT = 0.1  # share of the text, at its end, that is the test split
 
 
 class TokenWindows(NamedTuple):
@@ -86,9 +86,9 @@ class TextBatches:
 
     def load(self, positions: Tensor, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over batches of the windows that begin at `positions` (N,), from batch `start` on."""
-        within = np.arange(self.context + 1)
+        offsets = np.arange(self.context + 1)
         for index in positions.split(self.batch_size)[start:]:
-            windows = torch.from_numpy(self.tokens[index.numpy()[:, None] + within].astype(np.int64))
+            windows = torch.from_numpy(self.tokens[index.numpy()[:, None] + offsets].astype(np.int64))
             windows = windows.to(self.device, non_blocking=True)
             yield windows[:, :-1], windows[:, 1:].flatten()
 
@@ -109,13 +109,13 @@ def load_text(path: str | os.PathLike | None, tokens: str = "bytes", context: in
     root = nonempty_path(path, "path")
     files = sorted(root.glob("[!.]*.txt")) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
-        raise DataError(f"{root}: no text file, and no folder with .txt files")
+        raise DataError(f"{root}: neither a text file nor a folder with .txt files")
     data = [np.memmap(file, np.uint8, "r") for file in files if file.stat().st_size]
     text = data[0] if len(data) == 1 else np.concatenate([*data, np.empty(0, np.uint8)])
     if tokens == "bytes":
         ids, classes = text, [str(i) for i in range(256)]
     else:
-        ids, classes = characters(text, root)
+        ids, classes = encode_characters(text, root)
     held_out = int(len(ids) * HELD_OUT)
     if held_out < 2 * context:
         needed = round(2 * context / HELD_OUT)
@@ -126,11 +126,11 @@ def load_text(path: str | os.PathLike | None, tokens: str = "bytes", context: in
     return TextData(TokenWindows(train, context), TokenWindows(test, context), classes, float(test_bytes) / held_out)
 
 
-def characters(text: np.ndarray, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Return bytes (N,) of UTF-8 as numbers of characters, and the characters in order. Raises DataError."""
+def encode_characters(text: np.ndarray, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Convert bytes (N,) of UTF-8 to character numbers; return them and the characters in order. Raises DataError."""
     try:
-        points = np.frombuffer(text.tobytes().decode().encode("utf-32-le"), np.uint32)
+        code_points = np.frombuffer(text.tobytes().decode().encode("utf-32-le"), np.uint32)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; use tokens 'bytes'") from error
-    used, ids = np.unique(points, return_inverse=True)
-    return ids.astype(np.uint32 if len(used) > 1 << 16 else np.uint16), [chr(point) for point in used]
+    used, ids = np.unique(code_points, return_inverse=True)
+    return ids.astype(np.uint32 if len(used) > 1 << 16 else np.uint16), [chr(code_point) for code_point in used]

@@ -28,8 +28,8 @@ class RotaryPositions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         cos, sin = (f(self.angles[: x.shape[2]]).to(x.dtype) for f in (torch.cos, torch.sin))
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+        lower, upper = x.chunk(2, dim=-1)
+        return torch.cat((lower * cos - upper * sin, lower * sin + upper * cos), dim=-1)
 
 
 class DecoderBlock(nn.Module):
@@ -37,12 +37,15 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
-        hidden = -(-8 * width // 3 // 16) * 16
+        hidden_dim = -(-8 * width // 3 // 16) * 16
         self.heads = heads
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.rotary = RotaryPositions(width // heads, context)
         self.qkv, self.attention_out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate_and_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.gate_and_up, self.down = (
+            nn.Linear(width, 2 * hidden_dim, bias=False),
+            nn.Linear(hidden_dim, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -73,8 +76,8 @@ class Readout(nn.Module):
 class SharedReadout(nn.Module):
     """A readout with a read-only copy of the last stage's weight, and a temperature of its own.
 
-    The copy is made at the start of every `refresh`-th call in training, so it is that of the step before. No gradient
-    reaches the weight from here (SOLO, arXiv 2609.35440).
+    The copy is made at the start of every `refresh`-th call in training, so it is the weight after the step before. No
+    gradient reaches the last stage from here (SOLO, arXiv 2609.35440).
     """
 
     weight: Tensor  # (V, D)
@@ -118,7 +121,7 @@ class LanguageModel(SIDNetwork):
     def next_token(self, tokens: Tensor, confidence: float = 1.0) -> tuple[Tensor, int]:
         """Return the logits (V,) of the token after `tokens` (1, T), and the number of stages that ran.
 
-        Stages stop at the first whose belief has an entry of at least `confidence`; above 1, all run.
+        The last stage to run is the first whose belief has an entry of at least `confidence`; above 1, all run.
         """
         features = self.extractor(tokens)
         prior = self.uniform(features)
@@ -135,16 +138,16 @@ def build_language_model(
     tokens: int, context: int, stages: int = 2, *, layers: int = 6, width: int = 192, attention_heads: int = 6,
     plain: bool = False, readout: str = "private", readout_blocks: int = 0, readout_refresh: int = 1,
 ) -> LanguageModel:  # fmt: skip
-    """Return a decoder with new parameters: `layers` blocks in `stages` stages, each with a readout.
+    """Build a decoder with new parameters: `layers` blocks in `stages` stages, each with a readout.
 
     Args:
         tokens, context: Number of tokens V, and the longest input T.
         plain: One stage, for backpropagation, whatever `stages` is.
-        readout: "private" gives each stage a readout of its own; with "shared" all but the last read by a copy of the
-            last one's weight, made anew every `readout_refresh` steps.
-        readout_blocks: Blocks before the readout of every stage but the last.
+        readout: "private" gives each stage a readout of its own; with "shared", all except the last use a copy of the
+            last one's weight, which is made every `readout_refresh` steps.
+        readout_blocks: Number of blocks before the readout of every stage except the last.
 
-    Raises ValueError for sizes that make no network.
+    Raises ValueError for sizes that are not allowed.
     """
     if not 1 <= stages <= layers:
         raise ValueError(f"depth must be at most the number of layers, {layers}, for gpt, not {stages}")
@@ -167,12 +170,8 @@ def build_language_model(
         bodies[0].insert(0, embedding)
         heads: list[nn.Module] = []
         for _ in range(stages - 1):
-            own = blocks(readout_blocks)
-            heads.append(
-                Readout(width, tokens, own)
-                if readout == "private"
-                else SharedReadout(last.logits, own, readout_refresh)
-            )
+            own, shared = blocks(readout_blocks), readout == "shared"
+            heads.append(SharedReadout(last.logits, own, readout_refresh) if shared else Readout(width, tokens, own))
         network = LanguageModel(nn.Identity(), map(Stage, [*heads, last], bodies), tokens)
     initialize(network, layers)
     return network
@@ -180,7 +179,7 @@ def build_language_model(
 
 @torch.no_grad()
 def initialize(network: nn.Module, layers: int) -> None:
-    """Draw weights as GPT-2 does: deviation 0.02, and less by sqrt(2 * layers) where a block adds to its input."""
+    """Draw weights as GPT-2 does: deviation 0.02, divided by sqrt(2 * layers) in layers that add to a block's input."""
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             adds = name.endswith(("attention_out", "down"))

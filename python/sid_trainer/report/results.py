@@ -19,16 +19,9 @@ NOT_SETTINGS = {
     "seed", "run", "threads", "launch", "data", "cache", "download", "workers", "save_every", "parallel", "replicas",
     "stages_per_rank", "in_flight", "timeout",
 }  # fmt: skip
-DERIVED = {
-    "num_parameters",
-    "operations",
-    "classes",
-    "in_channels",
-    "pixel_mean",
-    "pixel_std",
-    "unit",
-    "bytes_per_token",
-}  # from other settings
+DERIVED = {  # from other settings
+    "num_parameters", "operations", "classes", "in_channels", "pixel_mean", "pixel_std", "unit", "bytes_per_token"
+}  # fmt: skip
 NUMBERS = ["epoch", "train_loss", "test_accuracy"]
 OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them
 LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number per stage; the last is optional

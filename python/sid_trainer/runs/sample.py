@@ -24,12 +24,12 @@ def sample(
     path: Path, prompt: str = "\n", *, count: int = 400, temperature: float = 0.8, confidence: float | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[bytes, int]]:  # fmt: skip
-    """Yield the bytes of the prompt, with 0, then those of each of `count` new tokens, with the stages that ran for it.
+    """Yield (bytes, number of stages that ran): of the prompt, with 0 stages, then of each of `count` new tokens.
 
     Args:
         path: Folder of a run of a language model, or one of its checkpoints.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely one.
-        confidence: The stages stop for a token at the first whose belief has an entry as large; None runs all.
+        confidence: The last stage to run is the first whose belief has an entry this large; None runs all.
 
     Raises ValueError for other networks and for values that are not allowed.
     """

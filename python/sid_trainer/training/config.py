@@ -162,21 +162,21 @@ class RunConfig(TrainConfig):
             raise ValueError("data must not be given for digits, which are part of scikit-learn")
 
 
-# Settings that a text or a language model does not have.
-OF_IMAGES = (
+# Settings of images and their networks, which a text and a language model do not have.
+IMAGE_SETTINGS = (
     "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
     "hidden_dim", "grid", "norm", "prior_dropout", "classifier", "network",
 )  # fmt: skip
 
 
 def check_text(run: RunConfig) -> None:
-    """Raise ValueError for settings that do not fit a text, or fit nothing else."""
+    """Raise ValueError for settings of images with a text, and for settings of a text with images."""
     if (run.dataset == "text") != (run.arch == "gpt"):
         raise ValueError(f"arch must be gpt for dataset text, and for no other, not {run.arch!r} for {run.dataset!r}")
     text = run.arch == "gpt"
     for declared in fields(run):
         name, group = declared.name, declared.metadata["group"]
-        if (name in OF_IMAGES if text else group == GROUPS[3]) and getattr(run, name) != declared.default:
+        if (name in IMAGE_SETTINGS if text else group == GROUPS[3]) and getattr(run, name) != declared.default:
             raise ValueError(f"{name} is not for {'a text' if text else 'images'}: it is {getattr(run, name)!r}")
     if text and run.parallel != "none":
         raise ValueError(f"a text is trained on by one process, not with parallel {run.parallel!r}")
