@@ -80,7 +80,11 @@ def test_refusals(tmp_path, content, arguments, message):
 
 
 def test_refused_paths(tmp_path):
-    for path, message in ((None, "none was given"), (tmp_path / "no.txt", "no text file"), (tmp_path, "no text file")):
+    for path, message in (
+        (None, "none was given"),
+        (tmp_path / "no.txt", "neither a text"),
+        (tmp_path, "neither a text"),
+    ):
         with pytest.raises(DataError, match=message):
             load_text(path)
     with pytest.raises(ValueError, match="path must not be empty"):
