@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import backends
 from ..core.autograd import without_autocast
 from ..core.checks import check_values, debug_enabled
-from ..core.options import HALF, LIFT, LossOptions
+from ..core.options import HALF, LIFT, LossOptions, compute_dtype
 from ..core.products import add_product, multiply
 from ..local_loss.dispatch import run as run_local_loss
 from ..local_loss.problem import LocalLoss, LocalLossProblem, scale_of_mean
@@ -53,7 +53,7 @@ def solve(
     if problem.hidden.device.type == "cpu" or debug_enabled():
         check_values(problem.spec, classes)
     if row_scale is not None:
-        compute = torch.float64 if layer.hidden.dtype is torch.float64 else torch.float32
+        compute = compute_dtype(layer.hidden)
         row_scale = row_scale.reshape(-1).to(compute).contiguous()
     with torch.no_grad(), without_autocast(problem.hidden):
         if backend in ("auto", "triton") and backends.unavailable("triton") is None and triton_launch.takes(problem):
@@ -114,7 +114,7 @@ def _run_in_chunks(
     mean, reverse = problem.spec.options.reduction == "mean", problem.spec.options.reverse
     new = problem.hidden.new_empty
     scaling = _scaling(problem, row_scale)
-    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    compute = compute_dtype(problem.hidden)
     prior_dtype = belief_dtype(dtype, problem.prior, reverse)
     belief = new(rows, classes, dtype=prior_dtype) if problem.need_belief else None
     losses = new(3, rows, dtype=compute)

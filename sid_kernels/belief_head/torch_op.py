@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.autograd import first_derivative, records_grad, scale_gradients
 from ..core.checks import check_tensor
-from ..core.options import HALF, LossOptions, make_options
+from ..core.options import HALF, LossOptions, compute_dtype, make_options
 from ..core.torch_library import (
     OPTIONS_SCHEMA,
     count_flops,
@@ -92,7 +92,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     make_problem(a.layer, a.prior, a.target, a.alpha, a.options, a.return_belief, a.need)
     hidden, weight, _ = a.layer
     rows = hidden.shape[:-1]
-    compute = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+    compute = compute_dtype(hidden)
     loss, fidelity, consistency = (
         hidden.new_empty(rows if a.options.reduction == "none" else (), dtype=compute) for _ in range(3)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import as_rows, canonical_target, check_device, check_dtype, check_support, check_tensor, materialize
-from ..core.options import LossOptions, LossSpec, check_choice, make_options
+from ..core.options import LossOptions, LossSpec, check_choice, compute_dtype, make_options
 
 REDUCTIONS = ("mean", "sum")
 
@@ -50,7 +50,7 @@ class CascadeProblem(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of losses and, for half precision, of gradients: float32, or float64 for float64 features."""
-        return torch.float64 if self.features.dtype is torch.float64 else torch.float32
+        return compute_dtype(self.features)
 
 
 class CascadeResult(NamedTuple):
@@ -186,7 +186,7 @@ def _canonical_alpha(alpha: float | Sequence[float] | Tensor, stages: int, featu
         if alpha.dim() and alpha.shape != (stages,):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one per stage, ({stages},)")
         check_device("alpha", alpha, features)
-        compute = torch.float64 if features.dtype is torch.float64 else torch.float32
+        compute = compute_dtype(features)
         return materialize(alpha.detach()).to(compute).expand(stages).contiguous()
     is_sequence = isinstance(alpha, Sequence) and not isinstance(alpha, str)
     values = list(alpha) if isinstance(alpha, Sequence) and is_sequence else [alpha]

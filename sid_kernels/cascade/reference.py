@@ -21,13 +21,12 @@ def run(problem: CascadeProblem, backend: str) -> CascadeOutputs:
     """Return the outputs of a cascade, with local losses computed by `backend`."""
     features, weights, spec = problem.features, problem.weights, problem.spec
     stages, _, classes = weights.sizes
-    compute = torch.float64 if features.dtype is torch.float64 else torch.float32
     prior, scale = problem.prior, None
     if spec.options.reduction == "mean":
         scale = scale_of_mean(spec, features)
     if prior is None:
         prior = features.new_full((features.shape[0], classes), 1.0 / classes)
-    belief = prior.to(compute)  # not rounded between stages, as in a kernel that keeps it on chip
+    belief = prior.to(problem.compute_dtype)  # not rounded between stages, as in a kernel that keeps it on chip
     # float16: lifted out of the range of subnormal numbers. Its reduction is "sum": see `dispatch.run`.
     lift = LIFT if features.dtype is torch.float16 else 1.0
     incoming = None if lift == 1.0 else torch.full((), lift, device=features.device)

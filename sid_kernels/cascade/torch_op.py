@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import is_compiling, records_grad
+from ..core.options import compute_dtype
 from ..core.torch_library import (
     OPTIONS_SCHEMA,
     count_flops,
@@ -75,7 +76,7 @@ def _fake(features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     weight = 0.5 if alpha is None else alpha  # numbers are checked when it runs
     make_problem(features, weights, target, weight, prior, cascade_options(*options), need_grad)
     stages, _, classes = weights.sizes
-    compute = torch.float64 if features.dtype is torch.float64 else torch.float32
+    compute = compute_dtype(features)
     loss = features.new_empty((), dtype=compute)
     fidelity, consistency, stage_loss = (features.new_empty(stages, dtype=compute) for _ in range(3))
     belief, logits = (features.new_empty(features.shape[0], classes) for _ in range(2))

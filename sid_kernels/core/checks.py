@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from .options import LossOptions, LossSpec
+from .options import LossOptions, LossSpec, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -97,7 +97,7 @@ def canonical_alpha(alpha: float | Tensor, logits: Tensor, shape: torch.Size) ->
         if alpha.dim() and alpha.shape != shape[:-1]:
             raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it must be () or one per row, {tuple(shape[:-1])}")
         check_device("alpha", alpha, logits)
-        alpha = materialize(alpha.detach()).to(torch.float64 if logits.dtype is torch.float64 else torch.float32)
+        alpha = materialize(alpha.detach()).to(compute_dtype(logits))
         return alpha.reshape(-1).contiguous() if alpha.dim() else alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha is of type {type(alpha).__name__}; it must be a float in [0, 1] or a tensor")

@@ -17,6 +17,11 @@ REDUCTIONS = ("none", "mean", "sum")
 _REDUCTION_CODES = {"none": 0, "mean": 1, "sum": 2}  # Reduction in csrc/local_loss.h
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of sums and losses of x, and of unrounded gradients: float64 for float64, otherwise float32."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """Options of the local loss, checked when made; `fused_local_loss` documents them.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .autograd import functorch_stack, is_compiling, scale_gradients
+from .options import compute_dtype
 
 # The options' part of a schema. Its values are the arguments of `LossOptions`.
 OPTIONS_SCHEMA = "str divergence, float label_smoothing, int ignore_index, str reduction"
@@ -90,8 +91,7 @@ def split_alpha(alpha: float | Tensor, like: Tensor) -> tuple[Tensor | None, flo
         return None, float(alpha)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it must lie in [0, 1]")
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.full((), alpha, dtype=dtype, device=like.device), 0.0
+    return torch.full((), alpha, dtype=compute_dtype(like), device=like.device), 0.0
 
 
 def options_arguments(options: tuple) -> tuple:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import DTYPES, as_rows, check_device, check_dtype, check_tensor, make_spec
-from ..core.options import LossOptions, LossSpec
+from ..core.options import LossOptions, LossSpec, compute_dtype
 
 _new = torch.empty_strided  # half the overhead of torch.empty
 
@@ -129,7 +129,7 @@ def scale_of_mean(spec: LossSpec, rows: Tensor) -> Tensor:
 
     It is float32 (float64 for float64 rows). Nothing waits for the device.
     """
-    compute = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    compute = compute_dtype(rows)
     if spec.labels is None:
         return torch.full((), 1.0 / max(rows.shape[0], 1), dtype=compute, device=rows.device)
     return 1.0 / (spec.labels != spec.options.ignore_index).sum().clamp(min=1).to(compute)

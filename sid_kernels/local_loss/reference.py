@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.options import LossSpec
+from ..core.options import LossSpec, compute_dtype
 from .problem import LocalLossOutputs, LocalLossProblem, allocate_belief
 
 # Logarithms of probabilities are taken at no less than float32's smallest normal number.
@@ -32,7 +32,7 @@ def run(problem: LocalLossProblem, classes: Classes | None = None) -> LocalLossO
     """Return loss, belief and gradient of a problem; classes: None if the columns are all classes."""
     z, spec = problem.logits, problem.spec  # z: (N, C)
     classes = Classes(z.shape[1]) if classes is None else classes
-    dtype = torch.float64 if z.dtype is torch.float64 else torch.float32
+    dtype = compute_dtype(z)
     log_p = classes.log_softmax(z.to(dtype))  # (N, C)
     p = log_p.exp()
     q = torch.full_like(p, 1.0 / classes.number) if problem.prior is None else problem.prior.to(dtype)

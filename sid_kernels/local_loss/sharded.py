@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..core.autograd import scaled
-from ..core.options import HALF, make_options
+from ..core.options import HALF, compute_dtype, make_options
 from . import reference
 from .dispatch import run
 from .problem import LocalLossProblem, make_problem
@@ -170,7 +170,7 @@ def _classes(layout: _Layout, logits: DTensor) -> reference.Classes:
 
 def _count(problem: LocalLossProblem, layout: _Layout, shape: torch.Size) -> Tensor:
     """Return the number of rows of all processes that a mean divides by, at least 1."""
-    labels, compute = problem.spec.labels, torch.float64 if problem.logits.dtype is torch.float64 else torch.float32
+    labels, compute = problem.spec.labels, compute_dtype(problem.logits)
     if labels is None:
         return torch.tensor(max(shape[:-1].numel(), 1), dtype=compute, device=problem.logits.device)
     counted = (labels != problem.spec.options.ignore_index).sum()

@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType
 
 from ..core.autograd import is_compiling, once_differentiable, records_grad, scale_gradients, transforming, transforms
 from ..core.checks import check_tensor
-from ..core.options import HALF, LossOptions, make_options
+from ..core.options import HALF, LossOptions, compute_dtype, make_options
 from ..core.torch_library import OPTIONS_SCHEMA, define_function, define_operator, options_arguments, split_alpha
 from .backward import compute_dlogits
 from .dispatch import run_shaped
@@ -83,7 +83,7 @@ def _fake(
     *values, _, need_grad = rest
     options = make_options(*values)
     make_problem(logits, prior, target, alpha_value if alpha is None else alpha, options)
-    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    dtype = compute_dtype(logits)
     shape = logits.shape[:-1] if options.reduction == "none" else ()
     loss, fidelity, consistency = (logits.new_empty(shape, dtype=dtype) for _ in range(3))
     belief = logits.new_empty(logits.shape, dtype=logits.dtype if prior is None else prior.dtype)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from sid_kernels import CascadeWeights, local_loss_and_grad, refine_cascade, refine_cascade_and_grad
-from sid_kernels.core.options import HALF
+from sid_kernels.core.options import HALF, compute_dtype
 
 from .loss_options import StageLossOptions
 
@@ -287,8 +287,7 @@ class HandOut(torch.autograd.Function):
 
 def uniform_belief(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return the belief of `shape` (..., C) whose entries are 1/C, on the device of `like`, float32 or float64."""
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return torch.full(shape, 1 / shape[-1], dtype=dtype, device=like.device)
+    return torch.full(shape, 1 / shape[-1], dtype=compute_dtype(like), device=like.device)
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
