@@ -112,10 +112,7 @@ def load_text(path: str | os.PathLike | None, tokens: str = "bytes", context: in
         raise DataError(f"{root}: neither a text file nor a folder with .txt files")
     data = [np.memmap(file, np.uint8, "r") for file in files if file.stat().st_size]
     text = data[0] if len(data) == 1 else np.concatenate([*data, np.empty(0, np.uint8)])
-    if tokens == "bytes":
-        ids, classes = text, [str(i) for i in range(256)]
-    else:
-        ids, classes = encode_characters(text, root)
+    ids, classes = (text, [*map(str, range(256))]) if tokens == "bytes" else encode_characters(text, root)
     held_out = int(len(ids) * HELD_OUT)
     if held_out < 2 * context:
         needed = round(2 * context / HELD_OUT)

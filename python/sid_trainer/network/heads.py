@@ -119,8 +119,11 @@ class HeadOptions:
 class StageHead(nn.Module):
     """An MLP on concat(belief, pooling(features)) that returns the logits of one stage.
 
-    It has `depth` hidden layers of `hidden_dim` units with ReLU: 1 as in the public implementation; 0 makes it linear.
-    `norm`, `prior_input` and `prior_dropout` are those of `HeadOptions`.
+    Args:
+        feature_dim, num_classes: Sizes D of the pooled features (B, D) and C of belief and logits (B, C).
+        hidden_dim, depth: Size and number of the hidden layers with ReLU: 1 in the public implementation; 0 is linear.
+        pooling: Maps features (B, ...) to (B, D); None is the identity.
+        norm, prior_input, prior_dropout: As in `HeadOptions`.
     """
 
     norm_type: Callable[[int], nn.Module] = nn.BatchNorm1d

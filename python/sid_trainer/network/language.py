@@ -160,9 +160,7 @@ def build_language_model(
         return [DecoderBlock(width, attention_heads, context) for _ in range(number)]
 
     bounds = [round(layers * i / stages) for i in range(stages + 1)]
-    embedding = nn.Embedding(tokens, width)
-    trunk = blocks(layers)
-    last = Readout(width, tokens)
+    embedding, trunk, last = nn.Embedding(tokens, width), blocks(layers), Readout(width, tokens)
     if plain:
         network = LanguageModel(nn.Sequential(embedding, *trunk), [Stage(last)], tokens)
     else:

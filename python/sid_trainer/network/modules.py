@@ -25,7 +25,12 @@ from .loss_options import StageLossOptions
 
 
 class Stage(nn.Module):
-    """One local learner: a body that computes its features (shared layout: the identity) and a head on them."""
+    """One local learner: a body that computes the stage's features, and a head that computes its logits from them.
+
+    Args:
+        head: Called as head(features, prior), with the belief (B, C) of the stage before; returns logits (B, C).
+        body: Computes the features from those of the stage before; None is the identity, as in the shared layout.
+    """
 
     def __init__(self, head: nn.Module, body: nn.Module | None = None):
         super().__init__()

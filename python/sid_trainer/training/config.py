@@ -108,9 +108,7 @@ class TrainConfig:
 class RunConfig(TrainConfig):
     """The settings of a run: those of `TrainConfig`, and of data, network and processes. Raises ValueError."""
 
-    dataset: str = images(
-        "digits", "data set (default: what --data holds; without --data, digits)", choices=(*DATASETS, "text")
-    )  # fmt: skip
+    dataset: str = images("digits", "data set (default: what --data holds, or digits)", choices=(*DATASETS, "text"))
     data: str | None = images(None, "folder of the data set, one with train/CLASS/... and test/CLASS/..., or a text")
     cache: str | None = images(None, "folder for decoded images (default: in the user's cache folder)")
     download: bool = images(False, "download the data set into --data")
@@ -137,9 +135,7 @@ class RunConfig(TrainConfig):
     layers: int = language(6, "blocks of the decoder", at_least(1))
     width: int = language(192, "size of its features", at_least(1))
     attention_heads: int = language(6, "attention heads of each block", at_least(1))
-    readout: str = language(
-        "private", "readouts of the stages: their own, or a copy of the last one's", choices=READOUTS
-    )
+    readout: str = language("private", "a readout for each stage, or a copy of the last one's", choices=READOUTS)
     readout_refresh: int = language(1, "steps after which shared readouts are copied again", at_least(1))
     network: str | None = network(None, "MODULE:FUNCTION that returns your own network (instead of --arch)")
     parallel: str = processes("none", "share batches, also parameters, or stages among processes", choices=PARALLEL)
