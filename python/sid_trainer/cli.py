@@ -45,7 +45,7 @@ def train(args: argparse.Namespace) -> None:
     """Train a network and draw what its stages learn."""
     from .runs.build import resume_run, start_run
 
-    for package in ("pandas", "seaborn"):  # they draw the run when it has ended
+    for package in ("pandas", "seaborn"):  # needed at the end, to draw the run
         if find_spec(package) is None:
             raise ImportError(name=package)
     set_flush_denormal(True)  # before PyTorch starts its threads, which inherit it

@@ -24,7 +24,7 @@ from . import triton_launch
 from .problem import BeliefHeadProblem, Gradients, LinearLayer, NeedGrad, PriorHead, belief_dtype, make_problem
 
 # Bytes of the logits of a chunk, and of a prior recomputed beside them. Each chunk reads and writes the weight's
-# gradient once, so chunks are as large as memory allows. CPU: what remains of 64 MiB beside it.
+# gradient once, so chunks are as large as memory allows. On a CPU, 8 of 64 MiB are for all else.
 CHUNK_BYTES = {"cpu": 56 << 20, "cuda": 256 << 20}
 # On a GPU, a weight's gradient of 2 to ROUNDINGS chunks is summed in bfloat16: adding products to a float32 sum in
 # memory would take longer than the products. Otherwise sums of half precision are in float32.
@@ -130,7 +130,7 @@ def _run_in_chunks(
         chunk = problem.rows(part)
         memory = logits_memory[: part.stop - start]
         prior = chunk.prior
-        if isinstance(prior, PriorHead):  # its logits use the memory of ours first
+        if isinstance(prior, PriorHead):  # its logits use the memory before ours do
             q = prior_memory[: part.stop - start]
             prior = torch.softmax(_linear(*prior, memory), -1, dtype=q.dtype, out=q)
         logits = _linear(chunk.hidden, chunk.weight, chunk.bias, memory)

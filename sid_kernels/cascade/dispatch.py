@@ -76,7 +76,7 @@ def run(
     """
     run_stages = _choose(problem, backend)
     if problem.features.device.type == "cpu" or debug_enabled():
-        if run_stages is cpu.run:  # which checks labels itself, before it writes
+        if run_stages is cpu.run:  # it checks labels itself, before it writes
             check_alpha_values(problem.spec.alpha)
         else:
             check_values(problem.spec, problem.weights.sizes[2])

@@ -85,7 +85,7 @@ class CascadeOutputs(NamedTuple):
     losses: Tensor  # (3, L) float32 or float64: loss, fidelity and consistency of every stage, reduced
     beliefs: Tensor  # (L, B, C) in the weights' dtype
     logits: Tensor  # (B, C) of the last stage, in the weights' dtype
-    activations: CascadeActivations | None  # None: no gradients are wanted
+    activations: CascadeActivations | None  # None: no gradients are needed
     last_belief: Tensor | None = None  # (B, C), the last belief in float32, if `beliefs` are rounded
     has_biases: bool = False  # whether the gradients of both biases have been written already
     lift: float = 1.0  # dlogits and dhidden are this many times larger

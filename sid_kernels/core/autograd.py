@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .backends import in_place_scaling
 
-is_compiling = torch.compiler.is_dynamo_compiling  # what traces after it runs in a mode
+is_compiling = torch.compiler.is_dynamo_compiling  # tracing after Dynamo runs in a dispatch mode
 _modes, functorch_stack = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _function_modes = torch._C._len_torch_function_stack

@@ -18,7 +18,7 @@ from ..core.options import HALF, LossSpec
 from .dispatch import run
 from .problem import LocalLossProblem
 
-MOST_KEPT = 1 << 18  # numbers; above, to compute a gradient again takes less time than new memory for it in float32
+MOST_KEPT = 1 << 18  # elements; above, computing a gradient again is faster than new memory for it in float32
 
 
 def keeps_float32(problem: LocalLossProblem) -> bool:

@@ -51,10 +51,10 @@ class LocalLossOutputs(NamedTuple):
     """What a backend returns for a `LocalLossProblem`."""
 
     loss: Tensor  # () or (N,), float32 (float64 for float64 logits)
-    belief: Tensor | None  # (N, C), contiguous; None: not wanted
+    belief: Tensor | None  # (N, C), contiguous; None: not needed
     fidelity: Tensor  # like loss
     consistency: Tensor  # like loss
-    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss ("none": of the sum); None: not wanted
+    dlogits: Tensor | None  # (N, C), the gradient of the reduced loss ("none": of the sum); None: not needed
 
 
 def make_problem(

@@ -87,7 +87,7 @@ class StageLink(StageHooks):
         self.expected_rows: deque[int] = deque()
         self.posted_receives: deque[tuple[Tensor, Tensor, list]] = deque()
         self.pending_sends: deque[list[tuple]] = deque()
-        self.stop = False  # whether the current batch is the last one; sent on with it
+        self.stop = False  # whether the current batch is the last one; sent with it
         self.reset_counters()
 
     def reset_counters(self) -> None:

@@ -127,7 +127,7 @@ def check_sequence(optimizers: Optimizers) -> None:
 def check_parameter_dtype(network: SIDNetwork) -> None:
     """Raise ValueError if the stages have parameters in half precision: beliefs are float32."""
     stages = [network.stages] if isinstance(network.stages, StackedHeads) else network.stages
-    first = (next(stage.parameters(), None) for stage in stages)  # of each stage
+    first = (next(stage.parameters(), None) for stage in stages)  # the first parameter of each stage
     parameter = next((p for p in first if p is not None and p.dtype in HALF), None)
     if parameter is not None:
         raise ValueError(

@@ -113,13 +113,13 @@ def stage_by_stage(
     prior, losses = network.uniform(features) if prior is None else prior, []
     # Autograd adds the gradients of shared features on the stream where this node is created; it is kept to the end.
     accumulation = get_gradient_edge(features) if features.requires_grad else None
-    one_optimizer = isinstance(network.stages, StackedHeads)  # which updates all stages after the last one
+    one_optimizer = isinstance(network.stages, StackedHeads)  # it updates all stages after the last one has run
     stages = list(network.local_stages())  # before the hooks: StackedHeads may create gradients on this stream
     hooks.step_started()
     for i, stage in enumerate(stages):
         with hooks.run_stage(i):  # waits for the outputs of the stage before, not for its backward and update
             with collect_terms() as terms, autocast(features, options.dtype):
-                outputs, logits = stage(features, prior)  # its features, (B, C)
+                outputs, logits = stage(features, prior)  # the stage's features, and logits (B, C)
             # p_0 is passed as the tensor that the head reads, not as None, so that the belief is float32 like it.
             loss, belief, dlogits = stage_loss(
                 logits, prior, targets, alphas[i], options.loss_of_stage(i), options.class_weight

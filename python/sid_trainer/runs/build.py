@@ -136,7 +136,7 @@ def make_strategy(run: RunConfig, network: Network, data: ImageData, communicato
     """Return the strategy with which this process takes part in a run."""
     if run.parallel == "none":
         return Strategy()
-    assert isinstance(network, SIDNetwork)  # a network of the user's own is for one process
+    assert isinstance(network, SIDNetwork)  # your own network is for one process
     if run.parallel == "stage":
         return StageStrategy(communicator, assign_stages(run, network, data, communicator), run.in_flight)
     shards = run.parallel == "shard" and communicator.topology.replicas > 1
@@ -265,7 +265,7 @@ def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:
         batches = Batches(data.test, run.batch_size, device, mean, std, workers=run.workers)
     options = StepOptions(metadata["alpha"], metadata["divergence"], metadata["label_smoothing"], DTYPES[run.dtype])
     metrics: dict[str, Any] = {**evaluate(network, batches.in_order(), options), data.unit: batches.count}
-    if isinstance(data, TextData):  # its readouts read no prior, so that plain inference is that of the last stage
+    if isinstance(data, TextData):  # its readouts read no prior, so plain inference is the last stage itself
         metrics["bytes_per_token"] = data.bytes_per_token
     elif isinstance(network, SIDNetwork) and not isinstance(network.stages, StackedHeads) and network.depth > 1:
         metrics["plain"] = accuracy(network.plain(), batches.in_order(), options)

@@ -24,7 +24,7 @@ from ..network.language import READOUTS
 PARALLEL = ("none", "data", "shard", "stage")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Limit = tuple[str, Callable[[Any], bool]]  # what a value must be: a description and a test
+Limit = tuple[str, Callable[[Any], bool]]  # the allowed values: a description and a test
 SHARE: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE: Limit = ("a positive number", lambda value: 0 < value < math.inf)
