@@ -1,7 +1,8 @@
 """Perplexity of language models trained stage by stage against backpropagation, over seeds, filed as one JSON.
 
     python bench/training/language.py --data FILE --out bench/results/language.json
-    python bench/training/language.py --data FILE --out bench/results/language.json --table   # prints what is filed
+    python bench/training/language.py --out bench/results/language.json --table   # prints what is filed
+    python bench/training/language.py --memory   # prints the memory of a step
 
 Every variant sees the same windows of the same text in the same order. A file that exists is continued: runs that it
 holds are not made again. Perplexities are those of the held-out tenth after the last epoch, of the last stage.
@@ -10,6 +11,7 @@ holds are not made again. Perplexities are those of the held-out tenth after the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -19,7 +21,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
+import torch
+
 from bench.lib import record
+from bench.lib.footprint import allocated_peak
+from sid_trainer import build_language_model
+from sid_trainer.methods.common import StepOptions
+from sid_trainer.methods.factory import make_optimizers, make_step
 from sid_trainer.runs.build import make_trainer
 from sid_trainer.training.config import run_config
 
@@ -52,6 +60,23 @@ def train(settings: dict, text: Path, epochs: int, seed: int) -> dict:
     }
 
 
+def print_memory() -> None:
+    """Print the peak of a step by PyTorch's allocator for a large vocabulary: SID with 4 stages, and BP."""
+    classes, context = 32768, 256
+    cases = {"sid": StepOptions(0.7), "sid, all logits": StepOptions(0.7, fused=False), "bp": StepOptions()}
+    for tokens in (4096, 16384):
+        inputs = torch.randint(classes, (tokens // context, context))
+        targets = torch.randint(classes, (tokens,))
+        for name, options in cases.items():
+            method = name.partition(",")[0]
+            network = build_language_model(
+                classes, context, 4, layers=8, width=64, attention_heads=4, plain=method == "bp", readout="shared"
+            )
+            step = make_step(method, network, make_optimizers(network, method), options)
+            peak = allocated_peak(functools.partial(step, inputs, targets))
+            print(f"{tokens} tokens, V = {classes}, {name}: {peak / 2**20:.0f} MiB", flush=True)
+
+
 def print_table(runs: dict[str, list[dict]]) -> None:
     """Print a row per variant: seeds, perplexity of each stage, and the last one's over backpropagation's."""
     base = statistics.mean(run["perplexity"][-1] for run in runs["backpropagation"])
@@ -68,12 +93,18 @@ def print_table(runs: dict[str, list[dict]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
+    parser.add_argument("--out", type=Path, help="JSON file, continued if it exists")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the variants to train")
     parser.add_argument("--table", action="store_true", help="print what the file holds and train nothing")
+    parser.add_argument("--memory", action="store_true", help="print the memory of a step and train nothing")
     args = parser.parse_args()
+    if args.memory:
+        print_memory()
+        return
+    if args.out is None:
+        parser.error("--out must be given")
     if args.table:
         print_table(json.loads(args.out.read_text())["runs"])
         return

@@ -28,6 +28,10 @@ class StepResult(NamedTuple):
     stage_loss: Tensor  # (L,) float32, on the network's device; (1,) for backpropagation: the last stage's
     logits: Tensor  # (B, C) of the last stage before the update, detached
 
+    def correct(self, targets: Tensor) -> Tensor:
+        """Return how many of the targets (B,) the last stage predicted, as a tensor ()."""
+        return (self.logits.argmax(dim=1) == targets).sum()
+
 
 @dataclass(frozen=True)
 class StepOptions(StageLossOptions):

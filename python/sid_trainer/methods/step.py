@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..network.heads import StackedHeads
+from ..network.language import LanguageModel
 from ..network.local_pass import add_terms, collect_terms, stage_loss
 from ..network.loss_options import Alpha
 from ..network.modules import SIDNetwork, at_least_float32
@@ -29,6 +30,7 @@ from .common import (
     teacher_beliefs,
     update,
 )
+from .readouts import is_large, train_readouts
 from .reference import reference_step
 from .stacked import train_stacked
 from .streams import StageHooks
@@ -79,6 +81,9 @@ def local_step(
     if options.step_schedule == "reference":
         return reference_step(network, inputs, targets, options, optimizers)
     check_optimizers(optimizers, network)
+    in_chunks = options.fused and options.step_schedule == "one-pass" and options.class_weight is None
+    if in_chunks and isinstance(network, LanguageModel) and is_large(network, targets):
+        return train_readouts(network, inputs, targets, options, optimizers)
     clear_gradients(optimizers[:1])
     with collect_terms() as terms, autocast(inputs, options.dtype):
         extracted = network.extractor(inputs)

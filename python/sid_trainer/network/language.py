@@ -70,7 +70,11 @@ class Readout(nn.Module):
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Return the logits (B * T, V) of the next tokens for features (B, T, D)."""
-        return self.logits(self.norm(self.blocks(features))).flatten(0, 1)
+        return F.linear(*self.hidden_and_weight(features))
+
+    def hidden_and_weight(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the linear layer reads, (B * T, D), and its weight (V, D)."""
+        return self.norm(self.blocks(features)).flatten(0, 1), self.logits.weight
 
 
 class SharedReadout(nn.Module):
@@ -93,11 +97,15 @@ class SharedReadout(nn.Module):
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Return the logits (B * T, V) of the next tokens for features (B, T, D)."""
+        return F.linear(*self.hidden_and_weight(features))
+
+    def hidden_and_weight(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the copied layer reads, (B * T, D), and its weight (V, D)."""
         if self.training and torch.is_grad_enabled():
             if int(self.calls) % self.refresh == 0:
                 self.weight.copy_(self.source[0].weight.detach())
             self.calls += 1
-        return F.linear(self.norm(self.blocks(features)) * self.scale, self.weight).flatten(0, 1)
+        return (self.norm(self.blocks(features)) * self.scale).flatten(0, 1), self.weight
 
 
 class LanguageModel(SIDNetwork):

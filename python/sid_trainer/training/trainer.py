@@ -156,7 +156,7 @@ class Trainer:
                     result = self.train_step(inputs, targets)
                     self.step += 1
                     losses.append(result.stage_loss.detach() * len(targets))
-                    correct += (result.logits.argmax(dim=1) == targets).sum()
+                    correct += result.correct(targets)
                     saves = config.save_every > 0 and self.step % config.save_every == 0
                     stops = strategy.should_stop()
                     if self.step % interval == 0 or self.step == self.steps_per_epoch or saves or stops:

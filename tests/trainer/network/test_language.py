@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sid_trainer import bp_step, sid_step
+from sid_trainer.methods import readouts
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import METHODS, make_optimizers, make_step
 from sid_trainer.network.language import SharedReadout, build_language_model
 
@@ -160,3 +162,37 @@ def test_blocks_before_a_readout_are_its_own():
     network = model(2, readout_blocks=2)
     assert [len(stage.head.blocks) for stage in network.stages] == [2, 0]
     assert sum(isinstance(module, nn.Embedding) for module in network.modules()) == 1
+
+
+# ---------------------------------------------------------------- losses without all logits
+
+
+@pytest.mark.parametrize("readout", ["private", "shared"])
+def test_a_step_in_chunks_trains_as_one_with_all_logits(readout, monkeypatch):
+    inputs, targets = tokens()
+    targets[2] = -100  # padding
+    weights, losses = [], []
+    for most in (readouts.MOST_BYTES, 100):
+        monkeypatch.setattr(readouts, "MOST_BYTES", most)
+        network = model(3, readout=readout, readout_blocks=1)
+        step = make_step("sid", network, make_optimizers(network, lr=1e-2, optimizer="sgd"))
+        results = [step(inputs, targets) for _ in range(3)]
+        assert len(results[0].logits) == (3 * T if most > 100 else 0)
+        losses.append(torch.stack([result.stage_loss for result in results]))
+        right = [result.correct(targets) for result in results]
+        weights.append([*network.parameters(), torch.stack(right).float()])
+    torch.testing.assert_close(*losses)
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_large_step_holds_no_logits_of_all_tokens(allocated):
+    rows, classes = 2048, 16384  # 128 MiB of logits
+    torch.manual_seed(0)
+    network = build_language_model(classes, 256, 2, layers=2, width=16, attention_heads=2)
+    inputs, targets = torch.randint(classes, (8, 256)), torch.randint(classes, (rows,))
+    step = make_step("sid", network, make_optimizers(network))
+    step(inputs, targets)
+    assert allocated(lambda: step(inputs, targets)) < 0.8 * rows * classes * 4
+    unfused = make_step("sid", network, make_optimizers(network), StepOptions(fused=False))
+    assert allocated(lambda: unfused(inputs, targets)) > 2 * rows * classes * 4

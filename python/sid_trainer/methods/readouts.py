@@ -1,0 +1,62 @@
+"""The SID step of a language model that holds no logits of all tokens and classes: losses from readouts, in chunks."""
+
+import torch
+from torch import Tensor
+
+from sid_kernels import fused_belief_head
+from sid_kernels.belief_head.problem import PriorHead
+
+from ..network.language import LanguageModel, Readout, SharedReadout
+from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradients, update
+
+MOST_BYTES = 64 << 20  # of float32 logits (N, V); below, holding them is faster than computing the prior's twice
+
+
+class PredictedResult(StepResult):
+    """The result of a step that holds no logits: `logits` are (0, C), and the classes predicted (B,) stand for them."""
+
+    predictions: Tensor
+
+    def correct(self, targets: Tensor) -> Tensor:
+        return (self.predictions == targets).sum()
+
+
+def is_large(network: LanguageModel, targets: Tensor) -> bool:
+    """Return whether logits for all targets (N,) would take more than MOST_BYTES."""
+    return len(targets) * network.num_classes * 4 > MOST_BYTES
+
+
+def train_readouts(
+    network: LanguageModel, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
+) -> PredictedResult:
+    """Train the stages one by one on tokens (B, T) and next tokens (B * T,), as `stage_by_stage` does.
+
+    The belief of the stage before is computed again from its features and weight, so a stage's weight is updated only
+    when the next stage has its loss.
+    """
+    clear_gradients(optimizers)
+    features, waiting, losses = inputs, optimizers[:0], []
+    prior: PriorHead | None = None
+    stages, alphas = network.local_modules[1:], options.stage_alphas(network.depth)
+    for i, (stage, alpha) in enumerate(zip(stages, alphas, strict=True)):
+        body, readout = stage.get_submodule("body"), stage.get_submodule("head")
+        assert isinstance(readout, (Readout, SharedReadout))  # for type checkers
+        with autocast(inputs, options.dtype):
+            features = body(features)
+            hidden, weight = readout.hidden_and_weight(features)
+            loss = fused_belief_head(
+                hidden, weight, None, prior, targets, alpha, return_belief=False, **options.loss_of_stage(i)
+            ).loss
+        loss.backward()
+        update(waiting)
+        waiting = optimizers[1 + i : 2 + i]
+        losses.append(loss.detach())
+        features, prior = features.detach(), PriorHead(hidden.detach(), weight.detach(), None)
+    assert prior is not None
+    hidden, weight, _ = prior
+    rows = max(1, MOST_BYTES // (4 * network.num_classes))
+    with torch.no_grad():
+        result = PredictedResult(torch.stack(losses), hidden.new_empty(0, network.num_classes))
+        result.predictions = torch.cat([(part @ weight.T.to(part.dtype)).argmax(1) for part in hidden.split(rows)])
+    update(waiting)
+    return result
