@@ -56,16 +56,16 @@ def test_report_and_plot(tmp_path, monkeypatch, capsys):
         (8, 5, "float32"), (8, 5, "bfloat16"), (16, 9, "float32"), (16, 9, "bfloat16"),
     ]  # fmt: skip
     for entry in filed["results"]:
-        found, clone = entry["contenders"], entry["contenders"]["clone"]
-        assert {"clone", "eager four-op", "eager collapsed", "fused_local_loss", "local_loss_and_grad"} <= found.keys()
+        rows, clone = entry["contenders"], entry["contenders"]["clone"]
+        assert {"clone", "eager four-op", "eager collapsed", "fused_local_loss", "local_loss_and_grad"} <= rows.keys()
         assert entry["rounds"] == 4 and entry["left_out"]["liger kl_div"] and clone["share_of_clone"] == 1.0
-        ours = found["local_loss_and_grad"]
+        ours = rows["local_loss_and_grad"]
         bandwidth = entry["minimum_traffic_bytes"] / ours["seconds"]
         assert ours["share_of_clone"] == pytest.approx(
             bandwidth / (entry["clone_traffic_bytes"] / clone["seconds"]), rel=1e-6
         )
         ratio = entry["ratios"]["local_loss_and_grad"]["eager four-op"]["of_medians"]
-        assert ratio == pytest.approx(found["eager four-op"]["seconds"] / ours["seconds"], rel=1e-6)
+        assert ratio == pytest.approx(rows["eager four-op"]["seconds"] / ours["seconds"], rel=1e-6)
     assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
     assert report.main(["--plot", str(out), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

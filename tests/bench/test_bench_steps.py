@@ -96,9 +96,9 @@ def test_a_wrong_head_is_found(wrong):
 
     def call(problem):
         loss, belief, gradients = head.through_autograd(problem, return_belief=True)
-        found = dict(zip(("loss", "belief", "hidden", "weight", "bias"), (loss, belief, *gradients), strict=True))
-        found[wrong] = found[wrong] * 1.001
-        loss, belief, *gradients = found.values()
+        results = dict(zip(("loss", "belief", "hidden", "weight", "bias"), (loss, belief, *gradients), strict=True))
+        results[wrong] = results[wrong] * 1.001
+        loss, belief, *gradients = results.values()
         return loss, belief, tuple(gradients)
 
     with pytest.raises(AssertionError, match=f"{wrong} is off by"):
@@ -151,15 +151,15 @@ def test_costs_of_the_cascade():
     for stages in (2, 6):
         problem = cascade.make_problem((stages, *CASCADE[1:]), "cpu")
         listed, _ = cascade.contenders("cpu", problem)
-        found = {}
+        costs = {}
         for name in (cascade.DIRECT, cascade.TRAINER, cascade.REFERENCE):
             run = listed[name].run(problem)
-            found[name] = step_report.costs(listed[name], run, "cpu")
+            costs[name] = step_report.costs(listed[name], run, "cpu")
             gradients = sum(x.numel() * 4 for x in (problem.features, *problem.network.parameters()))
             assert run.returned == gradients
-            assert found[name]["peak_bytes"] >= gradients
-            assert found[name]["peak_bytes_beyond_results"] == found[name]["peak_bytes"] - gradients
-        operators.append({name: cost["calls"] for name, cost in found.items()})
+            assert costs[name]["peak_bytes"] >= gradients
+            assert costs[name]["peak_bytes_beyond_results"] == costs[name]["peak_bytes"] - gradients
+        operators.append({name: cost["calls"] for name, cost in costs.items()})
     assert operators[0][cascade.TRAINER] == operators[1][cascade.TRAINER]
     assert operators[0][cascade.REFERENCE] < operators[1][cascade.REFERENCE]
 
@@ -187,8 +187,8 @@ def test_report_and_plot(tmp_path, monkeypatch, capsys):
             assert row["seconds"] > 0 and row["calls"] > 0 and row["peak_bytes"] > row["peak_bytes_beyond_results"] >= 0
             assert max(row["errors"].values()) < 0.03, name
     ratio = filed["results"][0]["ratios"]["sid_step"]["BP step"]["of_medians"]
-    found = filed["results"][0]["contenders"]
-    assert ratio == pytest.approx(found["BP step"]["seconds"] / found["sid_step"]["seconds"], rel=1e-6)
+    contenders = filed["results"][0]["contenders"]
+    assert ratio == pytest.approx(contenders["BP step"]["seconds"] / contenders["sid_step"]["seconds"], rel=1e-6)
     assert str(BENCH.parent) not in out.read_text() and str(tmp_path) not in out.read_text()
     assert step_report.main(["--plot", str(out), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -30,29 +30,31 @@ def even(ranks, cost=ONE, schedule="sid", batches=1, microbatches=1, **options):
 
 @pytest.mark.parametrize(("ranks", "batches"), [(1, 5), (2, 1), (2, 7), (4, 9), (64, 100)])
 def test_equal_stages_leave_the_idle_share_of_the_formula(ranks, batches):
-    found = even(ranks, StageCost(forward=3.0, backward=0.0), batches=batches)
-    assert found.seconds == (batches + ranks - 1) * 3
+    simulation = even(ranks, StageCost(forward=3.0, backward=0.0), batches=batches)
+    assert simulation.seconds == (batches + ranks - 1) * 3
     assert (
-        found.idle_share == pytest.approx((ranks - 1) / (batches + ranks - 1))
-        and found.ideal_idle_share == found.idle_share
+        simulation.idle_share == pytest.approx((ranks - 1) / (batches + ranks - 1))
+        and simulation.ideal_idle_share == simulation.idle_share
     )
-    assert found.imbalance == 0 and found.images_per_second(10) == pytest.approx(10 * batches / found.seconds)
+    assert simulation.imbalance == 0 and simulation.images_per_second(10) == pytest.approx(
+        10 * batches / simulation.seconds
+    )
 
 
 def test_a_local_stage_hands_on_before_it_learns():
-    found = even(3, StageCost(forward=1.0, backward=2.0, update=0.5, held=7), batches=10)
-    assert found.seconds == 10 * 3.5 + 2 * 1.0 and found.idle_share < found.ideal_idle_share
-    assert found.held == [7, 7, 7]
-    first = [event for event in found.events if event.rank == 1][:3]
+    simulation = even(3, StageCost(forward=1.0, backward=2.0, update=0.5, held=7), batches=10)
+    assert simulation.seconds == 10 * 3.5 + 2 * 1.0 and simulation.idle_share < simulation.ideal_idle_share
+    assert simulation.held == [7, 7, 7]
+    first = [event for event in simulation.events if event.rank == 1][:3]
     assert first == [(1, 0, "forward", 1, 2), (1, 0, "backward", 2, 4), (1, 0, "update", 4, 4.5)]
 
 
 def test_several_stages_on_a_rank_and_the_slowest_sets_the_pace():
     costs = [StageCost(1, 1, 1, held=2), StageCost(2, 0, 1, held=9), StageCost(1, 1, 0, held=4)]
-    found = simulate(costs, [range(0, 2), range(2, 3)], "sid", 10)
+    simulation = simulate(costs, [range(0, 2), range(2, 3)], "sid", 10)
     # stage 2 sends its features 3 + 2 after a batch begins, every 6 seconds; rank 1 then takes 2
-    assert found.seconds == 9 * 6 + 5 + 2 and found.busy == [60, 20]
-    assert found.imbalance == pytest.approx(1 - 40 / 60) and found.held == [9, 4]
+    assert simulation.seconds == 9 * 6 + 5 + 2 and simulation.busy == [60, 20]
+    assert simulation.imbalance == pytest.approx(1 - 40 / 60) and simulation.held == [9, 4]
 
 
 @pytest.mark.parametrize(("ranks", "m"), [(1, 3), (2, 4), (4, 4), (4, 2), (8, 32)])
@@ -78,9 +80,9 @@ def test_microbatches_of_backpropagation_by_the_known_formulas(ranks, m):
 
 def test_the_update_empties_the_pipeline_of_backpropagation():
     cost = StageCost(1.0, 2.0, update=0.5)
-    found = even(4, cost, "1f1b", batches=3, microbatches=6)
-    assert found.seconds == 3 * ((6 + 3) * 3 + 0.5)
-    assert sum(event.kind == "update" for event in found.events) == 4 * 3
+    simulation = even(4, cost, "1f1b", batches=3, microbatches=6)
+    assert simulation.seconds == 3 * ((6 + 3) * 3 + 0.5)
+    assert sum(event.kind == "update" for event in simulation.events) == 4 * 3
 
 
 def test_links_take_time_and_carry_one_message_at_a_time():
@@ -103,9 +105,9 @@ def test_a_rank_runs_ahead_only_as_far_as_there_is_room(in_flight):
     When rank 1 takes a batch, in_flight - 1 more wait there, in_flight wait at the sender, and it works on one.
     """
     costs = [StageCost(1.0, 0.0), StageCost(10.0, 0.0)]
-    found = simulate(costs, [range(1), range(1, 2)], "sid", 20, in_flight=in_flight)
-    assert found.seconds == 1 + 20 * 10
-    begun = [[event.start for event in found.events if event.rank == rank] for rank in (0, 1)]
+    simulation = simulate(costs, [range(1), range(1, 2)], "sid", 20, in_flight=in_flight)
+    assert simulation.seconds == 1 + 20 * 10
+    begun = [[event.start for event in simulation.events if event.rank == rank] for rank in (0, 1)]
     ahead = [sum(start < at for start in begun[0]) - taken for taken, at in enumerate(begun[1], 1)]
     assert max(ahead) == (in_flight - 1) + in_flight + 1
     flushed = even(2, StageCost(1.0, 1.0), "gpipe", microbatches=9, in_flight=in_flight)
@@ -114,8 +116,8 @@ def test_a_rank_runs_ahead_only_as_far_as_there_is_room(in_flight):
 
 def test_loading_and_what_a_rank_does_beside_its_stages():
     costs = [StageCost(1.0, 1.0, load=0.5), StageCost(1.0, 1.0)]
-    found = simulate(costs, [range(1), range(1, 2)], batches=4, overhead=0.25)
-    assert found.busy == pytest.approx([4 * 2.75, 4 * 2.25]) and found.seconds == pytest.approx(
+    simulation = simulate(costs, [range(1), range(1, 2)], batches=4, overhead=0.25)
+    assert simulation.busy == pytest.approx([4 * 2.75, 4 * 2.25]) and simulation.seconds == pytest.approx(
         4 * 2.75 - 1 - 0.25 + 2.25
     )
 
@@ -141,10 +143,10 @@ def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link)
     for schedule in SCHEDULES:
         per = [StageCost(c.forward / m, c.backward / m, c.update, c.sent, c.held) for c in costs]
         per = costs if schedule == "sid" else per
-        found = simulate(per, parts, schedule, batches, microbatches=m, link=link, in_flight=in_flight)
+        simulation = simulate(per, parts, schedule, batches, microbatches=m, link=link, in_flight=in_flight)
         begins = {}
         for rank in range(ranks):
-            own = [event for event in found.events if event.rank == rank]
+            own = [event for event in simulation.events if event.rank == rank]
             assert all(a.end <= b.start for a, b in zip(own, own[1:], strict=False))  # one thing at a time
             mine = [event for event in own if event.kind not in ("send", "receive")]
             assert sum(event.end - event.start for event in mine) == pytest.approx(work[rank])
@@ -155,7 +157,11 @@ def test_what_holds_for_every_schedule(costs, data, batches, m, in_flight, link)
             step = 1 / link.bytes_per_second * costs[parts[rank].start - 1].sent + link.latency_seconds
             for before, after in zip(begins[rank - 1], begins[rank], strict=True):
                 assert after.start >= before.end + step - 1e-9
-        assert found.seconds >= max(work) - 1e-9 and -1e-9 <= found.idle_share < 1 and 0 <= found.imbalance + 1e-9
+        assert (
+            simulation.seconds >= max(work) - 1e-9
+            and -1e-9 <= simulation.idle_share < 1
+            and 0 <= simulation.imbalance + 1e-9
+        )
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.data())

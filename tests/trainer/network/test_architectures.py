@@ -33,11 +33,11 @@ def test_every_network_turns_images_into_beliefs(arch, layout, shape):
 ], ids=str)  # fmt: skip
 def test_the_cuts_of_the_method(arch, depth, stages):
     """Check where each backbone is cut for 32x32 images, by the shapes of the features that pass between stages."""
-    network, features, found = build_network(arch, "stagewise", depth=depth).eval(), torch.zeros(2, 3, 32, 32), []
+    network, features, actual = build_network(arch, "stagewise", depth=depth).eval(), torch.zeros(2, 3, 32, 32), []
     for stage in network.stages:
         features = stage.body(features)
-        found.append(tuple(features.shape[1:]))
-    assert found == stages
+        actual.append(tuple(features.shape[1:]))
+    assert actual == stages
 
 
 def test_resnet18_and_vgg11_are_torchvisions():
@@ -62,14 +62,14 @@ def test_no_gradient_crosses_a_cut(arch):
     network = build_network(arch, "stagewise", in_channels=1, image_size=(8, 8))
     inputs, targets = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
     depth = len(network.stages)
-    found = []
+    gradients = []
     for last in (0.0, 1.0):
         network.zero_grad()
         sid_step(network, inputs, targets, [0.5] * (depth - 1) + [last])
-        found.append([[p.grad.clone() for p in stage.parameters()] for stage in network.stages])
-    for before, after in zip(found[0][:-1], found[1][:-1], strict=True):
+        gradients.append([[p.grad.clone() for p in stage.parameters()] for stage in network.stages])
+    for before, after in zip(gradients[0][:-1], gradients[1][:-1], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(found[0][-1], found[1][-1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(gradients[0][-1], gradients[1][-1], strict=True))
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0 for p in network.stages[0].body.parameters() if p.dim() > 1
     )
@@ -194,9 +194,9 @@ def test_prior_dropout_gives_some_examples_the_uniform_belief_in_training_only()
     head = StageHead(4, 3, prior_dropout=0.5)
     features, prior = torch.randn(1000, 4), torch.tensor([0.7, 0.2, 0.1]).repeat(1000, 1)
     kept, dropped = (head.eval()(features, p) for p in (prior, torch.full((1000, 3), 1 / 3)))
-    found = head.train()(features, prior)
-    is_dropped = (found == dropped).all(1)
-    assert 400 < is_dropped.sum() < 600 and torch.equal(found[~is_dropped], kept[~is_dropped])
+    actual = head.train()(features, prior)
+    is_dropped = (actual == dropped).all(1)
+    assert 400 < is_dropped.sum() < 600 and torch.equal(actual[~is_dropped], kept[~is_dropped])
 
 
 def test_a_head_without_the_prior_as_input_ignores_it():

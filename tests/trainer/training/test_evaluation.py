@@ -18,7 +18,7 @@ def definition(logits, labels, alphas, divergence, smoothing):
     """Compute accuracy, KL(y || p) and premise, (L, N) each, of logits (L, N, C), in float64."""
     q = torch.full(logits.shape[1:], 1 / CLASSES, dtype=torch.float64)
     y = (1 - smoothing) * F.one_hot(labels, CLASSES).double() + smoothing / CLASSES
-    found = []
+    metrics = []
 
     def kl(a, b):
         return torch.where(a > 0, a * (a / b).log(), 0).sum(1)
@@ -31,9 +31,9 @@ def definition(logits, labels, alphas, divergence, smoothing):
     for z, alpha in zip(logits.double(), alphas, strict=True):
         p = z.softmax(1)
         right = (p.argmax(1) == labels).double()
-        found.append((right, -p[torch.arange(len(labels)), labels].log(), loss(p, alpha) - loss(q, alpha)))
+        metrics.append((right, -p[torch.arange(len(labels)), labels].log(), loss(p, alpha) - loss(q, alpha)))
         q = p
-    right, distance, worse = (torch.stack(rows) for rows in zip(*found, strict=True))
+    right, distance, worse = (torch.stack(rows) for rows in zip(*metrics, strict=True))
     return right, distance, worse
 
 
@@ -63,27 +63,27 @@ def test_against_the_definition(divergence, smoothing, batch):
     network, inputs = given(logits)
     network.train()
     batches = zip(inputs.split(batch), labels.split(batch), strict=True)
-    found = evaluate(network, batches, StepOptions(alphas, divergence, smoothing))
+    actual = evaluate(network, batches, StepOptions(alphas, divergence, smoothing))
     right, distance, worse = definition(logits, labels, alphas, divergence, smoothing)
     assert not network.training
-    assert found["accuracy"] == right.mean(1).tolist()
-    assert found["kl"] == pytest.approx(distance.mean(1).tolist(), rel=1e-6)
+    assert actual["accuracy"] == right.mean(1).tolist()
+    assert actual["kl"] == pytest.approx(distance.mean(1).tolist(), rel=1e-6)
     assert worse.abs().min() > 2e-5  # so that float32 decides as float64 does
-    assert found["certificate"] == (worse <= 0).double().mean(1).tolist()
-    assert all(0 < rate < 1 for rate in found["certificate"])
+    assert actual["certificate"] == (worse <= 0).double().mean(1).tolist()
+    assert all(0 < rate < 1 for rate in actual["certificate"])
 
 
 def test_a_real_network_in_either_layout():
     for layout in ("shared", "stagewise"):
         network = build_network("mlp", layout, num_classes=CLASSES, in_channels=1, image_size=(4, 4), depth=3)
         inputs, labels = torch.randn(60, 1, 4, 4), torch.randint(0, CLASSES, (60,))
-        found = evaluate(network, [(inputs, labels)], StepOptions())
+        actual = evaluate(network, [(inputs, labels)], StepOptions())
         with torch.no_grad():
             logits = torch.stack(network.double().stage_logits(inputs.double()))
         right, distance, worse = definition(logits, labels, [0.5] * 3, "forward", 0.0)
-        assert found["accuracy"] == right.mean(1).tolist()
-        assert found["kl"] == pytest.approx(distance.mean(1).tolist(), rel=1e-5)
-        assert found["certificate"] == pytest.approx((worse <= 0).double().mean(1).tolist(), abs=1 / 60)
+        assert actual["accuracy"] == right.mean(1).tolist()
+        assert actual["kl"] == pytest.approx(distance.mean(1).tolist(), rel=1e-5)
+        assert actual["certificate"] == pytest.approx((worse <= 0).double().mean(1).tolist(), abs=1 / 60)
 
 
 def test_in_bfloat16_it_says_nearly_the_same():
@@ -124,16 +124,16 @@ def test_a_perfect_copy_does_no_worse_than_itself(divergence, smoothing):
     labels = torch.randint(0, CLASSES, (500,))
     network = SIDNetwork(nn.Identity(), [Copy(), Given(0), Copy(), Copy()], CLASSES)
     options = StepOptions(0.5, divergence, smoothing)
-    found = evaluate(network, [(torch.randn(500, CLASSES) * 3, labels)], options)
-    first, given_, *copies = found["certificate"]
+    actual = evaluate(network, [(torch.randn(500, CLASSES) * 3, labels)], options)
+    first, given_, *copies = actual["certificate"]
     assert first == 1 and copies == [1, 1] and 0 < given_ < 1
-    assert found["kl"][0] == pytest.approx(math.log(CLASSES)) and found["kl"][2] == pytest.approx(found["kl"][1])
+    assert actual["kl"][0] == pytest.approx(math.log(CLASSES)) and actual["kl"][2] == pytest.approx(actual["kl"][1])
 
 
 def test_a_belief_without_mass_on_the_truth_is_infinitely_far():
     logits = torch.zeros(2, 4, CLASSES)
     logits[1, :, 0] = 1000.0
     network, inputs = given(logits)
-    found = evaluate(network, [(inputs, torch.tensor([0, 0, 1, 1]))], StepOptions([0.5, 1.0]))
-    assert found["accuracy"] == [0.5, 0.5] and found["kl"][1] == pytest.approx(500)
-    assert found["certificate"] == [1, 0.5]
+    actual = evaluate(network, [(inputs, torch.tensor([0, 0, 1, 1]))], StepOptions([0.5, 1.0]))
+    assert actual["accuracy"] == [0.5, 0.5] and actual["kl"][1] == pytest.approx(500)
+    assert actual["certificate"] == [1, 0.5]
