@@ -1,9 +1,9 @@
-"""Text for language models: bytes or characters as tokens, read in windows of a fixed length."""
+"""Text for language models: bytes, characters or byte pairs as tokens, read in windows of a fixed length."""
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .image_files import DataError
 from .own import OwnData
 from .seeds import ORDER, seeded_generator
 
-TOKENS = ("bytes", "characters")
+TOKENS = ("bytes", "characters", "bpe")
 HELD_OUT = 0.1  # share of the text, at its end, that is the test split
 
 
@@ -29,16 +29,20 @@ class TextData(OwnData):
     """Training and test text for the `Trainer`; `load_text` makes it.
 
     Attributes:
-        classes: What each token stands for: a character, or the number of a byte.
+        classes: What each token stands for: a character, the number of a byte, or a name of merged bytes.
         bytes_per_token: Bytes of the test text per token, to convert nats per token to bits per byte.
+        tokenizer: The tokenizer of "bpe" as text, as the package tokenizers writes it; otherwise None.
     """
 
     unit = "tokens"
 
-    def __init__(self, train: TokenWindows, test: TokenWindows, classes: Sequence[str], bytes_per_token: float):
+    def __init__(
+        self, train: TokenWindows, test: TokenWindows, classes: Sequence[str], bytes_per_token: float,
+        tokenizer: str | None = None,
+    ):  # fmt: skip
         self.train, self.test, self.classes = train, test, list(classes)
         self.image_size = (train.context,)
-        self.bytes_per_token = bytes_per_token
+        self.bytes_per_token, self.tokenizer = bytes_per_token, tokenizer
 
     def make_batches(
         self, split: TokenWindows, batch_size: int, device: torch.device, shuffle: bool, workers: int = 0
@@ -93,12 +97,16 @@ class TextBatches:
             yield windows[:, :-1], windows[:, 1:].flatten()
 
 
-def load_text(path: str | os.PathLike | None, tokens: str = "bytes", context: int = 128) -> TextData:
+def load_text(
+    path: str | os.PathLike | None, tokens: str = "bytes", context: int = 128, vocabulary: int = 4096
+) -> TextData:
     """Load a text file, or the .txt files of a folder in the order of their names; the last tenth is the test split.
 
     Args:
-        tokens: "bytes" (256 tokens; a single file is mapped, not read) or "characters" (those of the text, UTF-8).
+        tokens: "bytes" (256 tokens; a single file is mapped, not read), "characters" (those of the text, UTF-8), or
+            "bpe" (byte pairs merged as often as they occur in the training split, by the package tokenizers).
         context: Number of tokens in a window.
+        vocabulary: Number of tokens of "bpe", at least 257.
 
     Raises DataError for a missing, empty or too short text, and for one that is not UTF-8.
     """
@@ -106,28 +114,56 @@ def load_text(path: str | os.PathLike | None, tokens: str = "bytes", context: in
         raise DataError(f"tokens must be one of {', '.join(TOKENS)}, not {tokens!r}")
     if path is None:
         raise DataError("path must be a text file or a folder of .txt files; none was given")
+    if vocabulary <= 256:
+        raise DataError(f"vocabulary must be more than the 256 bytes, not {vocabulary}")
     root = nonempty_path(path, "path")
     files = sorted(root.glob("[!.]*.txt")) if root.is_dir() else [root]
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{root}: neither a text file nor a folder with .txt files")
     data = [np.memmap(file, np.uint8, "r") for file in files if file.stat().st_size]
     text = data[0] if len(data) == 1 else np.concatenate([*data, np.empty(0, np.uint8)])
-    ids, classes = (text, [*map(str, range(256))]) if tokens == "bytes" else encode_characters(text, root)
-    held_out = int(len(ids) * HELD_OUT)
-    if held_out < 2 * context:
-        needed = round(2 * context / HELD_OUT)
-        raise DataError(f"{root}: {len(ids)} tokens are too few for a context of {context}; {needed} are needed")
-    train, test = ids[:-held_out], ids[-held_out:]
-    sizes = [len(character.encode()) for character in classes] if tokens == "characters" else [1] * len(classes)
-    test_bytes = np.bincount(test, minlength=len(sizes)) @ np.array(sizes)
-    return TextData(TokenWindows(train, context), TokenWindows(test, context), classes, float(test_bytes) / held_out)
+    tokenizer = None
+    if tokens == "bpe":
+        train, test, tokenizer = encode_pairs(decode(text, root), vocabulary)
+        classes = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+        sizes = [len(token) for token in classes]  # a character of a token stands for a byte
+    else:
+        ids, classes = (text, [*map(str, range(256))]) if tokens == "bytes" else encode_characters(decode(text, root))
+        train, test = np.split(ids, [len(ids) - int(len(ids) * HELD_OUT)])
+        sizes = [1] * 256 if tokens == "bytes" else [len(character.encode()) for character in classes]
+    if len(test) < 2 * context or len(train) < 2 * context:
+        needed, count = round(2 * context / HELD_OUT), len(train) + len(test)
+        raise DataError(f"{root}: {count} tokens are too few for a context of {context}; {needed} are needed")
+    bytes_per_token = float(np.bincount(test, minlength=len(sizes)) @ np.array(sizes)) / len(test)
+    windows = TokenWindows(train, context), TokenWindows(test, context)
+    return TextData(*windows, classes, bytes_per_token, tokenizer and tokenizer.to_str())
 
 
-def encode_characters(text: np.ndarray, path: Path) -> tuple[np.ndarray, list[str]]:
-    """Convert bytes (N,) of UTF-8 to character numbers; return them and the characters in order. Raises DataError."""
+def decode(text: np.ndarray, path: Path) -> str:
+    """Return bytes (N,) of UTF-8 as characters. Raises DataError for other bytes."""
     try:
-        code_points = np.frombuffer(text.tobytes().decode().encode("utf-32-le"), np.uint32)
+        return text.tobytes().decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; use tokens 'bytes'") from error
-    used, ids = np.unique(code_points, return_inverse=True)
+
+
+def encode_characters(text: str) -> tuple[np.ndarray, list[str]]:
+    """Return the characters of a text as numbers (N,), and all different characters in order."""
+    used, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
     return ids.astype(np.uint32 if len(used) > 1 << 16 else np.uint16), [chr(code_point) for code_point in used]
+
+
+def encode_pairs(text: str, vocabulary: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Return training and test tokens (N,) of byte-pair encoding, and the tokenizer, learned from the training text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    held_out = int(len(text) * HELD_OUT)
+    parts = text[: len(text) - held_out], text[len(text) - held_out :]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(parts[0].splitlines(keepends=True), trainer)
+    dtype = np.uint32 if vocabulary > 1 << 16 else np.uint16
+    train, test = (np.array(tokenizer.encode(part).ids, dtype) for part in parts)
+    return train, test, tokenizer

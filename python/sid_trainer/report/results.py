@@ -20,7 +20,8 @@ NOT_SETTINGS = {
     "stages_per_rank", "in_flight", "timeout",
 }  # fmt: skip
 DERIVED = {  # from other settings
-    "num_parameters", "operations", "classes", "in_channels", "pixel_mean", "pixel_std", "unit", "bytes_per_token"
+    "num_parameters", "operations", "classes", "in_channels", "pixel_mean", "pixel_std", "unit", "bytes_per_token",
+    "tokenizer",
 }  # fmt: skip
 NUMBERS = ["epoch", "train_loss", "test_accuracy"]
 OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them

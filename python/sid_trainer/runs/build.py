@@ -39,7 +39,7 @@ from ..training.trainer import Trainer
 def make_data(run: RunConfig) -> Any:
     """Load the data of a run: a text, or images with subset, validation split, label noise and augmentation."""
     if run.dataset == "text":
-        return load_text(run.data, run.tokens, run.context)
+        return load_text(run.data, run.tokens, run.context, run.vocabulary)
     data = load_data(
         run.dataset, run.data, cache=run.cache, download=run.download, image_size=run.image_size, stream=run.stream,
         workers=run.workers,
@@ -103,7 +103,7 @@ def make_trainer(
         metadata |= {"arch": run.network, "layout": "own"}
     metadata |= {"run": asdict(run), "launch": rendezvous.launch_id()}
     if isinstance(data, TextData):
-        metadata["bytes_per_token"] = data.bytes_per_token
+        metadata |= {"bytes_per_token": data.bytes_per_token, "tokenizer": data.tokenizer}
     elif isinstance(network, SIDNetwork) and communicator.is_logging:  # the rank that writes and prints them
         shape = (data.in_channels, *data.image_size)
         costs = training_operations(network, run.method, shape), exit_operations(network, shape)[-1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,14 +10,37 @@ from ..network.language import LanguageModel
 from .build import load_network
 
 
-def encode(prompt: str, classes: list[str], tokens: str) -> list[int]:
+def encode(prompt: str, tokens: str, metadata: dict) -> list[int]:
     """Return the tokens of a prompt. Raises ValueError for a character that the model does not know."""
     if tokens == "bytes":
         return list(prompt.encode())
-    number = {character: i for i, character in enumerate(classes)}
+    if tokens == "bpe":
+        return load_tokenizer(metadata).encode(prompt).ids
+    number = {character: i for i, character in enumerate(metadata["classes"])}
     if unknown := [character for character in prompt if character not in number]:
         raise ValueError(f"prompt must have characters of the training text only, not {unknown[0]!r}")
     return [number[character] for character in prompt]
+
+
+def token_bytes(tokens: str, metadata: dict) -> list[bytes]:
+    """Return the bytes that each token stands for."""
+    classes = metadata["classes"]
+    if tokens == "bytes":
+        return [bytes([i]) for i in range(256)]
+    if tokens == "characters":
+        return [character.encode() for character in classes]
+    # Byte-level BPE writes a byte as a character: printable ones as themselves, the others from 256 on, in order.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return [bytes(byte_of[character] for character in token) for token in classes]
+
+
+def load_tokenizer(metadata: dict) -> Any:
+    """Return the tokenizer that a run was trained with."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(metadata["tokenizer"])
 
 
 @torch.no_grad()
@@ -44,8 +68,8 @@ def sample(
     ):
         if not allowed:
             raise ValueError(f"{name} must be {limit}, not {value!r}")
-    classes, generator = metadata["classes"], torch.Generator().manual_seed(seed)
-    tokens = encode(prompt, classes, run.tokens)
+    generator, meanings = torch.Generator().manual_seed(seed), token_bytes(run.tokens, metadata)
+    tokens = encode(prompt, run.tokens, metadata)
     yield prompt.encode(), 0
     for _ in range(count):
         window = torch.tensor([tokens[-run.context :]])
@@ -55,4 +79,4 @@ def sample(
         else:
             token = int(logits.argmax())
         tokens.append(token)
-        yield bytes([token]) if run.tokens == "bytes" else classes[token].encode(), stages
+        yield meanings[token], stages

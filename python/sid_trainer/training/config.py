@@ -131,6 +131,7 @@ class RunConfig(TrainConfig):
     prior_dropout: float = network(0.0, "share of images whose prior a head replaces by the uniform belief", SHARE)
     classifier: str = network("linear", "classifier of a plain network trained by backpropagation", choices=CLASSIFIERS)
     tokens: str = language("bytes", "what a text is divided into", choices=TOKENS)
+    vocabulary: int = language(4096, "number of tokens of --tokens bpe", at_least(257))
     context: int = language(128, "tokens that a prediction can read", at_least(1))
     layers: int = language(6, "blocks of the decoder", at_least(1))
     width: int = language(192, "size of its features", at_least(1))

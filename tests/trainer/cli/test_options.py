@@ -16,7 +16,7 @@ SETTINGS = (
     "alpha arch batch-size cache channels-last classifier crop data dataset depth device divergence download dtype epochs flip fused"
     " graph grid head-depth hidden-dim image-size in-flight label-noise label-smoothing lr lr-schedule network norm"
     " optimizer parallel prior-dropout prior-input"
-    " attention-heads context layers readout readout-refresh tokens width"
+    " attention-heads context layers readout readout-refresh tokens vocabulary width"
     " replicas save-every schedule stages-per-rank stream streams tail timeout train-images val weight-decay workers"
 )
 SWITCHES = "channels-last download flip fused graph norm prior-input stream streams"  # each also has a --no-... flag

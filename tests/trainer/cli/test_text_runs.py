@@ -8,6 +8,7 @@ import torch
 
 from sid_trainer import cli
 from sid_trainer.runs.build import load_network, make_trainer
+from sid_trainer.runs.sample import token_bytes
 from sid_trainer.training.config import run_config
 
 SMALL = "--tokens characters --context 16 --layers 3 --width 16 --attention-heads 2 --batch-size 8 --epochs 2".split()
@@ -113,6 +114,18 @@ def test_refusals(text, tmp_path, capsys, words, message):
 def test_refused_samples(run, capsys, words, message):
     assert cli.main(["sample", str(run), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_byte_pairs(text, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    small = "--tokens bpe --vocab 280 --context 16 --layers 2 --width 16 --attention-heads 2 --epochs 1".split()
+    assert cli.main(["train", "--data", str(text), *small, "--out", str(tmp_path)]) == 0
+    assert cli.main(["eval", str(tmp_path)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert cli.main(["sample", str(tmp_path), "--prompt", "é ab", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out.startswith("é ab")
+    meanings = token_bytes("bpe", json.loads((tmp_path / "config.json").read_text()))
+    assert sorted(meaning for meaning in meanings if len(meaning) == 1) == [bytes([i]) for i in range(256)]
 
 
 def test_an_image_run_has_no_samples(tmp_path, capsys):

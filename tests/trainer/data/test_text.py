@@ -71,7 +71,7 @@ def test_every_epoch_has_its_own_order_and_goes_on_at_any_batch(tmp_path):
         (b"a" * 100, {"context": 32}, "100 tokens are too few for a context of 32; 640 are needed"),
         (b"", {}, "0 tokens are too few"),
         (b"a" * 50 + b"\xff" * 50, {"tokens": "characters", "context": 2}, "byte 50 is not UTF-8; use tokens 'bytes'"),
-        (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, not 'words'"),
+        (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, bpe, not 'words'"),
     ],
 )
 def test_refusals(tmp_path, content, arguments, message):
@@ -89,3 +89,18 @@ def test_refused_paths(tmp_path):
             load_text(path)
     with pytest.raises(ValueError, match="path must not be empty"):
         load_text("")
+
+
+def test_byte_pairs_are_learned_from_the_training_part(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = "the cat sat on the mat, näive "
+    text = words * 60 + "zyzzyva " * 40  # the last word is in the test part alone
+    data = load_text(write(tmp_path / "a.txt", text), "bpe", 4, 270)
+    tokenizer = tokenizers.Tokenizer.from_str(data.tokenizer)
+    assert len(data.classes) == 270
+    parts = [tokenizer.decode(part.tokens.tolist()) for part in (data.train, data.test)]
+    assert "".join(parts) == text
+    assert not any("zyz" in token for token in data.classes) and any("cat" in token for token in data.classes)
+    assert data.bytes_per_token == pytest.approx(len(parts[1].encode()) / len(data.test.tokens))
+    with pytest.raises(DataError, match="vocabulary must be more than the 256 bytes, not 256"):
+        load_text(tmp_path / "a.txt", "bpe", 4, 256)
