@@ -35,7 +35,7 @@ BARS = {"test_accuracy": "Test accuracy", "images_per_second": "Images/s", "acti
 @matplotlib.rc_context(STYLE)
 def draw_run(results: Results) -> bytes:
     """Draw accuracy, KL and certificate of one run: by stage with a line per epoch, by epoch with a line per stage."""
-    run, stages = results.runs.iloc[0], results.stages
+    run, stages = results.runs.iloc[0], results.stages.astype({"epoch": int})  # for the legend: 1, not 1.0
     columns = BY_STAGE if pd.notna(run["certificate"]) else BY_STAGE[:2]
     figure = Figure(figsize=(5 * len(columns) + 0.8, 7.2), layout="constrained")
     for row, (x, hue) in enumerate((("stage", "epoch"), ("epoch", "stage"))):
