@@ -59,7 +59,7 @@ class LoaderBatches:
             tensors = [torch.as_tensor(part) for part in source]
             if len({len(part) for part in tensors}) != 1:
                 raise ValueError(
-                    f"data must have a class for each input, not {[len(part) for part in tensors]} of them"
+                    f"data must have as many classes as inputs, not the lengths {[len(part) for part in tensors]}"
                 )
             source, workers = TensorDataset(*tensors), 0
         if not isinstance(source, DataLoader) and hasattr(source, "__getitem__"):

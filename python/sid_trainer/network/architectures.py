@@ -93,7 +93,7 @@ def vit_tiny(in_channels: int, image_size: tuple[int, int], stages: int, norm: b
 
     height, width = image_size
     if height != width:
-        raise ValueError(f"vit_tiny takes square images, not {height}x{width}")
+        raise ValueError(f"image_size must be square for vit_tiny, not {height}x{width}")
     patch = min((p for p in range(1, height + 1) if height % p == 0), key=lambda p: abs(p - height / 8))
     dim, depth = 192, 12
     embedding = PatchEmbedding(in_channels, patch, (height // patch) ** 2, dim)

@@ -174,9 +174,9 @@ def check_text(run: RunConfig) -> None:
     for declared in fields(run):
         name, group = declared.name, declared.metadata["group"]
         if (name in IMAGE_SETTINGS if text else group == GROUPS[3]) and getattr(run, name) != declared.default:
-            raise ValueError(f"{name} is not for {'a text' if text else 'images'}: it is {getattr(run, name)!r}")
+            raise ValueError(f"{name} must be left out for {'text' if text else 'images'}, not {getattr(run, name)!r}")
     if text and run.parallel != "none":
-        raise ValueError(f"a text is trained on by one process, not with parallel {run.parallel!r}")
+        raise ValueError(f"dataset text is for one process, not for parallel {run.parallel!r}")
 
 
 def check_parallel(run: RunConfig) -> None:

@@ -82,13 +82,13 @@ def test_a_stopped_run_resumes_to_the_same_bits(text, tmp_path, method):
     ("words", "message"),
     [
         (["--dataset", "text"], "path must be a text file or a folder of .txt files; none was given"),
-        (["--data", "TEXT", "--flip"], "flip is not for a text: it is True"),
+        (["--data", "TEXT", "--flip"], "flip must be left out for text, not True"),
         (
             ["--data", "TEXT", "--arch", "mlp"],
             "arch must be gpt for dataset text, and for no other, not 'mlp' for 'text'",
         ),
         (["--arch", "gpt"], "arch must be gpt for dataset text, and for no other, not 'gpt' for 'digits'"),
-        (["--context", "3"], "context is not for images: it is 3"),
+        (["--context", "3"], "context must be left out for images, not 3"),
         (["--data", "TEXT", "--depth", "7"], "depth must be at most the number of layers, 6, for gpt, not 7"),
         (["--data", "TEXT", "--layout", "shared"], "layout must be 'stagewise' for gpt, not 'shared'"),
         (["--data", "TEXT", "--context", "4000"], "tokens are too few for a context of 4000"),

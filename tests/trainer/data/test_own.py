@@ -131,7 +131,10 @@ REFUSED = {
         lambda: DataLoader(TensorDataset(INPUTS, CLASSES), None),
         "data must be a DataLoader with a batch size",
     ),
-    "fewer classes": (lambda: (INPUTS, CLASSES[:-1]), r"data must have a class for each input, not \[65, 64\] of them"),
+    "fewer classes": (
+        lambda: (INPUTS, CLASSES[:-1]),
+        r"data must have as many classes as inputs, not the lengths \[65, 64\]",
+    ),
     "a number": (lambda: 3, "data must be .*, not int"),
     "soft targets": (
         lambda: (INPUTS, INPUTS.softmax(1)),

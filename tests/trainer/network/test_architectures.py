@@ -132,7 +132,7 @@ def test_stacked_heads_are_drawn_as_stages_are(arch):
     ({"arch": "vit_tiny", "layout": "stagewise", "depth": 5}, "depth must be 1, 2, 3, 4, 6, 12 for a stagewise vit_tiny"),
     ({"num_classes": 1}, "num_classes must be at least 2, not 1"),
     ({"head_depth": -1}, "head_depth must be a whole number of at least 0, not -1"),
-    ({"arch": "vit_tiny", "image_size": (32, 28)}, "vit_tiny takes square images, not 32x28"),
+    ({"arch": "vit_tiny", "image_size": (32, 28)}, "image_size must be square for vit_tiny, not 32x28"),
 ])  # fmt: skip
 def test_what_makes_no_network_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
