@@ -85,7 +85,6 @@ class SharedReadout(nn.Module):
     """
 
     weight: Tensor  # (V, D)
-    calls: Tensor  # ()
 
     def __init__(self, last: nn.Linear, blocks: Sequence[nn.Module] = (), refresh: int = 1):
         super().__init__()
@@ -93,7 +92,7 @@ class SharedReadout(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))  # the inverse temperature
         self.source, self.refresh = (last,), refresh  # a tuple: the last stage owns the layer
         self.register_buffer("weight", last.weight.detach().clone())
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.calls = 0  # in training; a number, so that a GPU is not waited for
 
     def forward(self, features: Tensor, prior: Tensor) -> Tensor:
         """Return the logits (B * T, V) of the next tokens for features (B, T, D)."""
@@ -102,10 +101,18 @@ class SharedReadout(nn.Module):
     def hidden_and_weight(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the copied layer reads, (B * T, D), and its weight (V, D)."""
         if self.training and torch.is_grad_enabled():
-            if int(self.calls) % self.refresh == 0:
+            if self.calls % self.refresh == 0:
                 self.weight.copy_(self.source[0].weight.detach())
             self.calls += 1
         return (self.norm(self.blocks(features)) * self.scale).flatten(0, 1), self.weight
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number of calls, which a checkpoint keeps."""
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the number of calls from a checkpoint."""
+        self.calls = int(state)
 
 
 class LanguageModel(SIDNetwork):

@@ -118,7 +118,7 @@ def test_a_shared_readout_is_refreshed_every_so_many_steps():
         step(inputs, targets)
         assert torch.equal(network.stages[0].head.weight, weights[(len(weights) - 1) // 3 * 3])
     network.eval()(inputs)
-    assert int(network.stages[0].head.calls) == 7  # inference counts for nothing
+    assert network.stages[0].head.calls == 7  # inference counts for nothing
 
 
 def test_no_gradient_of_a_shared_readout_reaches_the_last_stage():
