@@ -104,7 +104,7 @@ def load_text(
 
     Args:
         tokens: "bytes" (256 tokens; a single file is mapped, not read), "characters" (those of the text, UTF-8), or
-            "bpe" (byte pairs merged as often as they occur in the training split, by the package tokenizers).
+            "bpe" (byte pairs that are frequent in the training split are merged, by the package tokenizers).
         context: Number of tokens in a window.
         vocabulary: Number of tokens of "bpe", at least 257.
 
@@ -140,7 +140,7 @@ def load_text(
 
 
 def decode(text: np.ndarray, path: Path) -> str:
-    """Return bytes (N,) of UTF-8 as characters. Raises DataError for other bytes."""
+    """Decode bytes (N,) of UTF-8 to characters. Raises DataError for other bytes."""
     try:
         return text.tobytes().decode()
     except UnicodeDecodeError as error:

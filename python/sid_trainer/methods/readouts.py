@@ -1,4 +1,4 @@
-"""The SID step of a language model that holds no logits of all tokens and classes: losses from readouts, in chunks."""
+"""The SID step of a language model whose losses are computed in chunks, without holding the logits of all tokens."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ MOST_BYTES = 64 << 20  # of float32 logits (N, V); below, holding them is faster
 
 
 class PredictedResult(StepResult):
-    """The result of a step that holds no logits: `logits` are (0, C), and the classes predicted (B,) stand for them."""
+    """The result of a step that holds no logits: `logits` is empty, (0, C), and `predictions` (B,) are classes."""
 
     predictions: Tensor
 
@@ -35,7 +35,7 @@ def train_readouts(
     when the next stage has its loss.
     """
     clear_gradients(optimizers)
-    features, waiting, losses = inputs, optimizers[:0], []
+    features, pending, losses = inputs, optimizers[:0], []
     prior: PriorHead | None = None
     stages, alphas = network.local_modules[1:], options.stage_alphas(network.depth)
     for i, (stage, alpha) in enumerate(zip(stages, alphas, strict=True)):
@@ -48,8 +48,8 @@ def train_readouts(
                 hidden, weight, None, prior, targets, alpha, return_belief=False, **options.loss_of_stage(i)
             ).loss
         loss.backward()
-        update(waiting)
-        waiting = optimizers[1 + i : 2 + i]
+        update(pending)
+        pending = optimizers[1 + i : 2 + i]
         losses.append(loss.detach())
         features, prior = features.detach(), PriorHead(hidden.detach(), weight.detach(), None)
     assert prior is not None
@@ -58,5 +58,5 @@ def train_readouts(
     with torch.no_grad():
         result = PredictedResult(torch.stack(losses), hidden.new_empty(0, network.num_classes))
         result.predictions = torch.cat([(part @ weight.T.to(part.dtype)).argmax(1) for part in hidden.split(rows)])
-    update(waiting)
+    update(pending)
     return result

@@ -68,7 +68,7 @@ def sample(
     ):
         if not allowed:
             raise ValueError(f"{name} must be {limit}, not {value!r}")
-    generator, meanings = torch.Generator().manual_seed(seed), token_bytes(run.tokens, metadata)
+    generator, bytes_of_token = torch.Generator().manual_seed(seed), token_bytes(run.tokens, metadata)
     tokens = encode(prompt, run.tokens, metadata)
     yield prompt.encode(), 0
     for _ in range(count):
@@ -79,4 +79,4 @@ def sample(
         else:
             token = int(logits.argmax())
         tokens.append(token)
-        yield meanings[token], stages
+        yield bytes_of_token[token], stages
