@@ -127,9 +127,9 @@ def select(
 
 
 def pixel_statistics(images: Tensor | ImageFiles, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the mean and standard deviation (C,) of pixels in 0..255, over up to SAMPLE evenly spaced images.
+    """Return the mean and standard deviation (C,) of pixels in 0..255, over evenly spaced images.
 
-    They come from exact counts of the 256 values, so they do not depend on how the images are stored.
+    Of up to STATISTICS_IMAGES images the 256 values are counted exactly, so it does not matter how they are stored.
     """
     count = min(len(images), STATISTICS_IMAGES)
     counts = torch.zeros(images.shape[3], 256, dtype=torch.int64)

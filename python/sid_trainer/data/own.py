@@ -105,7 +105,7 @@ class LoaderBatches:
                 yield self.to_device(batch)
 
     def to_device(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return (inputs, classes) on the device. Raises ValueError for a batch that is no such pair."""
+        """Return (inputs, classes) on the device. Raises ValueError for any other batch."""
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
         if not pair or batch[1].dim() != 1 or batch[1].is_floating_point():
             parts = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in batch]

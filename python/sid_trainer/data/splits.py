@@ -1,4 +1,4 @@
-"""Changes of the training split, fixed by a seed: a subset, validation images, label noise.
+"""Change the training split by a seed: take a subset, hold out validation images, add label noise.
 
 Apply them in this order: validation images taken before the noise keep their true labels.
 """

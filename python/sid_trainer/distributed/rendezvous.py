@@ -72,7 +72,7 @@ class Communicator:
         return values
 
     def check_same(self, values: dict, problem: str = "") -> None:
-        """End all processes with one message if a rank reports a problem, or has other values than rank 0."""
+        """End all processes with one message if a rank reports a problem, or if its values differ from rank 0's."""
         everyone = self.gather((values, problem))
         problems = [text for _, text in everyone]
         for rank, text in enumerate(problems):

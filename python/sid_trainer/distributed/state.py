@@ -1,4 +1,4 @@
-"""Combine what the ranks of a run hold into what one process would hold, and split it again."""
+"""Combine the states and results of all ranks into those of one process, and split a checkpoint among ranks."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def combine_sums(replicas: list[list[dict]]) -> dict:
 
 
 def combine_states(own: dict, ranks: list[dict], stage_ranks: int) -> dict:
-    """Combine the logging rank's state and the parts that all ranks sent into a checkpoint as of one process."""
+    """Combine the logging rank's state and the parts that all ranks sent into one checkpoint."""
     replicas = group_by_replica(ranks, stage_ranks)
     network = {name: tensor for rank in replicas[0] for name, tensor in rank["network"].items()}
     optimizers = zip(*(rank["optimizers"] for rank in replicas[0]), strict=True)

@@ -1,4 +1,4 @@
-"""Backpropagation and deep supervision: what SID is compared with on the same network, data and optimizer."""
+"""Backpropagation and deep supervision, with which SID is compared on the same network, data and optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

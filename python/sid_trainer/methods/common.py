@@ -1,4 +1,4 @@
-"""Share options, results, optimizer updates, argument checks and teacher beliefs among all training steps."""
+"""Options, results, optimizer updates, argument checks and teacher beliefs that all training steps share."""
 
 import warnings
 from collections.abc import Iterator, Sequence

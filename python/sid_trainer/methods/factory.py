@@ -61,7 +61,7 @@ def make_step(
 
 
 def cascade_bytes(network: Network, method: str, rows: int, options: StepOptions) -> int:
-    """Return the bytes that the fused cascade holds in a step on `rows` examples; autograd does not know of them."""
+    """Return the bytes that the fused cascade holds in a step on `rows` examples; autograd does not count them."""
     stages = network.stages if isinstance(network, SIDNetwork) else None
     if method in LOCAL and isinstance(stages, StackedHeads) and options.trains_at_once:
         return bytes_of_a_group(stages.weights, rows)

@@ -115,7 +115,7 @@ def make_trainer(
 
 
 def connect(run: RunConfig, problem: str = "") -> Communicator:
-    """Connect to the processes that share a run. `problem`, an error of this rank, ends all of them if not empty."""
+    """Connect to the processes that share a run. A nonempty `problem`, an error of this rank, ends all of them."""
     if run.parallel == "none":
         if (size := rendezvous.world_size()) > 1:
             raise ValueError(f"parallel must be data, shard or stage for {size} processes, not none")

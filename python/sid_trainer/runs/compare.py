@@ -18,11 +18,11 @@ def compare_methods(
     base: RunConfig, out: Path, *, methods: Sequence[str], layouts: Sequence[str], seeds: Sequence[int],
     label_noises: Sequence[float] = (0.0,), command: str = "",
 ) -> str:  # fmt: skip
-    """Train all combinations of methods, layouts, seeds and label noises, otherwise as `base`; return a Markdown table.
+    """Train all combinations of methods, layouts, seeds and label noises; return their table in Markdown.
 
-    Each run has a folder of its own in `out`; table.json, table.md and the report are written there, too. Finished runs
-    are kept and others are resumed, so a comparison that was stopped continues, and parts of it may run at the same
-    time.
+    The other settings are those of `base`. Each run has a folder of its own in `out`; table.json, table.md and the
+    report are written there, too. Finished runs are kept and others are resumed, so a comparison that was stopped
+    continues, and parts of it may run at the same time.
 
     Raises ValueError, before anything is trained, if a run in `out` has other settings.
     """
