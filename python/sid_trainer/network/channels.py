@@ -65,7 +65,7 @@ def infer_channels(outputs: list[Output], features: Tensor) -> str | None:
 
 
 def channels_of_maker(outputs: list[Output], features: Tensor) -> str | None:
-    """Return where the layer that made the features, apart from activations and dropout, puts its channels, or None."""
+    """Return where the layer before activations and dropout that made the features puts its channels, or None."""
     tensor: object = features
     for output in reversed(outputs):
         if output.tensor is tensor and not list(output.module.children()):

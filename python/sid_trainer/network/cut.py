@@ -152,7 +152,7 @@ def known_channels(channels: str | None, features: Features, name: str) -> str:
 
 
 def check_arguments(model: nn.Module, at: Any, num_classes: int, example: Any, channels: str | None, tail: int) -> None:
-    """Raise ValueError for arguments of `cut` that no model could have."""
+    """Raise ValueError for arguments of `cut` that fit no model."""
     is_list = isinstance(at, Sequence) and not isinstance(at, str)
     if not is_list or not any(all(isinstance(name, kind) for name in at) for kind in (str, Integral)):
         given = f"of {', '.join(type(name).__name__ for name in at)}" if is_list else repr(at)

@@ -256,7 +256,7 @@ def is_plain(run: RunConfig) -> bool:
 
 
 def stage_alphas(run: RunConfig) -> list[float]:
-    """Return alpha for each stage of the run's network. Raises ValueError if depth, alpha or smoothing does not."""
+    """Return alpha for each stage of a run. Raises ValueError if depth, alpha or label smoothing does not fit."""
     depth = stage_count(run.arch, run.layout, run.depth)
     depth = 1 if is_plain(run) else depth
     by_depth("label_smoothing", run.label_smoothing, depth)

@@ -1,4 +1,4 @@
-"""Measure the memory that a step holds for backward, and the peak of the process."""
+"""Measure the memory that a step holds for its backward pass, and the peak of the process."""
 
 import sys
 import weakref
