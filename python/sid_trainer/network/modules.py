@@ -184,6 +184,9 @@ class SIDNetwork(nn.Module):
 
     def learn(self, inputs: Tensor, targets: Tensor) -> LocalOutput:
         """Compute every stage's loss and gradients, as a call with targets does."""
+        if not isinstance(inputs, Tensor):
+            kind = type(inputs).__name__
+            raise TypeError(f"inputs must be one tensor, not a {kind}; a network cut by names takes several")
         reshard(self)
         with LocalPass(targets, self.loss_options, len(self.stages)) as local:
             extracted = self.extractor(inputs)

@@ -294,6 +294,13 @@ def test_class_weights_give_the_weighted_mean(kind):
         torch.testing.assert_close(own, its, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrap", [tuple, lambda parts: {"images": parts[0]}])
+def test_inputs_other_than_one_tensor_are_refused(wrap):
+    inputs, targets = batch()
+    with pytest.raises(TypeError, match="inputs must be one tensor, not a (tuple|dict); a network cut by names"):
+        small_network()(wrap([inputs]), targets)
+
+
 def test_class_weights_are_refused_for_stacked_heads():
     network, (inputs, targets) = build_network("mlp", image_size=SIZE, depth=2), batch()
     network.loss_options = StageLossOptions(class_weight=torch.ones(10))
