@@ -83,7 +83,8 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     float base;     // t = z - base
     int64_t label;  // -1: the target is soft, or the row is ignored
     bool counts;
-    float bases[kKept];  // those of `exponentials`
+    float max;            // the largest logit
+    float maxima[kKept];  // the largest up to the end of each block of `exponentials`
   };
 
   // Add n elements of a block to its sums, relative to `base`.
@@ -142,7 +143,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       const float next = std::max(max, max_block(zb, n));
       block.clear();  // each block is summed separately: less rounding error in long rows
       const int64_t kept = std::min(start / kBlock, kKept - 1);
-      summed.bases[kept] = reference(next);
+      summed.maxima[kept] = next;
       add_block(block, row, reference(next), zb, qb, yb, exponentials + kept * kBlock, n);
       if (start == 0) {
         total = block;
@@ -156,7 +157,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     for (int i = 0; i < Divergence<Vec>::N; ++i)
       scalar.sums.v[i] = Divergence<Vec>::uses(i, Prior, LogitSum, Soft) ? sum_lanes(total.sums.v[i]) : 0.0f;
     summed.row = row, summed.result = scalar.finish(row, max), summed.base = reference(max);
-    summed.label = counts ? label : -1, summed.counts = counts;
+    summed.label = counts ? label : -1, summed.counts = counts, summed.max = max;
     return summed;
   }
 
@@ -177,7 +178,7 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
       float* db = gradient ? dz.block(r, start) : nullptr;
       const int64_t kept = std::min(start / kBlock, kKept - 1);
       const float* eb = exponentials + kept * kBlock;
-      const float belief_of = s.bases[kept] == base ? result.scale : exp_(s.bases[kept] - base) * result.scale;
+      const float belief_of = rescale_factor(s.maxima[kept], s.max) * result.scale;
       auto write = [&](int64_t i, int m, auto past_caches, auto has_exponentials) __attribute__((always_inline)) {
         const bool full = m == kWidth;
         // In a contiguous matrix, `sum_row` next reads what follows this block. Prefetch it during the writes.

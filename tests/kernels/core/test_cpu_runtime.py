@@ -92,6 +92,14 @@ ALL_KINDS = """
         (_, got, *_), _ = local_loss_and_grad(z, torch.zeros(len(z), 2, dtype=dtype), torch.zeros(len(z), dtype=torch.int64), backend="cpu")
         (_, exact, *_), _ = local_loss_and_grad(z, None, torch.zeros(len(z), dtype=torch.int64), backend="cpu")
         assert torch.equal(got, exact.to(dtype)), "the stored belief is not float32's rounded to nearest even"
+    for classes in (700, 2100, 20000):  # whole blocks of masked classes, then logits far below 0
+        z = torch.randn(2, classes) - 300
+        z[:, : classes // 2] = -torch.inf
+        (_, belief, *_), dz = local_loss_and_grad(z, None, torch.full((2,), classes - 1), 1.0, backend="cpu")
+        expected = z.double().softmax(1)
+        assert (belief.double() - expected).abs().max() < 1e-6
+        expected[:, -1] -= 1
+        assert (dz.double() - expected / 2).abs().max() < 1e-6
     print(core.cpu.instruction_set())
 """
 
