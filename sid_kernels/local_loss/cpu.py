@@ -95,13 +95,15 @@ def run_ordinary(
 
 
 def _takes(out: Tensor, logits: Tensor, prior: Tensor, target: Tensor) -> bool:
-    """Return whether dlogits can go to `out`, (N, C): it is the logits, or contiguous and in a storage of its own."""
+    """Return whether dlogits can go to `out`, (N, C): it is the logits, or contiguous, and its storage has no input."""
+    storage = _storage(out) if type(out) in _PLAIN else 0
+    if storage in (0, _storage(prior), _storage(target)):
+        return False
     if out is logits:
         return True
     if not (type(out) is Tensor and out.dtype is _float32 and out.is_cpu and out.shape == logits.shape):
         return False
-    storage = _storage(out)
-    return out.is_contiguous() and storage not in (0, _storage(logits), _storage(prior), _storage(target))
+    return out.is_contiguous() and storage != _storage(logits)
 
 
 def _storage(x: Tensor) -> int:

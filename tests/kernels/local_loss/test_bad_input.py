@@ -163,6 +163,8 @@ def test_out_that_overlaps_other_memory(backend):
         before = shift.clone()
         with pytest.raises(ValueError, match=message):
             local_loss_and_grad(logits, prior, target, alpha, backend=backend.name, out=out)
+        with pytest.raises(ValueError, match=message):  # an ordinary call, which skips the general checks if it can
+            local_loss_and_grad(logits, prior, target, alpha, out=out)
         assert torch.equal(shift, before)
 
     mine = torch.randn(4, CLASSES, device=backend.device)
@@ -172,6 +174,7 @@ def test_out_that_overlaps_other_memory(backend):
     call("out shares memory with prior", mine, prior=shift[:4], out=shift[:4])
     call("out shares memory with prior", mine, prior=shift[:4], out=shift[1:])
     call("out shares memory with prior", mine, prior=mine, out=mine)
+    call("out shares memory with prior", shift[:4], prior=shift[1:], out=shift[:4])
     call("out shares memory with target", mine, target=shift[:4], out=shift[1:])
     call("out shares memory with alpha", mine, alpha=shift.view(-1)[:4], out=shift[:4])
 
