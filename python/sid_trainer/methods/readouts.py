@@ -35,7 +35,9 @@ def train_readouts(
     when the next stage has its loss.
     """
     clear_gradients(optimizers)
-    features, pending, losses = inputs, optimizers[:0], []
+    pending, losses = optimizers[:0], []
+    with autocast(inputs, options.dtype):
+        features = network.extractor(inputs)
     prior: PriorHead | None = None
     stages, alphas = network.local_modules[1:], options.stage_alphas(network.depth)
     for i, (stage, alpha) in enumerate(zip(stages, alphas, strict=True)):
@@ -47,7 +49,8 @@ def train_readouts(
             loss = fused_belief_head(
                 hidden, weight, None, prior, targets, alpha, return_belief=False, **options.loss_of_stage(i)
             ).loss
-        loss.backward()
+        if loss.requires_grad:  # False if the stage is frozen
+            loss.backward()
         update(pending)
         pending = optimizers[1 + i : 2 + i]
         losses.append(loss.detach())
@@ -58,5 +61,5 @@ def train_readouts(
     with torch.no_grad():
         result = PredictedResult(torch.stack(losses), hidden.new_empty(0, network.num_classes))
         result.predictions = torch.cat([(part @ weight.T.to(part.dtype)).argmax(1) for part in hidden.split(rows)])
-    update(pending)
+    update([*pending, *optimizers[:1]])  # the extractor has its gradient from the first stage
     return result

@@ -186,6 +186,23 @@ def test_a_step_in_chunks_trains_as_one_with_all_logits(readout, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["plain", "frozen"])
+def test_a_step_in_chunks_trains_an_extractor_and_skips_a_frozen_stage(case, monkeypatch):
+    weights = []
+    for most in (readouts.MOST_BYTES, 100):
+        monkeypatch.setattr(readouts, "MOST_BYTES", most)
+        network = model(3)
+        network.stages[0].requires_grad_(case == "plain")
+        network = network.plain() if case == "plain" else network
+        step = make_step("sid", network, make_optimizers(network, lr=1e-2, optimizer="sgd"))
+        result = step(*tokens())
+        assert len(result.logits) == (3 * T if most > 100 else 0)
+        weights.append([*network.parameters()])
+    for one, other, drawn in zip(*weights, network.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert drawn.requires_grad == (drawn.grad is not None)
+
+
 def test_a_large_step_holds_no_logits_of_all_tokens(allocated):
     rows, classes = 2048, 16384  # 128 MiB of logits
     torch.manual_seed(0)
