@@ -112,7 +112,8 @@ def print_perplexity(kl: Iterable[float], bytes_per_token: float | None) -> None
     if bytes_per_token:
         print("\nstage   nats/token   perplexity   bits/byte")
         for stage, nats in enumerate(kl, 1):
-            print(f"{stage:5d} {nats:12.4f} {math.exp(nats):12.2f} {nats / math.log(2) / bytes_per_token:11.4f}")
+            perplexity = math.exp(nats) if nats < 700 else math.inf
+            print(f"{stage:5d} {nats:12.4f} {perplexity:12.2f} {nats / math.log(2) / bytes_per_token:11.4f}")
 
 
 def sample(args: argparse.Namespace) -> None:

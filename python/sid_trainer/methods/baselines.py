@@ -35,7 +35,9 @@ def bp_step(
     call = [recompute_in_backward] if checkpointed else []
     parts = max(1, min(parts, len(inputs) // 2))  # batch-norm needs two examples
     with forward_dtype(inputs, dtype) as dtype:
-        for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
+        x_parts = inputs.tensor_split(parts)
+        rows = len(targets) // max(1, len(inputs))  # more than 1 if every token is an example of its own
+        for x, y in zip(x_parts, targets.split([len(x) * rows for x in x_parts]), strict=True):
             with autocast(inputs, dtype):
                 logits = at_least_float32(network.stage_logits(x, *call)[-1])
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing) * (len(y) / len(targets))

@@ -120,7 +120,7 @@ class LanguageModel(SIDNetwork):
 
     def uniform(self, features: Tensor) -> Tensor:
         """Return p_0, every entry 1/V: (B * T, V) for tokens (B, T) and features (B, T, D), (N, V) for logits."""
-        rows = features.shape[:-1].numel() if features.is_floating_point() else features.numel()
+        rows = math.prod(features.shape[:-1]) if features.is_floating_point() else features.numel()
         return uniform_belief((rows, self.num_classes), features)
 
     def forward(

@@ -64,6 +64,7 @@ def sample(
         ("prompt", prompt, "a text of at least one character", bool(prompt)),
         ("tokens", count, "at least 0", count >= 0),
         ("temperature", temperature, "at least 0", temperature >= 0),
+        ("seed", seed, "a number of 64 bits", -(2**63) <= seed < 2**63),
         ("exit", confidence, "in [0, 1]", confidence is None or 0 <= confidence <= 1),
     ):
         if not allowed:
@@ -75,7 +76,8 @@ def sample(
         window = torch.tensor([tokens[-run.context :]])
         logits, stages = network.next_token(window, 2.0 if confidence is None else confidence)
         if temperature:
-            token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+            scaled = (logits - logits.amax()).double() / temperature  # at most 0, however small the temperature
+            token = int(torch.multinomial(scaled.softmax(0), 1, generator=generator))
         else:
             token = int(logits.argmax())
         tokens.append(token)

@@ -175,6 +175,8 @@ def check_text(run: RunConfig) -> None:
         name, group = declared.name, declared.metadata["group"]
         if (name in IMAGE_SETTINGS if text else group == GROUPS[3]) and getattr(run, name) != declared.default:
             raise ValueError(f"{name} must be left out for {'text' if text else 'images'}, not {getattr(run, name)!r}")
+    if run.graph and run.readout_refresh > 1:
+        raise ValueError(f"readout_refresh must be 1 with graph, which repeats one step, not {run.readout_refresh}")
     if text and run.parallel != "none":
         raise ValueError(f"dataset text is for one process, not for parallel {run.parallel!r}")
 

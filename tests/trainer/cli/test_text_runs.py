@@ -47,10 +47,14 @@ def test_a_run_is_measured_continued_and_exported(run, capsys):
     greedy = capsys.readouterr().out
     assert cli.main(["sample", str(run), "--prompt", "abc", "--tokens", "20", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == greedy
+    assert cli.main(["sample", str(run), "--prompt", "abc", "--tokens", "20", "--temperature", "1e-320"]) == 0
+    assert capsys.readouterr().out == greedy
     assert cli.main(["export", str(run)]) == 0
     network, _, _ = load_network(run)
     program, inputs = torch.export.load(run / "network.pt2").module(), torch.randint(9, (3, 7))
     torch.testing.assert_close(program(inputs), network(inputs))
+    assert cli.main(["export", str(run), "--plain", "--out", str(run / "plain.pt2")]) == 0
+    torch.testing.assert_close(torch.export.load(run / "plain.pt2").module()(inputs), network(inputs))
     assert cli.main(["report", str(run), "--out", str(run.parent / "report")]) == 0
 
 
@@ -91,6 +95,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(text, tmp_path, method):
         (["--context", "3"], "context must be left out for images, not 3"),
         (["--data", "TEXT", "--depth", "7"], "depth must be at most the number of layers, 6, for gpt, not 7"),
         (["--data", "TEXT", "--layout", "shared"], "layout must be 'stagewise' for gpt, not 'shared'"),
+        (["--data", "TEXT", "--graph", "--readout-refresh", "2"], "readout_refresh must be 1 with graph"),
         (["--data", "TEXT", "--context", "4000"], "tokens are too few for a context of 4000"),
     ],
 )
@@ -109,11 +114,27 @@ def test_refusals(text, tmp_path, capsys, words, message):
         (["--prompt", ""], "prompt must be a text of at least one character, not ''"),
         (["--exit", "2"], "exit must be in [0, 1], not 2.0"),
         (["--temperature", "-1"], "temperature must be at least 0, not -1.0"),
+        (["--seed", str(2**64)], "seed must be a number of 64 bits, not"),
     ],
 )
 def test_refused_samples(run, capsys, words, message):
     assert cli.main(["sample", str(run), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["bp", "bp-accumulate"])
+def test_a_run_by_backpropagation(text, tmp_path, method, capsys):
+    words = [*SMALL, "--method", method, "--batch-size", "6", "--epochs", "1", "--out", str(tmp_path)]
+    assert cli.main(["train", "--data", str(text), *words]) == 0
+    assert cli.main(["export", str(tmp_path)]) == 0
+    network, _, _ = load_network(tmp_path)
+    program, inputs = torch.export.load(tmp_path / "network.pt2").module(), torch.randint(9, (3, 7))
+    torch.testing.assert_close(program(inputs), network(inputs))
+
+
+def test_a_perplexity_beyond_floating_point_is_infinite(capsys):
+    cli.print_perplexity([800.0], 1.0)
+    assert " inf " in capsys.readouterr().out
 
 
 def test_byte_pairs(text, tmp_path, capsys):
