@@ -1,5 +1,6 @@
 """Flush denormal numbers to zero on a CPU: arithmetic on them is slow, and training does not need them."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,6 @@ def dtype_advice(dtype: str) -> str | None:
     units = matrix_units()
     if units and dtype == "float32":
         return f"this processor has {units}: --dtype bfloat16 may train faster"
-    if not units and dtype == "bfloat16":
+    if not units and dtype == "bfloat16" and platform.machine().lower() in ("x86_64", "amd64"):
         return "this processor has no units for bfloat16 matrices: --dtype float32 trains faster"
     return None

@@ -1,5 +1,7 @@
 """Test that denormal numbers, whose arithmetic is slow, are zero while a trainer trains, and only then."""
 
+import platform
+
 import pytest
 import torch
 
@@ -79,4 +81,7 @@ def test_a_dead_unit_leaves_no_denormals_in_adam(method):
 def test_the_dtype_that_suits_the_processor(monkeypatch, units, dtype, advice):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == units)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert dtype_advice(dtype) == advice
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # whose units PyTorch does not name
+    assert dtype_advice(dtype) in (None, advice) and (units or dtype_advice(dtype) is None)
