@@ -130,11 +130,13 @@ def load_text(
     else:
         ids, classes = (text, [*map(str, range(256))]) if tokens == "bytes" else encode_characters(decode(text, root))
         train, test = np.split(ids, [len(ids) - int(len(ids) * HELD_OUT)])
-        sizes = [1] * 256 if tokens == "bytes" else [len(character.encode()) for character in classes]
+        sizes = [len(character.encode()) for character in classes]
     if len(test) < 2 * context or len(train) < 2 * context:
         needed, count = round(2 * context / HELD_OUT), len(train) + len(test)
         raise DataError(f"{root}: {count} tokens are too few for a context of {context}; {needed} are needed")
-    bytes_per_token = float(np.bincount(test, minlength=len(sizes)) @ np.array(sizes)) / len(test)
+    bytes_per_token = 1.0
+    if tokens != "bytes":  # whose file may be larger than memory
+        bytes_per_token = float(np.bincount(test, minlength=len(sizes)) @ np.array(sizes)) / len(test)
     windows = TokenWindows(train, context), TokenWindows(test, context)
     return TextData(*windows, classes, bytes_per_token, tokenizer and tokenizer.to_str())
 

@@ -1,5 +1,7 @@
 """Text data: tokens, windows, held-out part, order by seed and epoch, and refusals."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,15 @@ def test_bytes_are_mapped_and_the_last_tenth_is_held_out(tmp_path):
     assert bytes(data.train.tokens) + bytes(data.test.tokens) == content
     assert len(data.test.tokens) == len(content) // 10
     assert (len(data.classes), data.bytes_per_token) == (256, 1)
+
+
+def test_bytes_are_not_copied(tmp_path):
+    file = write(tmp_path / "a.txt", b"word " * 1_000_000)
+    tracemalloc.start()
+    load_text(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000
 
 
 def test_characters_are_those_of_the_text(tmp_path):
