@@ -1,5 +1,8 @@
 """The SID step of a language model whose losses are computed in chunks, without holding the logits of all tokens."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,17 @@ class PredictedResult(StepResult):
 def is_large(network: LanguageModel, targets: Tensor) -> bool:
     """Return whether logits for all targets (N,) would take more than MOST_BYTES."""
     return len(targets) * network.num_classes * 4 > MOST_BYTES
+
+
+def in_parts(network: object, batches: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield batches as they are, or those of a language model in parts whose logits of a stage are not large."""
+    for inputs, targets in batches:
+        if isinstance(network, LanguageModel) and is_large(network, targets):
+            length = inputs.shape[1]
+            rows = max(1, MOST_BYTES // (4 * network.num_classes * length))
+            yield from zip(inputs.split(rows), targets.split(rows * length), strict=True)
+        else:
+            yield inputs, targets
 
 
 def train_readouts(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sid_kernels import fused_local_loss
 
 from ..methods.common import StepOptions, autocast
+from ..methods.readouts import in_parts
 from ..network.modules import SIDNetwork, at_least_float32
 from ..network.own import Network
 
@@ -35,6 +36,7 @@ def evaluate(
         options: The loss that the stages were trained with, and the dtype of the forward pass.
     """
     network.eval()
+    batches = in_parts(network, batches)
     sums, count = sum_metrics(batches, lambda inputs: stage_logits(network, inputs, options.dtype), options)
     if (stage := first_non_finite_stage(sums)) is not None:
         raise ValueError(f"the logits of stage {stage + 1} are not finite")

@@ -15,6 +15,7 @@ from ..data.own import OwnData
 from ..methods.capture import CapturedStep, capture
 from ..methods.common import StepOptions, StepResult
 from ..methods.factory import cascade_bytes, make_lr_scheduler, make_optimizers, make_step
+from ..methods.readouts import in_parts
 from ..methods.streams import StageHooks, stage_streams
 from ..network.own import Network
 from .config import DTYPES, TrainConfig, by_depth
@@ -148,7 +149,7 @@ class Strategy:
 
     def evaluation_batches(self, name: str) -> Iterator[tuple[Any, Tensor]]:
         """Yield the batches of a split in order."""
-        return self.batches[name].in_order()
+        return in_parts(self.network, self.batches[name].in_order())
 
     def stage_logits(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
         """Return the logits (B, C) of each local stage and the prior (B, C) of the first of them."""

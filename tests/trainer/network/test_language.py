@@ -12,6 +12,7 @@ from sid_trainer.methods import readouts
 from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import METHODS, make_optimizers, make_step
 from sid_trainer.network.language import SharedReadout, build_language_model
+from sid_trainer.training.evaluation import evaluate
 
 V, T = 11, 8
 
@@ -92,6 +93,17 @@ def test_a_plain_model_is_one_stage():
     result = bp_step(network, inputs, targets)
     torch.testing.assert_close(result.stage_loss[0], F.cross_entropy(network(inputs).flatten(0, 1), targets).detach())
     assert network.depth == 1
+
+
+def test_parts_of_a_batch_have_the_targets_of_their_windows():
+    network, (inputs, targets) = model(plain=True), tokens(7)
+    whole = bp_step(network, inputs, targets)
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    parts = bp_step(network, inputs, targets, parts=3)  # of 3, 2 and 2 windows
+    torch.testing.assert_close(parts, whole)
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 # ---------------------------------------------------------------- shared readouts
@@ -201,6 +213,16 @@ def test_a_step_in_chunks_trains_an_extractor_and_skips_a_frozen_stage(case, mon
     for one, other, drawn in zip(*weights, network.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         assert drawn.requires_grad == (drawn.grad is not None)
+
+
+def test_an_evaluation_in_parts_measures_the_same(monkeypatch):
+    network, batch = model(3), tokens(7)
+    whole = evaluate(network, [batch], StepOptions(0.7))
+    monkeypatch.setattr(readouts, "MOST_BYTES", 2 * T * V * 4)
+    sizes = [(len(inputs), len(targets)) for inputs, targets in readouts.in_parts(network, [batch])]
+    assert sizes == [(2, 2 * T)] * 3 + [(1, T)]
+    parts = evaluate(network, [batch], StepOptions(0.7))
+    assert all(parts[name] == pytest.approx(whole[name]) for name in whole)
 
 
 def test_a_large_step_holds_no_logits_of_all_tokens(allocated):
