@@ -30,7 +30,7 @@ def new_blocks(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """
     copies = [copy.deepcopy(block) for block in blocks]
     for block in copies:
-        for module in block.modules():
+        for module in reversed([*block.modules()]):  # a module after those in it, as when it was made
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if callable(reset):
                 reset()

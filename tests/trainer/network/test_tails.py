@@ -87,6 +87,12 @@ def test_a_tail_changes_the_gradients_of_its_own_stage_alone():
         assert torch.equal(gradient, gradients[1][name]) == (not name.startswith("layer1")), name
 
 
+def test_a_layer_has_the_last_word_on_the_layers_in_it():
+    """Check that attention sets the bias of its output layer to 0, after that layer drew one."""
+    network = cut(Encoder(), ["blocks.0", "blocks.1"], 5, torch.randn(2, 6, 8), tail=1)
+    assert not network.heads[0].tail[0].self_attn.out_proj.bias.any()
+
+
 def test_a_frozen_model_has_trained_tails():
     model = Layers().requires_grad_(False)
     network = cut(model, ["layer1", "layer2"], 5, torch.randn(2, 3, 16, 16), tail=1)
