@@ -27,12 +27,11 @@ CONTENTS = {
 
 
 def find_dataset(path: str | None) -> str:
-    """Return the name of the data set in a folder, for --data without --dataset."""
+    """Return the name of the data set in a file or folder, for --data without --dataset."""
     if path is None:
         return "digits"
-    if Path(path).is_file():
-        return "text"
-    return next((name for entry, name in CONTENTS.items() if (Path(path) / entry).exists()), "folder")
+    unknown = "text" if Path(path).is_file() or any(Path(path).glob("[!.]*.txt")) else "folder"
+    return next((name for entry, name in CONTENTS.items() if (Path(path) / entry).exists()), unknown)
 
 
 def settings(args: argparse.Namespace) -> RunConfig:

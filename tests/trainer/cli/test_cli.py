@@ -182,7 +182,7 @@ def test_mistakes_give_one_line_and_status_2(arguments, message, tmp_path, monke
 @pytest.mark.parametrize(("entries", "name"), [
     (["MNIST"], "mnist"), (["FashionMNIST"], "fashion-mnist"), (["cifar-10-batches-py"], "cifar10"),
     (["cifar-100-python"], "cifar100"), (["train", "val", "wnids.txt"], "tiny-imagenet"), (["train", "val"], "folder"),
-    (["train", "MNIST"], "folder"), ([], "folder"),
+    (["train", "MNIST"], "folder"), ([], "folder"), (["a.txt"], "text"), (["train", "README.txt"], "folder"),
 ])  # fmt: skip
 def test_find_dataset_by_the_content_of_its_folder(tmp_path, entries, name):
     for entry in entries:
