@@ -114,6 +114,8 @@ def load_text(
         raise DataError(f"tokens must be one of {', '.join(TOKENS)}, not {tokens!r}")
     if path is None:
         raise DataError("path must be a text file or a folder of .txt files; none was given")
+    if context < 1:
+        raise DataError(f"context must be at least 1, not {context}")
     if vocabulary <= 256:
         raise DataError(f"vocabulary must be more than the 256 bytes, not {vocabulary}")
     root = nonempty_path(path, "path")

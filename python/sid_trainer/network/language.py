@@ -27,6 +27,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("angles", torch.outer(torch.arange(context), frequencies), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > len(self.angles):
+            raise ValueError(f"inputs must have at most {len(self.angles)} tokens, the context, not {x.shape[2]}")
         cos, sin = (f(self.angles[: x.shape[2]]).to(x.dtype) for f in (torch.cos, torch.sin))
         lower, upper = x.chunk(2, dim=-1)
         return torch.cat((lower * cos - upper * sin, lower * sin + upper * cos), dim=-1)
@@ -164,6 +166,12 @@ def build_language_model(
 
     Raises ValueError for sizes that are not allowed.
     """
+    for name, size, least in (
+        ("tokens", tokens, 1), ("context", context, 1), ("width", width, 1), ("attention_heads", attention_heads, 1),
+        ("readout_blocks", readout_blocks, 0), ("readout_refresh", readout_refresh, 1),
+    ):  # fmt: skip
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, not {size}")
     if not 1 <= stages <= layers:
         raise ValueError(f"depth must be at most the number of layers, {layers}, for gpt, not {stages}")
     if width % (2 * attention_heads):

@@ -81,6 +81,7 @@ def test_every_epoch_has_its_own_order_and_goes_on_at_any_batch(tmp_path):
     [
         (b"a" * 100, {"context": 32}, "100 tokens are too few for a context of 32; 640 are needed"),
         (b"", {}, "0 tokens are too few"),
+        (b"a" * 100, {"context": 0}, "context must be at least 1, not 0"),
         (b"a" * 50 + b"\xff" * 50, {"tokens": "characters", "context": 2}, "byte 50 is not UTF-8; use tokens 'bytes'"),
         (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, bpe, not 'words'"),
     ],

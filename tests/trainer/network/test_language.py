@@ -163,11 +163,19 @@ def test_the_next_token_is_that_of_a_whole_call_or_of_the_first_stage_that_is_su
         ({"stages": 5}, "depth must be at most the number of layers, 4, for gpt, not 5"),
         ({"width": 18}, "width must be a multiple of twice attention_heads, 4, not 18"),
         ({"readout": "tied"}, "readout must be one of private, shared, not 'tied'"),
+        ({"attention_heads": 0}, "attention_heads must be at least 1, not 0"),
+        ({"readout_refresh": 0}, "readout_refresh must be at least 1, not 0"),
+        ({"readout_blocks": -1}, "readout_blocks must be at least 0, not -1"),
     ],
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         model(**options)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match=f"inputs must have at most {T} tokens, the context, not {T + 1}"):
+        model()(torch.zeros(1, T + 1, dtype=torch.int64))
 
 
 def test_blocks_before_a_readout_are_its_own():
