@@ -1,7 +1,7 @@
-"""One training step of a cascade of equal belief stages, optimizer and all, in every way we compare, and its check.
+"""Make a training step of a cascade of equal stages in every way we compare, and check its results.
 
-Every contender works on its own copy of one network and of the features (B, D), which are a leaf that wants its
-gradient, as the output of an extractor does. Nothing is timed in this file.
+A step includes that of the optimizer. Every contender has its own copy of the network and of the features (B, D). The
+features are a leaf that requires a gradient, like the output of an extractor. This file times nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from sid_trainer.methods.reference import reference_step as public_step
 from sid_trainer.methods.step import stage_by_stage
 
 SIZES = ((10, 128, 256, 128, 10), (10, 128, 256, 128, 100), (10, 128, 256, 128, 1000))  # (L, B, H, D, C)
-RATE, EPSILON = 1e-5, 1e-8  # of Adam: so slow that thousands of steps on one batch leave the network as it was
+RATE, EPSILON = 1e-5, 1e-8  # of Adam; so small a rate that thousands of steps on one batch hardly change the network
 
 
 def label(size: tuple[int, ...]) -> str:
+    """Return the text that names a size in tables."""
     return "cascade step, L={} B={} H={} D={} C={}".format(*size)
 
 
@@ -39,13 +40,14 @@ class Problem(NamedTuple):
 
 
 def make_problem(size: tuple[int, int, int, int, int], device: str, seed: int = 0) -> Problem:
+    """Return a random network of `stages` stages, features and labels of a size L, B, H, D, C."""
     stages, rows, width, dim, classes = size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = [StageHead(dim, classes, width) for _ in range(stages)]
         features, target = torch.randn(rows, dim), torch.randint(0, classes, (rows,))
-    # Beliefs are about 1 / C. Weighted like features, they make backpropagated gradients vanish into denormal numbers,
-    # which slow a CPU down fourfold at C = 1000 (measured) and are no matter of how a step is computed.
+    # Beliefs are about 1 / C. With weights as large as those of features, backpropagated gradients become denormal
+    # numbers. These slow a CPU down fourfold at C = 1000 (measured), which is not what the contenders differ in.
     with torch.no_grad():
         for head in heads:
             head.hidden.weight[:, :classes] *= classes
@@ -54,37 +56,39 @@ def make_problem(size: tuple[int, int, int, int, int], device: str, seed: int = 
 
 
 class Run(NamedTuple):
-    """A contender at work on its own network."""
+    """A contender with its own network and features."""
 
     step: Callable[[], Tensor]  # one step; returns the gradient of the features
     network: SIDNetwork
     features: Tensor
-    kept: int = 0  # bytes it keeps between steps beyond parameters and optimizers' states
+    kept: int = 0  # bytes kept between steps, besides parameters and the states of optimizers
 
     @property
     def returned(self) -> int:
-        """Bytes of what a step leaves: the gradients of the features and of all parameters."""
+        """Return the bytes of the gradients of the features and of all parameters, which a step leaves."""
         return nbytes([self.features, *self.network.parameters()])
 
     def clear(self) -> None:
+        """Free the gradients of the features and of all parameters."""
         for x in (self.features, *self.network.parameters()):
             x.grad = None
 
     def gradients(self, dfeatures: Tensor) -> dict[str, Tensor]:
-        """Of the features (B, D) and of the parameters, (L, ...) by kind."""
+        """Return the gradients of the features (B, D) and, stacked over stages (L, ...), of the parameters, by name."""
         return {"features": dfeatures} | _stacked(self.network, lambda parameter: parameter.grad)
 
 
 class Contender(NamedTuple):
     name: str
-    what: str
-    start: Callable[[SIDNetwork, Tensor, Tensor], Run]  # of its own network and features, and the target
-    backpropagates: bool = False  # then its gradient is that of the last stage's loss, through all stages
+    description: str
+    start: Callable[[SIDNetwork, Tensor, Tensor], Run]  # takes a network and features of its own, and the target
+    backpropagates: bool = False  # its gradient is that of the last stage's loss, through all stages
     ours: bool = False
     compiled: bool = False
-    replayed: bool = False  # a captured graph: what it allocates, it keeps
+    replayed: bool = False  # runs as a captured graph, which keeps the memory that it allocates
 
     def run(self, problem: Problem) -> Run:
+        """Start the contender on copies of the problem's network and features."""
         features = problem.features.clone().requires_grad_()
         return self.start(copy.deepcopy(problem.network), features, problem.target)
 
@@ -96,7 +100,7 @@ OPTIONS = StepOptions(ALPHA)
 
 
 def reference_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=public_step) -> None:
-    """Call what sid_step's schedule `reference` calls."""
+    """Make the step that `sid_step(schedule="reference")` makes."""
     inner(network, features, target, OPTIONS, optimizers)
 
 
@@ -105,7 +109,7 @@ def last_loss(network: SIDNetwork, features: Tensor, target: Tensor) -> Tensor:
 
 
 def bp_step(network: SIDNetwork, features: Tensor, target: Tensor, optimizers=(), inner=last_loss) -> None:
-    """Plainer than the trainer's, which can also take a batch in parts."""
+    """Make a step of backpropagation. The trainer's step can also take a batch in parts; this one cannot."""
     clear_gradients(optimizers)
     inner(network, features, target).backward()
     update(optimizers)
@@ -152,7 +156,7 @@ def in_trainer(network: SIDNetwork, features: Tensor, target: Tensor, captured: 
         return sid_step(network, features, target, ALPHA, [None, optimizer])
 
     if captured:
-        buffer = torch.empty_like(features)  # where the features' gradient lies does not change from replay to replay
+        buffer = torch.empty_like(features)  # every replay writes the features' gradient to the same memory
 
         def copied(features, target):
             leaf = features.detach().requires_grad_()
@@ -188,7 +192,7 @@ def by_stage(network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
 
 
 def with_adams(whole: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    """With an ordinary Adam a stage."""
+    """Start a run that updates each stage with an ordinary Adam of its own."""
     optimizers = _one_a_stage(network)
 
     def step() -> Tensor:
@@ -200,7 +204,7 @@ def with_adams(whole: Callable, network: SIDNetwork, features: Tensor, target: T
 
 
 def with_one_adam(whole: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    """The same with one fused Adam over all parameters, which gives the same numbers."""
+    """Start a run that updates all stages with one fused Adam, to the same values as with an Adam per stage."""
     optimizer = _adam(network.parameters(), fused=True)
 
     def step() -> Tensor:
@@ -214,7 +218,10 @@ def with_one_adam(whole: Callable, network: SIDNetwork, features: Tensor, target
 
 
 def compiled(whole: Callable, inner: Callable, network: SIDNetwork, features: Tensor, target: Tensor) -> Run:
-    """Forward and loss as one compiled graph; `backward`, at which the compiler stops, runs the compiled one."""
+    """Start a run with one fused Adam whose forward pass and loss are one graph under torch.compile.
+
+    The compiler stops at `backward`, which then runs the backward graph that it compiled with the forward graph.
+    """
     whole = functools.partial(whole, inner=torch.compile(inner, dynamic=False))
     return with_one_adam(whole, network, features, target)
 
@@ -231,20 +238,20 @@ STAGES, CAPTURED = "stage by stage", "sid_step, captured"
 def _listed() -> list[Contender]:
     part = functools.partial
     reference, bp = "as the public code does it: two forward passes, a summed loss", "backpropagation"
-    one, each = "one fused Adam over all stages", "an ordinary Adam a stage"
+    one_adam, adams = "one fused Adam over all stages", "an ordinary Adam a stage"
     return [
-        Contender(DIRECT, f"ours, called directly on stacked weights; {one}", direct, ours=True),
-        Contender(TRAINER, f"ours as the trainer calls it; {one}", in_trainer, ours=True),
+        Contender(DIRECT, f"ours, called directly on stacked weights; {one_adam}", direct, ours=True),
+        Contender(TRAINER, f"ours as the trainer calls it; {one_adam}", in_trainer, ours=True),
         Contender(CAPTURED, "the same in a CUDA graph, its batch copied in", part(in_trainer, captured=True),
                   ours=True, replayed=True),
         Contender(STAGES, "ours, the local loss stage by stage; a fused Adam a stage", by_stage, ours=True),
-        Contender(REFERENCE, f"{reference}; {each}", part(with_adams, reference_step)),
-        Contender(REFERENCE_FUSED, f"{reference}; {one}", part(with_one_adam, reference_step)),
-        Contender(REFERENCE_COMPILED, f"the same, forward and loss under torch.compile; {one}",
+        Contender(REFERENCE, f"{reference}; {adams}", part(with_adams, reference_step)),
+        Contender(REFERENCE_FUSED, f"{reference}; {one_adam}", part(with_one_adam, reference_step)),
+        Contender(REFERENCE_COMPILED, f"the same, forward and loss under torch.compile; {one_adam}",
                   part(compiled, reference_step, public_step), compiled=True),
-        Contender(BP, f"{bp}; {each}", part(with_adams, bp_step), True),
-        Contender(BP_FUSED, f"{bp}; {one}", part(with_one_adam, bp_step), True),
-        Contender(BP_COMPILED, f"{bp} under torch.compile; {one}", part(compiled, bp_step, last_loss), True,
+        Contender(BP, f"{bp}; {adams}", part(with_adams, bp_step), True),
+        Contender(BP_FUSED, f"{bp}; {one_adam}", part(with_one_adam, bp_step), True),
+        Contender(BP_COMPILED, f"{bp} under torch.compile; {one_adam}", part(compiled, bp_step, last_loss), True,
                   compiled=True),
     ]  # fmt: skip
 
@@ -254,7 +261,10 @@ def names() -> list[str]:
 
 
 def contenders(device: str, problem: Problem) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can run, by name, and the reason for each one left out. Drops code compiled for sizes before."""
+    """Return the contenders that can run, by name, and the reason for each one left out.
+
+    Code that torch.compile made for earlier sizes is dropped.
+    """
     torch._dynamo.reset()
     listed, left_out = {}, {}
     for contender in _listed():
@@ -270,11 +280,11 @@ def contenders(device: str, problem: Problem) -> tuple[dict[str, Contender], dic
 
 # ---------------------------------------------------------------- the check
 
-UPDATE_TOLERANCE = 1e-2  # of the largest change Adam makes in its first step, which is its learning rate
+UPDATE_TOLERANCE = 1e-2  # relative to the learning rate, which is the largest change in Adam's first step
 
 
 def truth(problem: Problem) -> dict[bool, dict[str, Tensor]]:
-    """Gradients in float64, by whether they are backpropagation's."""
+    """Return the expected gradients in float64: under True those of backpropagation, under False those of SID."""
     return {backpropagates: _gradients(problem, backpropagates) for backpropagates in (False, True)}
 
 
@@ -294,7 +304,7 @@ def _gradients(problem: Problem, backpropagates: bool) -> dict[str, Tensor]:
 
 
 def _stacked(network: SIDNetwork, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `of` gives for the parameters, (L, ...) by kind."""
+    """Apply `of` to every parameter and stack the results over stages (L, ...), by name."""
     if isinstance(network.stages, StackedHeads):
         return {name: of(x) for name, x in network.stages.weights._asdict().items()}
     heads = [stage.head for stage in network.stages]
@@ -303,25 +313,29 @@ def _stacked(network: SIDNetwork, of: Callable[[Tensor], Tensor]) -> dict[str, T
 
 
 def check(contender: Contender, run: Run, problem: Problem, expected: dict) -> dict[str, float]:
-    """The errors of a first step's gradients, and of what Adam makes of them, relative to the largest change."""
+    """Make one step and return the relative errors of its gradients and of its update.
+
+    The error of the update is relative to the learning rate. Raises AssertionError if an error is above its tolerance.
+    """
     before = _stacked(run.network, lambda parameter: parameter.detach().double())
-    found = run.gradients(run.step())
+    gradients = run.gradients(run.step())
     after = _stacked(run.network, lambda parameter: parameter.detach().double())
     errors = {}
-    for name, want in expected[contender.backpropagates].items():
-        errors[name] = _relative(found[name], want)
+    for name, reference in expected[contender.backpropagates].items():
+        errors[name] = _relative(gradients[name], reference)
         allowed = TOLERANCE[torch.float32]
         assert errors[name] <= allowed, f"{contender.name}: gradient of {name} is off by {errors[name]:.1e}"
     errors["update"] = 0.0
     for name, start in before.items():
-        gradient = found[name].double()
-        want = start - RATE * gradient / (gradient.abs() + EPSILON)
-        off = (after[name] - want).abs() - 2.0**-23 * start.abs()  # beyond the rounding of the parameter itself
-        errors["update"] = max(errors["update"], float(off.max()) / RATE)
+        gradient = gradients[name].double()
+        reference = start - RATE * gradient / (gradient.abs() + EPSILON)
+        error = (after[name] - reference).abs() - 2.0**-23 * start.abs()  # without the rounding of the parameter itself
+        errors["update"] = max(errors["update"], float(error.max()) / RATE)
     assert errors["update"] <= UPDATE_TOLERANCE, f"{contender.name}: update is off by {errors['update']:.1e}"
     return errors
 
 
-def _relative(found: Tensor, want: Tensor) -> float:
-    assert found.shape == want.shape, f"shape {tuple(found.shape)}, expected {tuple(want.shape)}"
-    return float((found.detach().double() - want).norm() / want.norm())
+def _relative(value: Tensor, reference: Tensor) -> float:
+    """Return the norm of the error relative to the norm of the reference."""
+    assert value.shape == reference.shape, f"shape {tuple(value.shape)}, expected {tuple(reference.shape)}"
+    return float((value.detach().double() - reference).norm() / reference.norm())

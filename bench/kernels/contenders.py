@@ -1,8 +1,8 @@
-"""Loss, belief and gradient of the logits of one SID stage, computed in every way we compare, and the check of each.
+"""Compute loss, belief and gradient of the logits of one SID stage in every way we compare, and check the results.
 
 Every contender is a function of (logits (N, C), prior (N, C), target (N,) labels, alpha) and returns
-(loss (), belief (N, C), gradient of the logits (N, C)), the loss being the mean over rows. `contenders` lists those
-that can run here and says why the others cannot. Nothing is timed in this file.
+(loss (), belief (N, C), gradient of the logits (N, C)). The loss is the mean over rows. `contenders` lists those that
+can run here and says why the others cannot. This file times nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sid_kernels.core import backends
 
 ALPHA = 0.5
 SIZES = ((128, 10), (128, 100), (4096, 1000), (2048, 32000))  # (N, C)
-GPU_SIZES = ((65536, 1000), (8192, 32000), (8192, 128256))  # timed on a GPU too
+GPU_SIZES = ((65536, 1000), (8192, 32000), (8192, 128256))  # timed only on a GPU, besides SIZES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The definition in plain PyTorch is timed up to here; beyond, it only takes time.
+# The reference backend is timed up to this many logits; for more it takes long and tells nothing new.
 REFERENCE_ELEMENTS = 1 << 23
 
 # ---------------------------------------------------------------- what is computed
@@ -38,12 +38,12 @@ class Problem(NamedTuple):
 
     @property
     def minimum_traffic(self) -> int:
-        """Bytes that must move: logits, prior and labels read once, belief and gradient written once."""
+        """Return the bytes that must move: logits, prior and labels read once, belief and gradient written once."""
         return 2 * _bytes(self.both) + _bytes(self.target)
 
     @property
     def clone_traffic(self) -> int:
-        """Bytes that `clone` moves: as many as there are logits and prior, read and written."""
+        """Return the bytes that `clone` moves: logits and prior, read once and written once."""
         return 2 * _bytes(self.both)
 
 
@@ -52,10 +52,11 @@ def _bytes(x: Tensor) -> int:
 
 
 def make_problem(rows: int, classes: int, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
+    """Return random logits with a standard deviation of 2, priors that sum to 1, and labels."""
     generator = torch.Generator(device).manual_seed(seed)
     both = torch.empty(2, rows, classes, dtype=dtype, device=device)
     for half, probabilities in ((both[0], False), (both[1], True)):
-        for start in range(0, rows, 1024):  # in pieces: no float32 copy of it all
+        for start in range(0, rows, 1024):  # in pieces, so that no float32 copy of the whole exists
             piece = half[start : start + 1024]
             values = torch.randn(piece.shape, generator=generator, device=device).mul_(2.0)
             piece.copy_(values.softmax(-1) if probabilities else values)
@@ -65,15 +66,15 @@ def make_problem(rows: int, classes: int, dtype: torch.dtype, device: str, seed:
 
 class Contender(NamedTuple):
     name: str
-    what: str
+    description: str
     run: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]] | None  # None: clone
-    value: str = "loss"  # which value of `Truth` its loss is: constants of the logits may be left out
+    value: str = "loss"  # the entry of `Truth.values` that its loss equals: some omit terms constant in the logits
     ours: bool = False
     compiled: bool = False
-    waits: bool = False  # for the GPU, within the call: then it cannot be captured in a graph
+    waits: bool = False  # the call waits for the GPU, so it cannot be captured in a graph
 
     def bind(self, problem: Problem) -> Callable[[], object]:
-        """The call to be timed."""
+        """Return the call to be timed: a function of no arguments."""
         if self.run is None:
             return problem.both.clone
         return functools.partial(self.run, problem.logits, problem.prior, problem.target, ALPHA)
@@ -83,7 +84,7 @@ class Contender(NamedTuple):
 
 
 def four_op(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """As it is written from the paper: log_softmax, two kl_div, softmax."""
+    """Return loss and belief as written in the paper: log_softmax, two kl_div, softmax."""
     y = F.one_hot(target, logits.shape[-1]).to(logits.dtype)
     log_p = F.log_softmax(logits, dim=-1)
     fidelity = F.kl_div(log_p, y, reduction="batchmean")
@@ -92,12 +93,18 @@ def four_op(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tupl
 
 
 def collapsed(logits: Tensor, prior: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """The same gradient from one cross-entropy with the mixed target; its loss lacks the prior's entropy."""
+    """Return the cross-entropy with the mixed target, and the belief.
+
+    The gradient equals that of the local loss; the value lacks the entropy of the prior.
+    """
     return F.cross_entropy(logits, mixed(prior, target, alpha)), F.softmax(logits.detach(), dim=-1)
 
 
 def mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
-    """alpha y + (1 - alpha) q; nothing is materialised but itself, and under torch.compile not even that."""
+    """Return the mixed target alpha y + (1 - alpha) q, without a one-hot y in memory.
+
+    Under torch.compile the mixed target is not stored either.
+    """
     if torch.compiler.is_compiling():
         y = torch.arange(prior.shape[-1], device=prior.device) == target[:, None]
         return (1 - alpha) * prior + alpha * y.to(prior.dtype)
@@ -106,7 +113,10 @@ def mixed(prior: Tensor, target: Tensor, alpha: float) -> Tensor:
 
 
 def with_gradient(form: Callable) -> Callable:
-    """autograd.grad rather than .backward(): logits are no leaf in training, so none pays for filling a .grad."""
+    """Return the contender that computes `form` and the gradient of its logits.
+
+    It calls autograd.grad and not .backward(): in training, logits are no leaf, so no .grad is filled.
+    """
 
     def run(logits, prior, target, alpha):
         loss, belief = form(logits, prior, target, alpha)
@@ -116,7 +126,10 @@ def with_gradient(form: Callable) -> Callable:
 
 
 def liger_form() -> Callable:
-    """Liger-Kernel has no op with a prior; nearest is its kl_div to the mixed target, on a log_softmax used twice."""
+    """Return a form that calls Liger-Kernel's kl_div with the mixed target, on a log_softmax that is used twice.
+
+    It is the nearest that Liger-Kernel has; none of its operations takes a prior.
+    """
     from liger_kernel.transformers.functional import liger_kl_div
 
     def form(logits, prior, target, alpha):
@@ -153,18 +166,18 @@ ALTERNATIVES = ("eager four-op", "eager collapsed", "compiled four-op", "compile
 
 
 def names() -> list[str]:
-    """Every contender there may be on some machine."""
+    """Return the names of all contenders, also of those that cannot run on this machine."""
     ours = [f"{name}[{backend}]" for backend in backends.BACKENDS for name in (FUSED, DIRECT)]
     return [CLONE, *ALTERNATIVES, FUSED, DIRECT, *ours]
 
 
 def contenders(device: str, rows: int, classes: int) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can run at this size, by name, and the reason for each one left out.
+    """Return the contenders that can run at this size, by name, and the reason for each one left out.
 
     `fused_local_loss` and `local_loss_and_grad` are called as users call them (backend "auto"); a name in brackets is
-    a usable backend that "auto" does not take. Compiled code of sizes before this one is dropped.
+    a usable backend that "auto" does not choose. Code that torch.compile made for earlier sizes is dropped.
     """
-    torch._dynamo.reset()  # every size is compiled for itself; the compiler limits how many versions it keeps
+    torch._dynamo.reset()  # every size is compiled separately, and the compiler limits how many versions it keeps
     auto = backends.automatic(device, rows * classes)
     listed = [
         Contender(CLONE, "a copy of logits and prior in one call: as many bytes as the op must move", None),
@@ -185,35 +198,36 @@ def contenders(device: str, rows: int, classes: int) -> tuple[dict[str, Contende
     if reason := no_liger(device):
         left_out["liger kl_div"] = reason
     else:
-        what = "Liger-Kernel's kl_div to the mixed target, on a log_softmax, and exp"
-        listed.append(Contender("liger kl_div", what, with_gradient(liger_form()), "kl", waits=True))
+        description = "Liger-Kernel's kl_div to the mixed target, on a log_softmax, and exp"
+        listed.append(Contender("liger kl_div", description, with_gradient(liger_form()), "kl", waits=True))
     for backend, devices in backends.BACKENDS.items():
         reason = backends.unavailable(backend)
         if reason is None and device not in devices:
             reason = f"backend {backend} runs on {devices[0]}"
         if reason is None and backend == "reference" and rows * classes > REFERENCE_ELEMENTS:
-            reason = f"the definition is timed up to {REFERENCE_ELEMENTS} elements"
+            reason = f"backend reference is timed up to {REFERENCE_ELEMENTS} logits"
         for name, run in ((FUSED, through_autograd), (DIRECT, without_autograd)):
             if backend == auto:
-                left_out[f"{name}[{backend}]"] = f"is what {name} takes at this size"
+                left_out[f"{name}[{backend}]"] = f"{name} already runs this backend at this size"
             elif reason is not None:
                 left_out[f"{name}[{backend}]"] = reason
             else:
-                what = f"ours {'through' if name == FUSED else 'without'} autograd, backend {backend}"
+                description = f"ours {'through' if name == FUSED else 'without'} autograd, backend {backend}"
                 run = functools.partial(run, backend=backend)
-                listed.append(Contender(f"{name}[{backend}]", what, run, ours=True))
-    found = {contender.name: contender for contender in listed}
-    return {name: found[name] for name in names() if name in found}, left_out
+                listed.append(Contender(f"{name}[{backend}]", description, run, ours=True))
+    by_name = {contender.name: contender for contender in listed}
+    return {name: by_name[name] for name in names() if name in by_name}, left_out
 
 
 def no_compiler(device: str) -> str | None:
-    """Why torch.compile cannot be used; None if it can."""
+    """Return why torch.compile cannot be used, or None if it can."""
     if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile needs a C++ compiler"
     return None
 
 
 def no_liger(device: str) -> str | None:
+    """Return why Liger-Kernel cannot be used, or None if it can."""
     if device == "cpu":
         return "Liger-Kernel runs on GPUs only"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -223,22 +237,24 @@ def no_liger(device: str) -> str | None:
 
 # ---------------------------------------------------------------- the check
 
-# Relative errors, by norm. float32: sums of 10^5 terms in any order. bfloat16: a unit in the last place of each stored
-# value is 2^-8, and the forms in PyTorch round between their operations.
+# Allowed norm of the error relative to the norm of the result. float32: sums of 10^5 terms in any order. bfloat16: the
+# last bit of a stored value is 2^-8 of it, and the forms in PyTorch round between their operations.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-SAMPLE, PIECE = 32, 1 << 22  # rows whose belief and gradient are compared; elements evaluated at a time
+SAMPLE = 32  # rows whose belief and gradient are compared
+PIECE = 1 << 22  # logits evaluated in float64 at a time
 
 
 class Truth(NamedTuple):
-    """In float64. Values: over all rows; belief and gradient: the rows in `sample`, first and last among them."""
+    """The expected results in float64: means over all rows, and belief and gradient of the rows in `sample`."""
 
-    values: dict[str, float]
-    sample: Tensor  # (R,)
+    values: dict[str, float]  # loss, cross_entropy, kl
+    sample: Tensor  # (R,), the first and the last row among them
     belief: Tensor  # (R, C)
     dlogits: Tensor  # (R, C)
 
 
 def truth(problem: Problem) -> Truth:
+    """Compute the expected results in float64, piece by piece."""
     rows, classes = problem.logits.shape
     sums = dict.fromkeys(("loss", "cross_entropy", "kl"), 0.0)
     step = max(1, PIECE // classes)
@@ -256,7 +272,7 @@ def truth(problem: Problem) -> Truth:
 
 
 def _in_float64(problem: Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, q and alpha y + (1 - alpha) q of some rows."""
+    """Return log p, q and alpha y + (1 - alpha) q of some rows, in float64."""
     log_p = problem.logits.detach()[rows].double().log_softmax(-1)
     q = problem.prior[rows].double()
     y = F.one_hot(problem.target[rows], q.shape[-1])
@@ -264,18 +280,18 @@ def _in_float64(problem: Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(contender: Contender, problem: Problem, expected: Truth) -> dict[str, float]:
-    """Run it once; its relative errors. AssertionError where one is beyond what its dtype explains."""
+    """Run a contender once and return its relative errors. Raises AssertionError if one is above TOLERANCE."""
     result = contender.bind(problem)()
     if contender.run is None:
         assert torch.equal(result, problem.both), "clone differs from what it copied"
         return {}
     loss, belief, dlogits = (x.detach() for x in result)
-    want = expected.values[contender.value]
-    errors = {"loss": abs(float(loss) - want) / max(1.0, abs(want))}
-    for name, got in (("belief", belief), ("dlogits", dlogits)):
-        assert got.shape == problem.logits.shape, f"{contender.name}: {name} has shape {tuple(got.shape)}"
+    expected_loss = expected.values[contender.value]
+    errors = {"loss": abs(float(loss) - expected_loss) / max(1.0, abs(expected_loss))}
+    for name, output in (("belief", belief), ("dlogits", dlogits)):
+        assert output.shape == problem.logits.shape, f"{contender.name}: {name} has shape {tuple(output.shape)}"
         reference = getattr(expected, name)
-        errors[name] = float((got[expected.sample].double() - reference).norm() / reference.norm())
+        errors[name] = float((output[expected.sample].double() - reference).norm() / reference.norm())
     for name, error in errors.items():
         allowed = TOLERANCE[problem.logits.dtype]
         assert error <= allowed, f"{contender.name}: {name} is off by {error:.1e} of float64's, allowed {allowed:.0e}"

@@ -1,8 +1,8 @@
-"""A belief head's loss and the gradients of its hidden (N, H), weight (C, H) and bias (C,), in every way we compare.
+"""Compute the loss and gradients of a belief head in every way we compare, and check the results.
 
-The prior is given as probabilities (N, C), is None (uniform), or is another head, whose softmax is then part of what is
-computed. A contender returns (loss (), belief (N, C) or None, three gradients), the loss being the mean over rows.
-Nothing is timed in this file.
+The gradients are those of hidden (N, H), weight (C, H) and bias (C,). The prior is given as probabilities (N, C), is
+None (uniform), or is another head, whose softmax is then part of the computation. A contender returns
+(loss (), belief (N, C) or None, three gradients). The loss is the mean over rows. This file times nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sid_kernels import belief_head_and_grad, fused_belief_head
 
 PRIORS = ("given", "none", "head")
 SIZES = ((4096, 256, 10, "float32"), (2048, 512, 1000, "float32"), (2048, 512, 32000, "float32"))  # N, H, C
-GPU_SIZES = ((2048, 512, 32000, "bfloat16"), (8192, 2048, 128256, "bfloat16"))  # measured on a GPU too
+GPU_SIZES = ((2048, 512, 32000, "bfloat16"), (8192, 2048, 128256, "bfloat16"))  # only on a GPU, besides SIZES
 
 
 class Problem(NamedTuple):
-    hidden: Tensor  # (N, H); this, weight and bias are leaves that require a gradient
+    hidden: Tensor  # (N, H); hidden, weight and bias are leaves that require a gradient
     weight: Tensor  # (C, H)
     bias: Tensor  # (C,)
     prior: Tensor | tuple[Tensor, Tensor, Tensor] | None
@@ -33,29 +33,34 @@ class Problem(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """Return which of PRIORS the prior is."""
         return "none" if self.prior is None else "head" if isinstance(self.prior, tuple) else "given"
 
 
 def label(size: tuple) -> str:
+    """Return the text that names a size in tables."""
     rows, width, classes, dtype, prior = size
     return f"belief head, N={rows} H={width} C={classes} {dtype}, prior {prior}"
 
 
 def make_problem(size: tuple[int, int, int, str, str], device: str, seed: int = 0) -> Problem:
-    """size: N, H, C, dtype and one of PRIORS. Logits have a standard deviation of about 2."""
+    """Return a random problem of a size: N, H, C, dtype and one of PRIORS.
+
+    Logits have a standard deviation of about 2.
+    """
     rows, width, classes, dtype, kind = size
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, by: float = 1.0) -> Tensor:
-        found = torch.empty(shape, dtype=DTYPES[dtype], device=device)
-        for piece in found.split(4096):  # in pieces: no float32 copy of it all
+        values = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        for piece in values.split(4096):  # in pieces, so that no float32 copy of the whole exists
             piece.copy_(torch.randn(piece.shape, generator=generator, device=device).mul_(by))
-        return found
+        return values
 
     def head() -> tuple[Tensor, Tensor, Tensor]:
         return normal(rows, width), normal(classes, width, by=2 * width**-0.5), normal(classes, by=0.3)
 
-    own, prior = head(), None
+    parameters, prior = head(), None
     if kind == "given":
         prior = normal(rows, classes, by=2.0)
         for piece in prior.split(1024):
@@ -63,32 +68,36 @@ def make_problem(size: tuple[int, int, int, str, str], device: str, seed: int = 
     elif kind == "head":
         prior = head()
     target = torch.randint(0, classes, (rows,), generator=generator, device=device)
-    return Problem(*(x.requires_grad_() for x in own), prior, target)
+    return Problem(*(x.requires_grad_() for x in parameters), prior, target)
 
 
 class Run(NamedTuple):
+    """A contender with its problem. The attributes are those of `cascade_contenders.Run`."""
+
     step: Callable[[], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]]
-    kept: int = 0
+    kept: int = 0  # bytes kept between calls: none
 
     @property
     def returned(self) -> int:
-        """Bytes of loss, belief and gradients."""
+        """Return the bytes of loss, belief and gradients."""
         return nbytes(self.step())
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Do nothing: a call keeps no gradients."""
 
 
 class Contender(NamedTuple):
     name: str
-    what: str
+    description: str
     call: Callable[[Problem], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]]
-    value: str = "loss"  # which entry of `Truth.values` its loss is: constants of the logits may be left out
-    target: str = "mixed"  # what the belief is drawn to: "mixed", or only "labels" or only the "prior", without biases
+    value: str = "loss"  # the entry of `Truth.values` that its loss equals: some omit terms constant in the logits
+    target: str = "mixed"  # what the belief is trained toward: "mixed", or only "labels" or the "prior" (no biases)
     ours: bool = False
     compiled: bool = False
     replayed: bool = False
 
     def run(self, problem: Problem) -> Run:
+        """Bind the contender to a problem."""
         return Run(functools.partial(self.call, problem))
 
 
@@ -96,7 +105,7 @@ class Contender(NamedTuple):
 
 
 def _prior(prior, logits: Tensor) -> Tensor:
-    """(N, C). The uniform one takes no memory."""
+    """Return the prior as probabilities (N, C). A uniform prior is expanded from one element."""
     if prior is None:
         return logits.new_full((), 1 / logits.shape[1]).expand_as(logits)
     if isinstance(prior, tuple):
@@ -106,14 +115,17 @@ def _prior(prior, logits: Tensor) -> Tensor:
 
 
 def four_op(hidden: Tensor, weight: Tensor, bias: Tensor, prior, target: Tensor) -> Tensor:
-    """As it is written from the paper, without a one-hot target: linear, log_softmax, nll_loss, kl_div."""
+    """Return the loss as written in the paper, without a one-hot target: linear, log_softmax, nll_loss, kl_div."""
     log_p = F.log_softmax(F.linear(hidden, weight, bias), dim=-1)
     consistency = F.kl_div(log_p, _prior(prior, log_p), reduction="batchmean")
     return ALPHA * F.nll_loss(log_p, target) + (1 - ALPHA) * consistency
 
 
 def collapsed(hidden: Tensor, weight: Tensor, bias: Tensor, prior, target: Tensor) -> Tensor:
-    """The same gradient from one cross-entropy with the mixed target; with a uniform prior that is label smoothing."""
+    """Return the cross-entropy with the mixed target, whose gradients equal those of the local loss.
+
+    With a uniform prior it is cross-entropy with smoothed labels.
+    """
     logits = F.linear(hidden, weight, bias)
     if prior is None:
         return F.cross_entropy(logits, target, label_smoothing=1 - ALPHA)
@@ -121,6 +133,8 @@ def collapsed(hidden: Tensor, weight: Tensor, bias: Tensor, prior, target: Tenso
 
 
 def with_gradients(form: Callable[..., Tensor]) -> Callable:
+    """Return the contender that computes `form` and its three gradients."""
+
     def call(problem: Problem):
         loss = form(*problem)
         return loss.detach(), None, torch.autograd.grad(loss, problem[:3])
@@ -136,7 +150,7 @@ def liger_cross_entropy(problem: Problem):
 
 
 def liger_distillation(problem: Problem):
-    """With beta = 0 the divergence is KL(prior || belief)."""
+    """Return loss and gradients of Liger-Kernel's fused Jensen-Shannon loss; at beta = 0 it is KL(prior || belief)."""
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
     hidden, weight, _ = problem.prior
@@ -170,14 +184,17 @@ def names() -> list[str]:
 
 
 def contenders(device: str, problem: Problem) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can run, by name, and the reason for each one left out. Drops code compiled for sizes before."""
+    """Return the contenders that can run, by name, and the reason for each one left out.
+
+    Code that torch.compile made for earlier sizes is dropped.
+    """
     torch._dynamo.reset()
     part = functools.partial
     listed = [
         Contender(DIRECT, "ours without autograd, no belief stored", without_autograd, ours=True),
         Contender(FUSED, "ours through autograd, no belief stored", part(through_autograd, return_belief=False),
                   ours=True),
-        Contender(BELIEF, "ours through autograd; it alone also stores the belief",
+        Contender(BELIEF, "ours through autograd; unlike the others it stores the belief",
                   part(through_autograd, return_belief=True), ours=True),
         Contender(EAGER, "linear, log_softmax, nll_loss, kl_div, backward", with_gradients(four_op)),
         Contender(COLLAPSED, "linear, cross_entropy with the mixed target, backward", with_gradients(collapsed),
@@ -195,23 +212,28 @@ def contenders(device: str, problem: Problem) -> tuple[dict[str, Contender], dic
     if reason := no_liger(device):
         left_out |= dict.fromkeys((LIGER, LIGER_JSD), reason)
     else:
-        what = "Liger-Kernel's; it does less: labels only, no prior"
-        listed.append(Contender(LIGER, what, liger_cross_entropy, "labels", "labels"))
+        description = "Liger-Kernel's; it does less: labels only, no prior"
+        listed.append(Contender(LIGER, description, liger_cross_entropy, "labels", "labels"))
         if problem.kind == "head":
-            what = "Liger-Kernel's; it does less: the prior only, no labels, no biases"
-            listed.append(Contender(LIGER_JSD, what, liger_distillation, "prior", "prior"))
+            description = "Liger-Kernel's; it does less: the prior only, no labels, no biases"
+            listed.append(Contender(LIGER_JSD, description, liger_distillation, "prior", "prior"))
         else:
-            left_out[LIGER_JSD] = "it takes a prior that is another head"
+            left_out[LIGER_JSD] = "its prior must be another head"
     return {contender.name: contender for contender in listed}, left_out
 
 
 # ---------------------------------------------------------------- the check
 
-SAMPLE, PIECE = 32, 1 << 22  # rows and classes whose gradients are compared; logits evaluated at a time
+SAMPLE = 32  # rows, and classes, whose gradients are compared
+PIECE = 1 << 22  # logits evaluated in float64 at a time
 
 
 class Truth(NamedTuple):
-    """In float64. Values: over all rows. Belief and dhidden: of `rows`; dweight: of `classes`; dbias: whole."""
+    """The expected results in float64.
+
+    `values` are means over all rows. Belief and dhidden are those of `rows`, dweight is that of `classes`, and dbias
+    is complete.
+    """
 
     rows: Tensor  # (R,)
     classes: Tensor  # (K,)
@@ -221,7 +243,7 @@ class Truth(NamedTuple):
 
 
 def truth(problem: Problem) -> Callable[[str], Truth]:
-    """By what the belief is drawn to; each is computed when it is first asked for."""
+    """Return a function of `Contender.target` that gives the expected results, computed at its first call."""
     return functools.cache(functools.partial(_truth, problem))
 
 
@@ -231,7 +253,7 @@ def _truth(problem: Problem, target: str) -> Truth:
     device = problem.target.device
     rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=device).round().long()
     spread = torch.linspace(0, number - 1, min(number, SAMPLE), device=device).round().long()
-    classes = torch.cat((spread, problem.target[:SAMPLE])).unique()  # without labels, a class has a tiny gradient
+    classes = torch.cat((spread, problem.target[:SAMPLE])).unique()  # a class that no row has gets a tiny gradient
     biased, weight = target != "prior", problem.weight.double()
     share = {"mixed": ALPHA, "labels": 1.0, "prior": 0.0}[target]
     prior_weight = problem.prior[1].double() if problem.kind == "head" else None
@@ -270,17 +292,17 @@ def _truth(problem: Problem, target: str) -> Truth:
 
 
 def check(contender: Contender, run: Run, problem: Problem, expected: Callable[[str], Truth]) -> dict[str, float]:
-    """Run it once; its relative errors. AssertionError where one is beyond what its dtype explains."""
-    want = expected(contender.target)
+    """Run a contender once and return its relative errors. Raises AssertionError if one is above TOLERANCE."""
+    truth_values = expected(contender.target)
     loss, belief, (dhidden, dweight, dbias) = run.step()
-    value = want.values[contender.value]
+    value = truth_values.values[contender.value]
     errors = {"loss": abs(float(loss) - value) / max(1.0, abs(value))}
-    found = {"belief": None if belief is None else belief[want.rows], "hidden": dhidden[want.rows],
-             "weight": dweight[want.classes], "bias": dbias}  # fmt: skip
-    for (name, got), reference in zip(found.items(), (want.belief, *want.gradients), strict=True):
-        if got is not None:
-            assert got.shape == reference.shape, f"{contender.name}: {name} has shape {tuple(got.shape)}"
-            errors[name] = float((got.detach().double() - reference).norm() / reference.norm())
+    outputs = {"belief": None if belief is None else belief[truth_values.rows], "hidden": dhidden[truth_values.rows],
+               "weight": dweight[truth_values.classes], "bias": dbias}  # fmt: skip
+    for (name, output), reference in zip(outputs.items(), (truth_values.belief, *truth_values.gradients), strict=True):
+        if output is not None:
+            assert output.shape == reference.shape, f"{contender.name}: {name} has shape {tuple(output.shape)}"
+            errors[name] = float((output.detach().double() - reference).norm() / reference.norm())
     for name, error in errors.items():
         allowed = TOLERANCE[problem.hidden.dtype]
         assert error <= allowed, f"{contender.name}: {name} is off by {error:.1e} of float64's, allowed {allowed:.0e}"

@@ -1,11 +1,11 @@
-"""Measures the fused local loss against its alternatives and a clone of the same bytes, and files it as one JSON.
+"""Measure the fused local loss against its alternatives and a copy of the same bytes, and write one JSON file.
 
     python bench/kernels/report.py --out bench/results/cpu.json
     python bench/kernels/report.py --plot bench/results/cpu.json --out docs/images/bench.png
 
-Everything at one size is measured in one process, in rounds that visit every contender in turn; each is first checked
-against float64 on the inputs it is timed on. "Share of clone" is the bandwidth of the op, counting only the bytes it
-must move, over the bandwidth of `clone`. On a CPU the table shows ratios only; the file holds the times.
+All contenders run in one process; every round measures each of them once. Each is first checked against float64 on the
+inputs it is timed on. "Share of clone" is the bandwidth of the operation, counting only the bytes it must move, divided
+by the bandwidth of `clone`. On a CPU the table shows ratios only; the file also holds the times.
 """
 
 from __future__ import annotations
@@ -38,23 +38,26 @@ from bench.lib import record, runner
 from bench.lib.timing import GraphTimer, Timer, interleave, quartiles, ratios
 from sid_kernels.core import backends
 
-GRAPH_ELEMENTS = 1 << 22  # up to here a GPU waits for launches, so calls are replayed from a graph too
+GRAPH_ELEMENTS = 1 << 22  # up to this many logits a GPU waits for launches, so calls are also replayed from a graph
 MOST_SETS = 64
-# Measured first, because a run may end early: what the project holds itself to.
+# Measured first, because a run may end early: the sizes for which the project states targets.
 FIRST = (((8192, 32000), "bfloat16"), ((65536, 1000), "float32"), ((4096, 1000), "float32"), ((128, 10), "float32"))
 
 
 def input_sets(problem_bytes: int, cache_bytes: int) -> int:
-    """How many inputs are used in turn, so that they do not stay in the GPU's last-level cache.
+    """Return how many inputs to use in turn, so that they do not stay in the GPU's last-level cache.
 
-    Small problems do stay there, as they do in training, where the logits have just been written.
+    Small problems do stay in it, as in training, where the logits have just been written.
     """
     sets = -(-4 * cache_bytes // problem_bytes)
     return sets if 1 <= sets <= MOST_SETS else 1
 
 
 def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """One entry for ordinary calls and, for small sizes on a GPU, one for replayed graphs; and what was timed."""
+    """Measure one size and dtype; return its entries and a description of each contender by name.
+
+    There is one entry for ordinary calls and, for small sizes on a GPU, one for replayed graphs.
+    """
     rows, classes = size
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20) if device == "cuda" else 0
     first = make_problem(rows, classes, DTYPES[dtype], device)
@@ -63,7 +66,7 @@ def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Names
         problems.append(make_problem(rows, classes, DTYPES[dtype], device, seed))
     expected = truth(first)
     listed, left_out = contenders(device, rows, classes)
-    errors, failed = runner.screen(listed, left_out, args.skip, lambda one: check(one, first, expected))
+    errors, failed = runner.screen(listed, left_out, args.skip, lambda contender: check(contender, first, expected))
     entries = []
     for launch in ("calls", "graph") if device == "cuda" and rows * classes <= GRAPH_ELEMENTS else ("calls",):
         timers, skipped = {}, dict(left_out)
@@ -79,18 +82,18 @@ def measure(size: tuple[int, int], dtype: str, device: str, args: argparse.Names
         times = interleave(timers, args.rounds, args.seconds)
         entries.append(_entry(first, dtype, launch, len(problems), device, timers, times, errors, skipped))
         entries[-1]["failed"] = failed
-    return entries, {contender.name: contender.what for contender in listed.values()}
+    return entries, {contender.name: contender.description for contender in listed.values()}
 
 
 def _entry(problem: Problem, dtype, launch, sets, device, timers, times, errors, skipped) -> dict:
     rows, classes = problem.logits.shape
-    found = {}
+    contender_rows = {}
     clone_median = quartiles(times[CLONE])[1]
     clone_bandwidth = problem.clone_traffic / clone_median
     for name, values in times.items():
         low, median, high = quartiles(values)
         traffic = problem.clone_traffic if name == CLONE else problem.minimum_traffic
-        found[name] = {
+        contender_rows[name] = {
             "seconds": median,
             "quartiles": [low, high],
             "calls_a_round": timers[name].calls,
@@ -107,14 +110,14 @@ def _entry(problem: Problem, dtype, launch, sets, device, timers, times, errors,
         "rounds": len(times[CLONE]),
         "minimum_traffic_bytes": problem.minimum_traffic,
         "clone_traffic_bytes": problem.clone_traffic,
-        "contenders": found,
+        "contenders": contender_rows,
         "ratios": {name: ratios(times, name) for name in (FUSED, DIRECT) if name in times},
         "left_out": {name: record.scrub(reason) for name, reason in skipped.items()},
     }
 
 
 def table(entry: dict, device: str) -> str:
-    """Times relative to ours and shares of clone; on a GPU microseconds and bandwidth too."""
+    """Return an entry as a table: times relative to ours and share of clone; on a GPU also microseconds and GB/s."""
     launch = "replayed from a graph" if entry["launch"] == "graph" else "ordinary calls"
     title = f"({entry['rows']}, {entry['classes']}) {entry['dtype']}, {launch}, {entry['rounds']} rounds"
     gpu = device == "cuda"
@@ -134,7 +137,7 @@ def table(entry: dict, device: str) -> str:
 
 
 def summary(entries: list[dict]) -> str:
-    """One line a size: how many times faster ours is than each alternative, and its share of clone."""
+    """Return lines for each size: how many times faster ours is than each alternative, and its share of clone."""
     title = f"{'times faster than':24s}" + "".join(f"{name:>20s}" for name in ALTERNATIVES) + f"{'share of clone':>17s}"
     lines = [title]
     for entry in entries:
@@ -152,12 +155,14 @@ def summary(entries: list[dict]) -> str:
 
 
 def plan(args: argparse.Namespace) -> list[tuple[tuple[int, int], str]]:
+    """Return the sizes and dtypes to measure, in order."""
     sizes = args.sizes or (SIZES + GPU_SIZES if args.device == "cuda" else SIZES)
     wanted = [(size, dtype) for size in sizes for dtype in args.dtypes]
     return [x for x in FIRST if x in wanted] + [x for x in wanted if x not in FIRST]
 
 
 def parse_size(text: str) -> tuple[int, int]:
+    """Read "4096x1000" as (4096, 1000)."""
     rows, _, classes = text.partition("x")
     if not (rows.isdecimal() and classes.isdecimal() and int(rows) and int(classes)):
         raise argparse.ArgumentTypeError(f"{text!r}: a size is written ROWSxCLASSES, as in 4096x1000")
@@ -167,9 +172,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = runner.Parser(__doc__)
     parser.add_argument(
-        "--sizes", type=parse_size, nargs="+", metavar="ROWSxCLASSES", help="default: all of contenders.py"
+        "--sizes", type=parse_size, nargs="+", metavar="ROWSxCLASSES", help="(default: all in contenders.py)"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     args = parser.parse(argv)
     if args.plot:
         from bench.kernels import report_plot
@@ -177,12 +182,12 @@ def main(argv: list[str] | None = None) -> int:
         report_plot.draw(args.plot, args.out)
         print(f"written: {args.out}")
         return 0
-    what = "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone"
+    description = "the fused local loss (loss, belief, gradient of the logits) against its alternatives and a clone"
     cases = [
         (f"{size[0]}x{size[1]} {dtype}", functools.partial(measure, size, dtype, args.device, args))
         for size, dtype in plan(args)
     ]
-    return runner.run(what, {"alpha": ALPHA}, args, cases, table, summary)
+    return runner.run(description, {"alpha": ALPHA}, args, cases, table, summary)
 
 
 if __name__ == "__main__":

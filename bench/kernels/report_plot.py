@@ -1,4 +1,4 @@
-"""The README's picture from a file of `report.py`: speed-up over each alternative, and share of clone, by size."""
+"""Draw a file of `report.py` as the README's picture: speed-up over each alternative and share of clone, by size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from bench.kernels.contenders import CLONE, DIRECT, FUSED
 from bench.lib.plot import bars, where
 
-# The alternatives drawn, and their colors; "compiled four-op" stands in the table only.
+# The alternatives that are drawn, and their colors; "compiled four-op" is only in the table.
 DRAWN = {
     "eager four-op": "#9aa5b1",
     "eager collapsed": "#6b7785",
@@ -24,9 +24,9 @@ OURS = {FUSED: "#e0903a", DIRECT: "#b5541c"}
 
 
 def draw(source: Path, out: Path) -> None:
-    """One row of panels a dtype. On a GPU small sizes are those replayed from a graph, where there are such."""
+    """Draw a row of panels for each dtype. Small sizes on a GPU show replayed graphs if the file has them."""
     filed = json.loads(source.read_text())
-    for step in filed.get("steps", ()):  # a file of gpu.py holds that of report.py
+    for step in filed.get("steps", ()):  # a file of gpu.py contains one of report.py
         if step["name"] == "benchmark":
             filed = step.get("result", {"results": []})
     results = _chosen(filed["results"])
@@ -46,14 +46,14 @@ def draw(source: Path, out: Path) -> None:
         left.set_ylim(0.8 * min(1.0, *shown), 1.6 * max(2.0, *shown))
         left.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}×"))
         left.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        left.set_title(f"{dtype}: fused_local_loss is so many times faster than", fontsize=10, loc="left")
+        left.set_title(f"{dtype}: times faster fused_local_loss is than", fontsize=10, loc="left")
         shares = {x: [e["contenders"].get(x, {}).get("share_of_clone") for e in entries] for x in OURS}
         bars(right, shares, OURS, labels, "{:.0%}".format)
         right.axhline(1.0, color="black", linewidth=0.8, zorder=0)
         right.set_ylim(0, 1.15 * max(1.0, *(value for values in shares.values() for value in values if value)))
         right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         right.set_title(f"{dtype}: share of the bandwidth of {CLONE}", fontsize=10, loc="left")
-    for column, place in ((panels[:, 0], 0.32), (panels[:, 1], 0.8)):  # one legend a column, under it
+    for column, place in ((panels[:, 0], 0.32), (panels[:, 1], 0.8)):  # a legend under each column
         handles = {name: bar for panel in column for bar, name in zip(*panel.get_legend_handles_labels(), strict=True)}
         options = {"fontsize": 8, "ncols": len(handles), "frameon": False, "bbox_to_anchor": (place, 0.0)}
         figure.legend(handles.values(), handles, loc="lower center", **options)
@@ -65,7 +65,7 @@ def draw(source: Path, out: Path) -> None:
 
 
 def _chosen(results: list[dict]) -> list[dict]:
-    """One entry a size and dtype: the replayed graph rather than ordinary calls, where every alternative but one is."""
+    """Choose one entry per size and dtype: that of replayed graphs if there is one, otherwise ordinary calls."""
     chosen = {(e["rows"], e["classes"], e["dtype"]): e for e in results if e["launch"] == "calls"}
     for entry in results:
         if entry["launch"] == "graph" and FUSED in entry["contenders"]:

@@ -1,4 +1,4 @@
-"""The README's picture from a file of `step_report.py`: times faster, and memory, of both operations."""
+"""Draw a file of `step_report.py` as the README's picture: relative time and memory of both operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, OTHER = "#b5541c", "#e0903a"
-# What is drawn of each operation: ours first, then what it is compared with.
+# The contenders that are drawn for each operation, and their colors: ours first, then the others.
 DRAWN = {
     "cascade": {
         cascade.TRAINER: OURS,
@@ -39,14 +39,14 @@ TITLES = {"cascade": "One training step of a cascade, Adam included", "head": "A
 
 
 def draw(source: Path, out: Path) -> None:
-    """Two panels an operation: how many times longer the others take, and peak memory beyond inputs."""
+    """Draw two panels for each operation: how many times longer the others take, and peak memory beyond the inputs."""
     filed = json.loads(source.read_text())
-    for step in filed.get("steps", ()):  # a file of gpu.py holds that of step_report.py
+    for step in filed.get("steps", ()):  # a file of gpu.py contains one of step_report.py
         if step["name"] == "steps":
             filed = step.get("result", {"results": []})
     results = {name: [e for e in filed["results"] if e["operation"] == name] for name in DRAWN}
     results = {name: entries for name, entries in results.items() if entries}
-    rows = [[f"{name} {what}"] for name in results for what in ("time", "memory")]
+    rows = [[f"{name} {quantity}"] for name in results for quantity in ("time", "memory")]
     figure, panels = plt.subplot_mosaic(rows, figsize=(11.0, 2.6 * len(rows) + 0.4))
     for operation, entries in results.items():
         left, right = panels[f"{operation} time"], panels[f"{operation} memory"]
@@ -57,7 +57,7 @@ def draw(source: Path, out: Path) -> None:
         bars(left, times, shown, labels, "{:.1f}".format, 1.0)
         _log(left, times, "×")
         left.axhline(1.0, color=OURS, linewidth=1.5)
-        left.set_title(f"{TITLES[operation]}: {base} is so many times faster than", fontsize=9, loc="left")
+        left.set_title(f"{TITLES[operation]}: times faster {base} is than", fontsize=9, loc="left")
         memory = {x: [_megabytes(e["contenders"].get(x)) for e in entries] for x in shown}
         memory = {x: values for x, values in memory.items() if any(values)}
         bars(right, memory, shown, labels, lambda x: f"{x:.0f}" if x >= 10 else f"{x:.1f}")
@@ -87,7 +87,7 @@ def _megabytes(contender: dict | None) -> float | None:
 
 
 def _log(panel, values: dict[str, list[float | None]], unit: str) -> None:
-    """Room for the legend above the bars."""
+    """Make the vertical axis logarithmic, with room for the legend above the bars."""
     shown = [value for row in values.values() for value in row if value] or [1.0]
     low, high = (min(1.0, *shown) / 1.4 if unit == "×" else 0.6 * min(shown)), max(shown)
     panel.set_yscale("log")

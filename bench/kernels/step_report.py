@@ -1,12 +1,12 @@
-"""Measures a cascade's training step and the belief head against their alternatives: time, memory and operator calls.
+"""Measure a cascade's training step and the belief head against their alternatives: time, memory and operator calls.
 
     python bench/kernels/step_report.py --out bench/results/steps-cpu.json
     python bench/kernels/step_report.py --plot bench/results/steps-cpu.json --out docs/images/steps.png
 
-Everything in one case is measured in one process, in rounds that visit every contender in turn; each is first checked
-against float64 on the inputs it is timed on. Peak memory is what is alive at the most during a call beyond its inputs
-(a step's: features, parameters and the optimizers' states) and, in the column after, beyond its results (gradients)
-too. On a CPU the table shows ratios only; the file holds the times.
+All contenders of a case run in one process; every round measures each of them once. Each is first checked against
+float64 on the inputs it is timed on. Peak memory is the most that is allocated at once during a call besides its inputs
+(for a step: features, parameters and the states of optimizers). The column after it also excludes the results
+(gradients). On a CPU the table shows ratios only; the file also holds the times.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from bench.lib import footprint, runner
 from bench.lib.timing import Timer, interleave, quartiles, ratios
 from sid_kernels.cascade import cpu as cascade_cpu
 
-# What the others' times are divided by, and what the summary compares with.
+# The contenders by whose times the others are divided. The summary compares with the first of each pair.
 BASES = {"cascade": (cascade.TRAINER, cascade.DIRECT), "head": (head.DIRECT, head.FUSED)}
 COSTS = ("peak_bytes", "peak_bytes_beyond_results", "calls")
 OPERATIONS = {"cascade": cascade, "head": head}
 
 
 def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
-    """One entry, and what was timed."""
+    """Measure one case; return a list with its entry, and a description of each contender by name."""
     module = OPERATIONS[operation]
     device = args.device
     problem = module.make_problem(size, device)
@@ -53,14 +53,14 @@ def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple
         except Exception as error:
             left_out[name] = runner.reason(error)
     times = interleave(timers, args.rounds, args.seconds)
-    found, uncounted = {}, {}
+    rows, uncounted = {}, {}
     for name, values in times.items():
         try:
             counted = costs(listed[name], runs[name], device)
-        except Exception as error:  # a profiler that does not work here: the times are worth having
+        except Exception as error:  # if the profiler does not work here, the times are still filed
             counted, uncounted[name] = dict.fromkeys(COSTS), runner.reason(error)
         low, median, high = quartiles(values)
-        found[name] = {
+        rows[name] = {
             "seconds": median,
             "quartiles": [low, high],
             "calls_a_round": timers[name].calls,
@@ -72,21 +72,24 @@ def measure(operation: str, size, label: str, args: argparse.Namespace) -> tuple
         "case": label,
         "size": list(size),
         "rounds": min(map(len, times.values()), default=0),
-        "contenders": found,
+        "contenders": rows,
         "ratios": {name: ratios(times, name) for name in BASES[operation] if name in times},
         "left_out": left_out,
         "not_counted": uncounted,
         "failed": failed,
     }
-    return [entry], {contender.name: contender.what for contender in listed.values()}
+    return [entry], {contender.name: contender.description for contender in listed.values()}
 
 
 def costs(contender, run, device: str) -> dict[str, int | None]:
-    """Measured after the times: a profiler that has been at work may leave something behind on a GPU."""
+    """Measure the peak memory and the calls of one step, with the keys COSTS; None for what cannot be counted.
+
+    Call it after the times were measured: a profiler may slow down later calls on a GPU.
+    """
     peak = None
     if not contender.replayed:
         run.clear()
-        cascade_cpu.release()  # the step allocates again, and is charged for, what it would keep
+        cascade_cpu.release()  # frees the cached work memory, so that the step allocates it again and it is counted
         peak = run.kept + footprint.allocated_peak(run.step, device, warm=False)
     if device == "cuda":
         calls = footprint.launches(run.step)
@@ -97,7 +100,7 @@ def costs(contender, run, device: str) -> dict[str, int | None]:
 
 
 def table(entry: dict, device: str) -> str:
-    """Times relative to ours, memory, and calls of operators (on a GPU: launches, and microseconds too)."""
+    """Return an entry as a table: times relative to ours, memory, and operator calls (on a GPU: launches and us)."""
     bases, gpu = BASES[entry["operation"]], device == "cuda"
     head = f"  {'':36s}" + "".join(f"{'x ' + base:>{len(base) + 4}s}" for base in bases)
     head += f"{'peak MB':>10s}{'- results':>11s}{'launches' if gpu else 'operators':>11s}{'us' if gpu else '':>11s}"
@@ -114,12 +117,12 @@ def table(entry: dict, device: str) -> str:
 
 
 def summary(entries: list[dict]) -> str:
-    """One line a case: how many times faster ours is than each alternative, and how much less memory it takes."""
+    """Return lines for each case: how many times faster ours is than each other, and how much less memory it takes."""
     lines = []
     for operation, (base, _) in BASES.items():
         own = [entry for entry in entries if entry["operation"] == operation and base in entry["ratios"]]
         if own:
-            lines.append(f"{base} is so many times faster than (peak memory beyond inputs: so many times less):")
+            lines.append(f"Times faster {base} is than each contender (in parentheses: times less peak memory):")
         for entry in own:
             lines.append(f"  {entry['case']}")
             for other, ratio in entry["ratios"][base].items():
@@ -138,7 +141,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def parse_size(parts: str, text: str) -> tuple[int, ...]:
-    """Numbers with an x between them, as many as `parts` has letters."""
+    """Read "128x64" as (128, 64): numbers separated by x, as many as `parts` has letters."""
     numbers = text.split("x")
     if len(numbers) != len(parts) or not all(x.isdecimal() and int(x) for x in numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: a size is written {'x'.join(parts)}")
@@ -146,6 +149,7 @@ def parse_size(parts: str, text: str) -> tuple[int, ...]:
 
 
 def parse_head(text: str) -> tuple[int, int, int, str]:
+    """Read the size of a belief head, as in "2048x512x1000:bfloat16"; the dtype is float32 if it is not given."""
     size, _, dtype = text.partition(":")
     if (dtype := dtype or "float32") not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r}: the dtype must be one of {', '.join(DTYPES)}")
@@ -153,7 +157,7 @@ def parse_head(text: str) -> tuple[int, int, int, str]:
 
 
 def cases(args: argparse.Namespace) -> list[tuple]:
-    """Operation, size and label of each."""
+    """Return operation, size and label of each case."""
     heads = args.heads or head.SIZES + (head.GPU_SIZES if args.device == "cuda" else ())
     listed = [("cascade", size, cascade.label(size)) for size in args.cascades or cascade.SIZES]
     listed += [("head", (*size, kind), head.label((*size, kind))) for size in heads for kind in head.PRIORS]
@@ -163,12 +167,12 @@ def cases(args: argparse.Namespace) -> list[tuple]:
 def main(argv: list[str] | None = None) -> int:
     parser = runner.Parser(__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", metavar="PART", help="cases whose labels contain one, as in: --only cascade")
+    add("--only", nargs="+", metavar="PART", help="only cases with a PART in their labels, as in: --only cascade")
     # fmt: off
     add("--cascades", nargs="+", type=functools.partial(parse_size, "LBHDC"), metavar="LxBxHxDxC",
-        help="stages, batch, hidden width, features and classes (default: those of cascade_contenders.py)")
+        help="stages, batch, hidden size, features and classes (default: those in cascade_contenders.py)")
     add("--heads", nargs="+", type=parse_head, metavar="NxHxC[:DTYPE]",
-        help="rows, hidden width and classes (default: those of head_contenders.py, which are more on a GPU)")
+        help="rows, hidden size and classes (default: those in head_contenders.py, with more on a GPU)")
     # fmt: on
     args = parser.parse(argv)
     if args.plot:
@@ -180,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     listed = cases(args)
     if not listed:
         parser.error(f"--only {' '.join(args.only)}: no case's label contains that")
-    what = "a cascade's training step and the belief head against their alternatives: time, memory, operator calls"
+    title = "a cascade's training step and the belief head against their alternatives: time, memory, operator calls"
     torch.manual_seed(0)
     work = [(label, functools.partial(measure, operation, size, label, args)) for operation, size, label in listed]
-    return runner.run(what, {"alpha": ALPHA}, args, work, table, summary)
+    return runner.run(title, {"alpha": ALPHA}, args, work, table, summary)
 
 
 if __name__ == "__main__":

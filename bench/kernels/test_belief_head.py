@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark-only`: the belief head at a few sizes; `step_report.py` measures all of them."""
+"""Benchmark the belief head at a few sizes (`pytest bench/ --benchmark-only`); `step_report.py` measures all sizes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_belief_head(benchmark, size, prior, name):
     measure(benchmark, head, (*size, prior), name)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason=f"{LARGEST}: takes too long on a CPU; step_report.py has it")
+@pytest.mark.skipif(DEVICE == "cpu", reason=f"{LARGEST}: takes too long on a CPU; step_report.py measures it")
 @pytest.mark.parametrize("name", (head.DIRECT, head.COLLAPSED))
 def test_belief_head_large(benchmark, name):
     try:

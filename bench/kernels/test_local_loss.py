@@ -1,7 +1,7 @@
-"""`pytest bench/ --benchmark-only`: every contender at every size, grouped so that the tables compare.
+"""Benchmark the local loss (`pytest bench/ --benchmark-only`): every contender at every size, a table for each size.
 
-Each is checked against float64 on its own inputs before it is timed. `report.py` measures the same more carefully,
-interleaved; here one contender is timed after the other. On a GPU a timing ends when the GPU is done.
+Each contender is checked against float64 on the inputs it is timed on. Contenders are timed one after the other;
+`report.py` is more accurate, because there they take turns. On a GPU a timing ends when the GPU is done.
 """
 
 import functools
@@ -14,7 +14,7 @@ from bench.kernels.contenders import CLONE, DTYPES, GPU_SIZES, SIZES, check, con
 from bench.lib.benchmarked import DEVICE, ROUND, checked, seconds_of, timed
 
 
-@functools.lru_cache(maxsize=1)  # the largest problems do not fit twice
+@functools.lru_cache(maxsize=1)  # memory does not hold two of the largest problems
 def case(size, dtype):
     problem = make_problem(*size, DTYPES[dtype], DEVICE)
     return problem, truth(problem), *contenders(DEVICE, *size)
@@ -22,7 +22,7 @@ def case(size, dtype):
 
 @functools.lru_cache(maxsize=1)
 def clone_seconds(size, dtype):
-    """The median of clone, measured when it is wanted and its own benchmark was not selected."""
+    """Return the median seconds of `clone`, measured here because its own benchmark may not have been selected."""
     problem, _, listed, _ = case(size, dtype)
     call = timed(listed[CLONE].bind(problem))
     calls = max(1, min(2000, int(ROUND / seconds_of(call, 2))))
@@ -36,7 +36,7 @@ def test_local_loss(benchmark, size, dtype, name):
     measure(benchmark, size, dtype, name)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason=f"{GPU_SIZES}: sizes of a GPU, and PyTorch sees none")
+@pytest.mark.skipif(DEVICE == "cpu", reason=f"{GPU_SIZES}: measured only on a GPU")
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", GPU_SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -55,7 +55,7 @@ def measure(benchmark, size, dtype, name):
     group = f"({size[0]}, {size[1]}) {dtype} on {DEVICE}"
     errors = checked(benchmark, group, listed[name], call, lambda: check(listed[name], problem, expected))
     benchmark.extra_info |= {
-        "what": listed[name].what,
+        "what": listed[name].description,
         "minimum_traffic_bytes": problem.minimum_traffic,
         "relative_errors": errors,
     }

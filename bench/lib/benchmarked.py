@@ -1,4 +1,4 @@
-"""How `pytest bench/ --benchmark-only` times a contender: checked first, then in as many calls as its time allows."""
+"""Check a contender, then time it with pytest-benchmark, for `pytest bench/ --benchmark-only`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUND = 2e-3  # seconds of a round of a fast call
-SECONDS = 0.5  # seconds the rounds of one contender may take together, at least 3 of them
+ROUND = 2e-3  # seconds: a fast call is repeated until a round takes this long
+SECONDS = 0.5  # seconds for all rounds of one contender; at least 3 rounds are made even if they take longer
 
 
 def timed(call: Callable[[], object]) -> Callable[[], object]:
-    """`call`, waiting for the GPU."""
+    """Return a function that makes the call and, on a GPU, waits until it is done."""
     if DEVICE == "cpu":
         return call
 
@@ -28,6 +28,7 @@ def timed(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
+    """Return the mean seconds of a call over `calls` of them."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -35,28 +36,34 @@ def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
 
 
 def checked(benchmark, group: str, contender, call: Callable[[], object], check: Callable[[], dict]) -> dict:
-    """The check, then the benchmark, in its group's table. Skips what is not ours and does not run here."""
+    """Run the check, benchmark the call under the table title `group`, and return the errors that the check found.
+
+    Skips the test if the contender cannot run here, unless the contender is ours or its results are wrong.
+    """
     began = time.perf_counter()
     try:
-        errors = check()  # compiles what is to be compiled
+        errors = check()  # the first call: torch.compile and Triton compile here
     except Exception as error:
         if contender.ours or isinstance(error, (AssertionError, torch.OutOfMemoryError)):
             raise
         pytest.skip(f"{contender.name} does not run here: {str(error).splitlines()[0][:200]}")
     checking, call = time.perf_counter() - began, timed(call)
     if checking > 2 * SECONDS and not contender.compiled:
-        one = checking  # slow enough to know: 3 rounds
+        call_seconds = checking  # so slow that only the minimum of 3 rounds is made; no need to time it more exactly
     else:
-        one = seconds_of(call, 2)
-    calls = max(1, min(2000, int(ROUND / one)))
+        call_seconds = seconds_of(call, 2)
+    calls = max(1, min(2000, int(ROUND / call_seconds)))
     benchmark.group = group
-    benchmark.pedantic(call, rounds=max(3, min(50, int(SECONDS / (one * calls)))), iterations=calls)
+    benchmark.pedantic(call, rounds=max(3, min(50, int(SECONDS / (call_seconds * calls)))), iterations=calls)
     return errors
 
 
 @functools.lru_cache(maxsize=1)
 def case(module: ModuleType, size: tuple) -> tuple:
-    """Return a problem of a module of contenders, its true results, the contenders, and why others are left out."""
+    """Return a problem of this size, its float64 results, its contenders by name, and why the others are left out.
+
+    module: `head_contenders` or `cascade_contenders`.
+    """
     problem = module.make_problem(size, DEVICE)
     return problem, module.truth(problem), *module.contenders(DEVICE, problem)
 
@@ -70,4 +77,4 @@ def measure(benchmark, module: ModuleType, size: tuple, name: str) -> None:
     run = contender.run(problem)
     group = f"{module.label(size)}, on {DEVICE}"
     errors = checked(benchmark, group, contender, run.step, lambda: module.check(contender, run, problem, expected))
-    benchmark.extra_info |= {"what": contender.what, "relative_errors": errors}
+    benchmark.extra_info |= {"what": contender.description, "relative_errors": errors}

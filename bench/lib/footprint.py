@@ -1,7 +1,7 @@
-"""What a call costs besides time, on any machine the same: bytes alive at its peak, and operators called or launched.
+"""Measure what a call costs besides time: the peak of its memory, and the operators or kernels that it runs.
 
-Memory is what goes through PyTorch's allocator; what a library or a kernel takes for itself (a product's packed
-panels, a thread's tile) is not seen, of ours or of others.
+Only memory from PyTorch's allocator is counted. Memory that a library or a kernel allocates by itself (the packed
+panels of a matrix product, the tile of a thread) is not seen, neither in our kernels nor in others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sid_kernels.core import cpu
 
 
 def allocated_peak(call: Callable[[], Any], device: str = "cpu", warm: bool = True) -> int:
-    """Return the most bytes of PyTorch's allocator alive at once during a call, beyond those before, result included.
+    """Return the peak of PyTorch's allocated bytes during a call, minus those allocated before it.
 
-    Memory that a library or a kernel takes for itself is not seen. `warm`: first call it once, for what is set up once.
+    The result of the call is counted. warm: make the call once before, so that one-time setup is not counted.
     """
     if warm:
         call()
@@ -31,44 +31,45 @@ def allocated_peak(call: Callable[[], Any], device: str = "cpu", warm: bool = Tr
         torch.cuda.synchronize()
         start = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        kept = call()
+        result = call()
         torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - start
-        del kept
-        return most
-    with autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiled:  # does not parse what it saw
-        kept = call()
-    held = most = 0
+        peak = torch.cuda.max_memory_allocated() - start
+        del result
+        return peak
+    # This profiler parses its events only on request; here the raw ones are enough.
+    with autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiled:
+        result = call()
+    held = peak = 0
     for event in profiled.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
-            most = max(most, held)
-    del kept
-    assert most > 0, "the profiler saw no allocation"
-    return most
+            peak = max(peak, held)
+    del result
+    assert peak > 0, "the profiler saw no allocation"
+    return peak
 
 
-def nbytes(found: Any) -> int:
-    """Bytes of all tensors in nested tuples and lists, each memory once."""
-    memories = {}
+def nbytes(tensors: Any) -> int:
+    """Return the bytes of all tensors in nested tuples and lists; a storage that several tensors share counts once."""
+    storages = {}
 
     def visit(x):
         if isinstance(x, Tensor):
-            memory = x.untyped_storage()
-            memories[memory.data_ptr()] = memory.nbytes()
+            storage = x.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(x, (tuple, list)):
             for entry in x:
                 visit(entry)
 
-    visit(found)
-    return sum(memories.values())
+    visit(tensors)
+    return sum(storages.values())
 
 
 def operators(call: Callable[[], Any]) -> int:
-    """Operators that Python or autograd calls on a CPU, not those they call in turn.
+    """Count the operators that Python or autograd calls on a CPU, without those that operators call themselves.
 
-    Our kernels are called by address, past PyTorch's dispatcher; each such call counts as one. Code that torch.compile
-    generates is not seen.
+    Our kernels are called by address, without PyTorch's dispatcher; each such call counts as one operator. Code that
+    torch.compile generates is not seen.
     """
     native = mock.MagicMock(wraps=cpu.compiled)
     with (
@@ -88,16 +89,16 @@ def _within_operator(event) -> bool:
 
 
 def launches(call: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that a GPU runs; RuntimeError where the profiler sees none."""
+    """Count the kernels, copies and fills that a GPU runs. Raises RuntimeError if the profiler sees none."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         call()
         torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:  # the exported trace alone tells kernels from annotated spans
+    with tempfile.TemporaryDirectory() as folder:  # only the exported trace distinguishes kernels from annotated spans
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    found = sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
-    if not found:
+    count = sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+    if not count:
         raise RuntimeError("the profiler saw no kernel")
-    return found
+    return count

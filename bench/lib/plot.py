@@ -1,4 +1,4 @@
-"""Parts that the benchmarks' pictures share: grouped bars, and a line that says what was measured on."""
+"""Draw grouped bars, and name the machine of a result file: what the benchmarks' pictures share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def where(filed: dict) -> str:
-    """What the numbers were measured on."""
+    """Return the name of the GPU or processor that a result file was measured on."""
     machine = filed["machine"]
     if filed["settings"]["device"] == "cuda":
         return machine["gpu"]["name"]
@@ -22,7 +22,10 @@ def bars(
     text: Callable[[float], str],
     base: float = 0.0,
 ) -> None:
-    """Groups of bars from `base` on, with their values beyond their ends; a missing value leaves its place empty."""
+    """Draw one group of bars per label, each bar from `base` to its value, which is written at its end.
+
+    values: for each name, one value per label; None leaves a gap.
+    """
     width = 0.8 / len(values)
     for i, (name, row) in enumerate(values.items()):
         places = [x - 0.4 + (i + 0.5) * width for x in range(len(row))]

@@ -1,7 +1,7 @@
-"""What a measurement is filed with (machine, versions, commit, command), and how: a file is whole or not there.
+"""Record what a measurement was made with (machine, versions, commit, command), and write JSON files atomically.
 
-Needs nothing but Python until a function that says so, because `gpu.py` uses it before the package is built. What
-goes into a record is meant to be committed: no path of this machine and no host is in it.
+Imports only the standard library, because `gpu.py` uses it before the package is built; functions that need torch say
+so. Records are meant to be committed, so they contain no path and no host name of this machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def write_json(path: Path, record: dict) -> None:
-    """A temporary file beside `path`, flushed to the disk, then renamed onto it."""
+    """Write a record as JSON atomically: to a temporary file beside `path`, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -35,7 +35,7 @@ def write_json(path: Path, record: dict) -> None:
             file.write(json.dumps(record, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's file is private; a result is not
+        os.chmod(temporary, 0o644)  # mkstemp makes a file that others cannot read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -43,7 +43,7 @@ def write_json(path: Path, record: dict) -> None:
 
 
 def scrub(text: str) -> str:
-    """`text` without colors, addresses, and the folders of this machine: paths below the checkout become relative."""
+    """Return the text without colors, URLs and this machine's folders; paths in the checkout become relative."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = re.sub(r"\w+://\S+", "<address>", text)
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
@@ -51,52 +51,54 @@ def scrub(text: str) -> str:
 
 
 def command(words: list[str] | None = None) -> str:
-    """A command as it is filed: the program by its name."""
+    """Return a command (default: the running one) as text for a record, without the folder of the program."""
     program, *rest = words or [sys.executable, *sys.argv]
     return scrub(shlex.join([Path(program).name, *rest]))
 
 
 def now() -> str:
+    """Return the date and time in UTC as ISO 8601 text."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def first_line(*words: str) -> str | None:
-    """The first line a program prints; None where it does not run."""
+    """Return the first line that a command prints, or None if it fails or prints nothing."""
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = done.stdout.strip().splitlines()
-    return scrub(lines[0]) if done.returncode == 0 and lines else None
+    lines = process.stdout.strip().splitlines()
+    return scrub(lines[0]) if process.returncode == 0 and lines else None
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where files differ from it."""
+    """Return the checkout's commit, followed by "+changes" if tracked files differ from it; None without git."""
     head = first_line("git", "rev-parse", "HEAD")
     return head and head + ("+changes" if first_line("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def package_versions() -> dict[str, str | None]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, PACKAGES, the C++ compiler and nvcc; None for what is not installed."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    found["compiler"] = first_line("c++", "--version")
+            versions[package] = None
+    versions["compiler"] = first_line("c++", "--version")
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
         words = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20).stdout.split()
-        found["nvcc"] = words[words.index("release") + 1].rstrip(",")
+        versions["nvcc"] = words[words.index("release") + 1].rstrip(",")
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        found["nvcc"] = None
-    return found
+        versions["nvcc"] = None
+    return versions
 
 
-def header(what: str) -> dict:
-    """What every file begins with. Needs torch."""
+def header(description: str) -> dict:
+    """Return the fields that every result file begins with. Needs torch."""
     return {
-        "what": what,
+        "what": description,
         "command": command(),
         "date": now(),
         "commit": commit(),
@@ -106,10 +108,10 @@ def header(what: str) -> dict:
 
 
 def machine() -> dict:
-    """The processor, its cores and caches, and the GPUs. Needs torch; the instruction set needs the package."""
+    """Describe the processor, its cores and the first GPU. Needs torch; the instruction set needs sid_kernels."""
     import torch
 
-    found = {
+    description = {
         "processor": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -121,13 +123,13 @@ def machine() -> dict:
         from sid_kernels.core import cpu
 
         if cpu.unavailable() is None:
-            found["instruction_set"] = cpu.instruction_set()
+            description["instruction_set"] = cpu.instruction_set()
     except ImportError:
         pass
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["gpu"] = {
+        description["gpu"] = {
             "name": gpu.name,
             "capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": gpu.multi_processor_count,
@@ -136,7 +138,7 @@ def machine() -> dict:
             "driver": driver,
             "cuda": torch.version.cuda or torch.version.hip,
         }
-    return found
+    return description
 
 
 def _cpu_model() -> str:

@@ -1,7 +1,7 @@
-"""What the reports share: their options, the check before anything is timed, and the loop over cases that files each.
+"""Run a kernel report: parse its options, check every contender before it is timed, and measure case after case.
 
-A case is a label and a function that measures it. The file is written whole after every case, so that nothing measured
-is lost where a run ends early. Exit status: 0; 1 where one of our own contenders failed its check; 2 bad arguments.
+A case is a label and a function that measures it. The JSON is rewritten after every case, so that a run that ends early
+keeps what it measured. Exit status: 0 success, 1 one of our own contenders failed its check, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from bench.lib import record
 
 
 class Parser(argparse.ArgumentParser):
-    """The options every report has. A bad argument is one line."""
+    """Parse the options that every report has. A bad argument ends the program with one line."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument
-        add("--out", type=Path, required=True, help="the JSON to write (with --plot: the picture)")
-        add("--plot", type=Path, metavar="JSON", help="measure nothing: draw this file's results")
-        add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-        add("--rounds", type=int, default=50, help="rounds at each size, at most (at least 3 are made)")
-        add("--seconds", type=float, help="for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
-        add("--budget", type=float, default=float("inf"), help="seconds in all: no size is begun later")
-        add("--skip", nargs="+", default=[], metavar="PART", help="contenders whose names contain one")
+        add("--out", type=Path, required=True, help="the JSON file to write (with --plot: the picture)")
+        add("--plot", type=Path, metavar="JSON", help="measure nothing, draw the results in this file")
+        add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
+        add("--rounds", type=int, default=50, help="most rounds per size (default: 50; at least 3 are made)")
+        add("--seconds", type=float, help="time for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
+        add("--budget", type=float, default=float("inf"), help="after this many seconds no further size is started")
+        add("--skip", nargs="+", default=[], metavar="PART", help="leave out contenders with a PART in their names")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """The arguments, with `device` and `seconds` filled in."""
+        """Parse and check the arguments, and fill in the defaults of `device` and `seconds`."""
         args = self.parse_args(argv)
         if args.rounds < 1:
             self.error(f"--rounds is {args.rounds}; it must be at least 1")
@@ -60,12 +60,14 @@ class Parser(argparse.ArgumentParser):
 def screen(
     listed: dict, left_out: dict[str, str], skip: Collection[str], check: Callable
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """Check every contender listed; what is skipped or does not pass moves to `left_out`. Returns the errors by name,
-    and what is wrong with those of ours that did not pass."""
+    """Check every contender in `listed`, and move those that are skipped or fail from there to `left_out`.
+
+    Returns the errors of those that passed, and the reasons why contenders of ours failed, both by name.
+    """
     errors, failed = {}, {}
     for name, contender in list(listed.items()):
         if any(part in name for part in skip):
-            left_out[name] = "skipped, as asked for"
+            left_out[name] = "skipped by --skip"
             del listed[name]
             continue
         try:
@@ -79,20 +81,25 @@ def screen(
 
 
 def reason(error: Exception) -> str:
+    """Return the type and the first line of an error, at most 200 characters, for a record."""
     lines = str(error).strip().splitlines()
     return record.scrub(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]
 
 
 def run(
-    what: str,
+    description: str,
     settings: dict,
     args: argparse.Namespace,
     cases: list[tuple[str, Callable[[], tuple[list[dict], dict[str, str]]]]],
     table: Callable[[dict, str], str],
     summary: Callable[[list[dict]], str],
 ) -> int:
-    """A case's function returns entries, each with `left_out` and `failed`, and what the contenders named there are."""
-    result = record.header(what) | {
+    """Measure all cases, print a table for each, write `args.out` after each, and return the exit status.
+
+    The function of a case returns its entries, which have the keys `left_out` and `failed`, and a description of each
+    contender by name.
+    """
+    result = record.header(description) | {
         "settings": {
             "device": args.device,
             **settings,
@@ -110,7 +117,7 @@ def run(
             result["not_measured"][label] = "no time left"
         else:
             try:
-                entries, described = measure()
+                entries, descriptions = measure()
             except torch.OutOfMemoryError as error:
                 result["not_measured"][label] = reason(error)
             else:
@@ -121,12 +128,12 @@ def run(
                         print(f"  left out: {name}: {why}")
                     printed |= reasons
                 result["results"] += entries
-                result["contenders"] |= described
+                result["contenders"] |= descriptions
         if label in result["not_measured"]:
             print(f"{label}: not measured: {result['not_measured'][label]}\n", flush=True)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        record.write_json(args.out, result)  # after every size: what was measured is not lost
+        record.write_json(args.out, result)
     print(summary(result["results"]) + f"\n\nwritten: {args.out}")
     failed = {name: why for entry in result["results"] for name, why in entry["failed"].items()}
     for name, why in failed.items():

@@ -1,7 +1,8 @@
-"""How calls are timed against each other: in one process, in rounds that visit every one of them in turn.
+"""Time calls against each other in one process: every round measures each of them once.
 
-A round's measurement of one call repeats it for at least `LEAST` seconds. Times are per call, in seconds: the clock on
-CPUs, events on GPUs. On a GPU a call may also be replayed from a captured graph, which leaves its kernels alone.
+A measurement repeats its call for at least `LEAST` seconds. Times are seconds per call, read from the clock on a CPU
+and from events on a GPU. On a GPU a call can also be replayed from a captured graph, without the time that Python takes
+to launch its kernels.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from collections.abc import Callable
 
 import torch
 
-LEAST = 2e-3  # seconds a measurement repeats a call for: 1000 times the clock's and the events' resolution
+LEAST = 2e-3  # seconds of a measurement, at least: 1000 times the resolution of the clock and of GPU events
 MOST_CALLS = 20_000
-GRAPH_CALLS = 20  # calls a captured graph holds: the launch of the graph itself weighs a 20th
+GRAPH_CALLS = 20  # calls in a captured graph, at least: each bears a 20th of the time to launch the graph
 
 
 class Timer:
-    """`seconds()` measures one call of `functions`, which do the same on different memory and are called in turn."""
+    """Measure the seconds of one call.
 
-    held = 1  # calls of the operation in one of `functions`
+    functions: make the same call on different memory, and are called in turn.
+    """
+
+    held = 1  # calls made by one function
 
     def __init__(self, functions: list[Callable[[], object]], device: str):
         self.clock = _gpu_seconds if device == "cuda" else _cpu_seconds
         self.turn = itertools.cycle(functions)
-        for function in functions[:2]:  # warm: code compiled and loaded, memory in the allocator
+        for function in functions[:2]:  # warm up: code is compiled and loaded, the allocator has its memory
             function()
         self.repeats = 1
         while self.repeats < MOST_CALLS and (short := LEAST / max(self._batch(), 1e-7)) > 1.0:
             self.repeats = min(MOST_CALLS, self.repeats + max(1, int(self.repeats * min(9.0, 1.1 * short - 1.0))))
-        if self.repeats > 1:  # each memory as often as the others
+        if self.repeats > 1:  # call all functions equally often
             self.repeats = -(-self.repeats // len(functions)) * len(functions)
 
     def _batch(self) -> float:
@@ -40,20 +44,22 @@ class Timer:
 
     @property
     def calls(self) -> int:
+        """Return the number of calls in one measurement."""
         return self.repeats * self.held
 
     def seconds(self) -> float:
+        """Make one measurement and return the seconds per call."""
         return self._batch() / self.calls
 
 
 class GraphTimer(Timer):
-    """The same, of a captured graph of calls. RuntimeError where the calls cannot be captured."""
+    """Measure the seconds of one call replayed from a CUDA graph. Raises RuntimeError if it cannot be captured."""
 
     def __init__(self, functions: list[Callable[[], object]]):
         self.held = -(-GRAPH_CALLS // len(functions)) * len(functions)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm where it will be captured: nothing is compiled or set up in a capture
+        with torch.cuda.stream(stream):  # warm up on the stream of the capture, in which nothing may be compiled
             for function in functions:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
@@ -83,9 +89,10 @@ def _gpu_seconds(batch: list[Callable]) -> float:
 
 
 def interleave(timers: dict[str, Timer], rounds: int, seconds: float, least: int = 3) -> dict[str, list[float]]:
-    """Times of each, by round: `rounds` of them or as many as fit into `seconds`, and at least `least`.
+    """Measure every timer once per round and return the seconds per call of each, by round.
 
-    Every other round goes backwards, so that none always comes after the same one.
+    Makes at most `rounds` rounds, stops before that if `seconds` run out, and makes at least `least`. Every other round
+    takes the timers in reverse, so that no timer always follows the same one.
     """
     times: dict[str, list[float]] = {name: [] for name in timers}
     began = time.perf_counter()
@@ -106,7 +113,7 @@ def interleave(timers: dict[str, Timer], rounds: int, seconds: float, least: int
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     if len(times) < 2:
         return times[0], times[0], times[0]
     first, _, third = statistics.quantiles(times, n=4, method="inclusive")
@@ -114,7 +121,7 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """How many times longer each of the others takes than `base`."""
+    """Return how many times longer than `base` each other name takes, by medians and by the median over rounds."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         name: {
