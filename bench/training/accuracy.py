@@ -1,13 +1,13 @@
-"""Accuracy of SID, its rivals and its variants over seeds: the tables of docs/results.md.
+"""Train SID, its variants and other methods over seeds, and tabulate their accuracy: the tables of docs/results.md.
 
     python bench/training/accuracy.py --data DATA --tables cifar10-10k --seeds 0 1 --out bench/results/accuracy.json
 
 A table is a set of cells. A cell is the settings of one `sid train` run, and every cell is trained with every seed.
-What is filed for a run is the state after its last epoch; nothing is chosen on test images. The runs of all tables are
-spread over `--jobs` processes, and the JSON is written after each run. A run that is in the JSON already is not
-repeated, so that a table can be continued with more seeds.
+The result of a run is its state after the last epoch; nothing is chosen by test images. The runs of all tables are
+spread over `--jobs` processes, and the JSON file is written after each run. A run that is in the file already is not
+repeated, so a table can be continued with more seeds.
 
-Cells named "teacher: ..." replace the prior in the loss of a stage. They are trials that the library does not offer.
+Cells named "teacher: ..." replace the prior in the loss of a stage. These experiments are not part of the library.
 """
 
 import argparse
@@ -55,7 +55,7 @@ CONTROLS = {
     "bp, linear classifier": NORM | {"method": "bp"},
     "bp": BP,
     "bp, smoothed labels": BP | {"label_smoothing": 0.1},
-    "bp, longer": BP | {"epochs": 1.75},  # times the table's epochs: about the operations of SID
+    "bp, longer": BP | {"epochs": 1.75},  # 1.75 times the table's epochs, for about as many operations as SID
     "deep supervision, same heads": HEADS | {"method": "deep-supervision"},
 }
 METHODS = {
@@ -68,7 +68,7 @@ METHODS = {
     "greedy, no tails": GREEDY | {"tail": 0},
     "sid, no tails": SID | {"tail": 0},
 }
-LESS = ("sid, prior as input", "greedy, no tails", "sid, no tails", "bp, linear classifier")  # on a subset only
+SMALL_ONLY = ("sid, prior as input", "greedy, no tails", "sid, no tails", "bp, linear classifier")  # 10k images only
 TEACHERS = {
     "teacher: corrected": SID,
     "teacher: confident": SID,
@@ -95,11 +95,11 @@ def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]
     return changed
 
 
-# Name -> settings of all cells, cells.
+# By name of the table: the settings that all of its cells share, and the settings of each cell.
 CIFAR = {"dataset": "cifar10", "epochs": 12}
 SMALL = CIFAR | {"train_images": 10_000}
 TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
-    "cifar10": (CIFAR, {name: cell for name, cell in (CONTROLS | METHODS).items() if name not in LESS}),
+    "cifar10": (CIFAR, {name: cell for name, cell in (CONTROLS | METHODS).items() if name not in SMALL_ONLY}),
     "cifar10-10k": (SMALL, CONTROLS | METHODS | TEACHERS),
     "noise-40": (SMALL | {"label_noise": 0.4, "epochs": 24}, BELIEF),
     "noise-20-long": (SMALL | {"label_noise": 0.2, "epochs": 100, "crop": 0, "flip": False}, MAIN),
@@ -119,14 +119,14 @@ TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
 
 
 def corrected(prior: Tensor, targets: Tensor) -> Tensor:
-    """Exchange the mass of the label with the largest."""
+    """Return the prior (B, C) with the probability of the label and the largest one exchanged."""
     truth = targets[:, None]
     largest, where = prior.max(dim=1, keepdim=True)
     return prior.scatter(1, where, prior.gather(1, truth)).scatter(1, truth, largest)
 
 
 def confident(prior: Tensor, targets: Tensor) -> Tensor:
-    """Mix the prior with the label: the share of the prior is its largest entry."""
+    """Return the prior (B, C) mixed with the label; the weight of the prior is its largest entry."""
     share = prior.amax(dim=1, keepdim=True)
     return (share * prior).scatter_add(1, targets[:, None], 1 - share)
 
@@ -145,7 +145,7 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def use_teacher(name: str, network: SIDNetwork) -> None:
-    """Change what `sid_step` takes as the teacher of a stage; a name without a change restores it."""
+    """Replace the teacher that `sid_step` gives a stage by the one of a cell; other cells get the ordinary teacher."""
     change = CHANGES.get(name)
 
     def changed(logits: Tensor, prior: Tensor, targets: Tensor, *rest: Any, **options: Any) -> Any:
@@ -172,7 +172,7 @@ def use_teacher(name: str, network: SIDNetwork) -> None:
 
 
 def rotated(split: Split, seed: int) -> Split:
-    """Turn each image by a random multiple of 90 degrees, and make each class and turn a class of its own."""
+    """Rotate each image by a random multiple of 90 degrees; each pair of class and rotation becomes a class."""
     images = split.images
     assert isinstance(images, Tensor)
     turns = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(seed))
@@ -183,7 +183,7 @@ def rotated(split: Split, seed: int) -> Split:
 
 
 def run_cell(task: dict[str, Any]) -> dict[str, Any]:
-    """Train one cell with one seed, and return what is filed."""
+    """Train one cell with one seed, and return its row for the file."""
     name, settings = task["cell"], dict(task["settings"])
     rotations = settings.pop("rotations", False)
     settings["epochs"] = math.ceil(settings["epochs"])
@@ -207,7 +207,7 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     rows = trainer.fit()
     last = rows[-1]
-    found = {
+    result = {
         "table": task["table"], "cell": name, "seed": task["seed"],
         "stages": last["stage_accuracy"], "kl": last["stage_kl"], "certificate": last["certificate"],
         "train_accuracy": last["train_accuracy"], "test_by_epoch": [row["test_accuracy"] for row in rows],
@@ -217,19 +217,19 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     test = trainer.strategy.batches["test"]
     options = trainer.strategy.options
     if stages > 1:
-        found["plain"] = accuracy(network.plain(), test.in_order(), options)
-        found["averaged"] = accuracy(network.averaged, test.in_order(), options)
+        result["plain"] = accuracy(network.plain(), test.in_order(), options)
+        result["averaged"] = accuracy(network.averaged, test.in_order(), options)
     if run.label_noise:
         wrong = (data.train.labels != clean.train.labels).nonzero()[:, 0]
         strategy = trainer.strategy
         mean, std = strategy.pixel_mean, strategy.pixel_std
         batches = Batches(data.train.take(wrong), run.batch_size, strategy.device, mean, std)
-        found["wrong_labels_learned"] = accuracy(network, batches.in_order(), options)
-    return found
+        result["wrong_labels_learned"] = accuracy(network, batches.in_order(), options)
+    return result
 
 
 def evaluate_sometimes(trainer: Trainer) -> None:
-    """Evaluate after about 12 of the epochs, the last one among them, and repeat the result after the others."""
+    """Make the trainer evaluate after about 12 of its epochs, the last among them, and reuse that result in others."""
     evaluate, epochs, latest = trainer.evaluate, trainer.config.epochs, []
 
     def evaluated() -> Any:
@@ -244,22 +244,22 @@ def evaluate_sometimes(trainer: Trainer) -> None:
 
 
 def serve(tasks: Any, results: Any, threads: int) -> None:
-    """Run tasks until there are none; in a process of its own."""
+    """Run the tasks of a queue until it ends with None, and put their results into another. Runs in its own process."""
     torch.set_num_threads(threads)
     while (task := tasks.get()) is not None:
         try:
             results.put(run_cell(task))
         except Exception as error:
-            where = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             results.put(
-                {"table": task["table"], "cell": task["cell"], "seed": task["seed"], "failed": record.scrub(where)}
+                {"table": task["table"], "cell": task["cell"], "seed": task["seed"], "failed": record.scrub(reason)}
             )
 
 
 def make_tasks(args: argparse.Namespace, done: Sequence[dict]) -> list[dict[str, Any]]:
-    """Return the runs that are not done, table by table and seed by seed."""
+    """Return the runs that are still to make, table by table and seed by seed."""
     kept = {(run["table"], run["cell"], run["seed"]) for run in done}
-    given = {"data": args.data, "cache": args.cache, "device": args.device, "dtype": args.dtype, "graph": args.graph}
+    shared = {"data": args.data, "cache": args.cache, "device": args.device, "dtype": args.dtype, "graph": args.graph}
     tasks = []
     for part in args.tables:
         table, _, seeds = part.partition("=")
@@ -273,7 +273,7 @@ def make_tasks(args: argparse.Namespace, done: Sequence[dict]) -> list[dict[str,
                 merged["epochs"] = min(epochs, args.most_epochs or epochs)
                 if args.most_images:
                     merged["train_images"] = min(args.most_images, merged.get("train_images") or args.most_images)
-                machine = given | ({"data": args.mnist} if table == "mnist" else {})
+                machine = shared | ({"data": args.mnist} if table == "mnist" else {})
                 tasks.append({"table": table, "cell": cell, "seed": seed, "settings": merged, "machine": machine})
     return tasks
 
@@ -305,7 +305,7 @@ def summarize(runs: Sequence[dict]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the mean and the sample deviation of shares, in %."""
+    """Return the mean and the sample standard deviation of fractions as text, in %."""
     if not values:
         return ""
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cache", help="folder for the decoded images")
     add(
         "--tables", nargs="+", metavar="TABLE[=SEED,...]", default=["cifar10-10k"],
-        help=f"in the order in which they are made: {', '.join(TABLES)} (default: cifar10-10k)",
+        help=f"tables to make, in this order: {', '.join(TABLES)} (default: cifar10-10k)",
     )  # fmt: skip
     add("--cells", nargs="+", help="names of cells (default: all of each table)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="(default: 0 1)")
@@ -329,11 +329,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--graph", action="store_true", help="on a GPU, run each step as one CUDA graph")
     add("--jobs", type=int, default=1, help="processes (default: 1)")
     add("--threads", type=int, default=1, help="threads of each process (default: 1)")
-    add("--seconds", type=float, default=math.inf, help="end after this time, without the runs that are not finished")
-    add("--most-images", type=int, help="at most this many training images, for a trial")
-    add("--most-epochs", type=int, help="at most this many epochs, for a trial")
+    add("--seconds", type=float, default=math.inf, help="stop after this time and discard unfinished runs")
+    add("--most-images", type=int, help="use at most this many training images, to try things out")
+    add("--most-epochs", type=int, help="train at most this many epochs, to try things out")
     add("--print", action="store_true", help="train nothing: print the tables of --out")
-    add("--out", type=Path, required=True, help="the JSON to write, or to continue")
+    add("--out", type=Path, required=True, help="the JSON file to write, or to continue")
     args = parser.parse_args(argv)
     for table in (part.partition("=")[0] for part in args.tables):
         if table not in TABLES:
@@ -351,9 +351,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_all(args: argparse.Namespace, tasks: list[dict], filed: dict, start: float) -> None:
-    """Run the tasks in `args.jobs` processes and write the JSON after each."""
+    """Run the tasks in `args.jobs` processes and write the JSON file after each."""
     for dataset, data in {(task["settings"]["dataset"], task["machine"]["data"]) for task in tasks}:
-        make_data(run_config(dataset=dataset, data=data, cache=args.cache))  # decodes image files, once for all
+        make_data(run_config(dataset=dataset, data=data, cache=args.cache))  # decodes the image files once for all runs
     context = multiprocessing.get_context("spawn")
     queue, results = context.Queue(), context.Queue()
     for task in [*tasks, *[None] * args.jobs]:
@@ -374,8 +374,8 @@ def train_all(args: argparse.Namespace, tasks: list[dict], filed: dict, start: f
         run = results.get()
         filed["runs"].append(run | {"header": len(filed["headers"]) - 1})
         record.write_json(args.out, filed)
-        told = run.get("failed") or f"{100 * run['stages'][-1]:.2f}% in {run['seconds']:.0f} s"
-        print(f"[{number}/{len(tasks)}] {run['table']}, {run['cell']}, seed {run['seed']}: {told}", flush=True)
+        outcome = run.get("failed") or f"{100 * run['stages'][-1]:.2f}% in {run['seconds']:.0f} s"
+        print(f"[{number}/{len(tasks)}] {run['table']}, {run['cell']}, seed {run['seed']}: {outcome}", flush=True)
 
 
 if __name__ == "__main__":

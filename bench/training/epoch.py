@@ -1,17 +1,18 @@
-"""Images a second of whole CIFAR-10 epochs, loading included: what `sid train` runs against the public reference.
+"""Measure the images per second of CIFAR-10 epochs, loading included: `sid train` against the public reference code.
 
     python bench/training/epoch.py --data PATH --out bench/results/epoch.json
 
-Every contender lives in a process of its own, which keeps its warmed state and sleeps until it is told to run an epoch
-of the same class-balanced images; they take turns in an order that rotates from round to round, and the first round
-is not counted. A figure is the median over rounds of images/s against the reference's in the same round. Evaluation
-is not timed. The reference reads decoded pixels from memory too, as torchvision's CIFAR10 does: faster for it than the
-files of an image folder.
+Every contender runs in a process of its own, which sleeps until it is asked for an epoch. All train on the same
+class-balanced images. They take turns, each round in another order, and the first round is not counted. The reported
+ratio is the median over rounds of the contender's images/s divided by the reference's in the same round. Evaluation is
+not timed. The reference also reads decoded pixels from memory, as torchvision's CIFAR10 does; that is faster than
+reading the files of an image folder.
 
-What we expected before the first run, on 2 cores with AVX-512 and bfloat16 matrix units: float32 2.2 (2.0 to 2.4),
-bfloat16 7.6 (7 to 8.5). With the same batches for all, the steps alone stood at 1.92 and 7.5 (306 images/s for the
-reference); keeping freed memory, as the command does, is worth 14% in float32 and nothing in bfloat16; and the
-reference's transforms, some 0.1 ms an image on processes that share the cores with its step, should cost it 2 to 4%.
+Expected before the first run, on 2 cores with AVX-512 and bfloat16 matrix units: 2.2 times the reference in float32
+(2.0 to 2.4) and 7.6 times in bfloat16 (7 to 8.5). Three observations led to this. The steps alone, on equal batches,
+are 1.92 and 7.5 times as fast as the reference's (306 images/s). Keeping freed memory, as `sid train` does, gains 14%
+in float32 and nothing in bfloat16. The reference's transforms take about 0.1 ms per image in processes that share the
+cores with its step, which should cost it 2 to 4%.
 """
 
 import argparse
@@ -45,7 +46,7 @@ Epoch, Accuracy = Callable[[], object], Callable[[], float]
 
 
 def settings(args: argparse.Namespace, dtype: str = "float32") -> RunConfig:
-    """Return the settings of `sid train --dataset cifar10 --layout shared` with the reference's recipe, Adam 1e-3."""
+    """Return the settings of `sid train --dataset cifar10 --layout shared` with the reference's Adam and rate 1e-3."""
     return run_config(
         dataset="cifar10", data=args.data, cache=args.cache, train_images=args.images, layout="shared", device="cpu",
         epochs=args.rounds + 1, optimizer="adam", lr=1e-3, weight_decay=0.0, lr_schedule="constant", dtype=dtype,
@@ -56,6 +57,7 @@ def settings(args: argparse.Namespace, dtype: str = "float32") -> RunConfig:
 
 
 def command(args: argparse.Namespace, dtype: str) -> tuple[Epoch, Accuracy]:
+    """Return functions that train an epoch as `sid train` does, and that return the test accuracy."""
     torch.set_flush_denormal(True)
     trainer = make_trainer(settings(args, dtype), quiet=True)
 
@@ -67,7 +69,7 @@ def command(args: argparse.Namespace, dtype: str) -> tuple[Epoch, Accuracy]:
 
 
 class InMemory(Dataset):
-    """As torchvision's CIFAR10: the pixels in memory, at each index a PIL image, transformed."""
+    """Keep the pixels in memory and return the transformed PIL image of an index, as torchvision's CIFAR10 does."""
 
     def __init__(self, split: Split, transform: Callable):
         self.pixels, self.labels, self.transform = split.images.numpy(), split.labels.tolist(), transform
@@ -82,6 +84,7 @@ class InMemory(Dataset):
 
 
 def reference(args: argparse.Namespace) -> tuple[Epoch, Accuracy]:
+    """Return functions that train an epoch as the public reference code does, and that return the test accuracy."""
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
     run = replace(settings(args), fused=False)  # a module for each stage
@@ -111,7 +114,7 @@ def reference(args: argparse.Namespace) -> tuple[Epoch, Accuracy]:
 
 
 def as_in_the_reference(network: SIDNetwork) -> SIDNetwork:
-    """The same parameters, each ReLU before its pooling and out of place."""
+    """Move each ReLU of the network before its pooling and make it out of place; the parameters stay."""
     for i, block in enumerate(network.extractor[:-1]):
         convolution, *pooling = (layer for layer in block if not isinstance(layer, nn.ReLU))
         network.extractor[i] = nn.Sequential(convolution, nn.ReLU(), *pooling)
@@ -123,8 +126,8 @@ def as_in_the_reference(network: SIDNetwork) -> SIDNetwork:
 BASE = "reference"
 CONTENDERS = {
     BASE: (
-        f"the public reference's loop: PIL transforms in {WORKERS} worker processes; a pass that caches the beliefs, a"
-        " second one, one backward over the sum; NCHW; an ordinary Adam a module",
+        f"the public reference's loop: PIL transforms in {WORKERS} worker processes; a forward pass that caches the"
+        " beliefs, a second one for the losses, one backward pass of their sum; NCHW; an ordinary Adam for each module",
         reference,
     ),
     "sid train": ("what the command runs", lambda args: command(args, "float32")),
@@ -136,43 +139,46 @@ CONTENDERS = {
 
 
 def serve(connection, name: str, args: argparse.Namespace, start_method: str) -> None:
-    """In a contender's own process: answers "epoch" with its seconds and "accuracy"; a text is what went wrong.
+    """Serve one contender in its own process: answer "epoch" by its seconds, "accuracy" by it, an error by its text.
 
-    start_method: of a DataLoader's workers, the system's own. Spawned as this process is, they took seconds to start.
+    start_method: how a DataLoader starts its workers: by the system's default. Spawned, they take seconds to start.
     """
     multiprocessing.set_start_method(start_method, force=True)
     try:
         epoch, accuracy = CONTENDERS[name][1](args)
         while True:
-            asked, start = connection.recv(), time.perf_counter()
-            if asked == "epoch":
+            request, start = connection.recv(), time.perf_counter()
+            if request == "epoch":
                 epoch()
                 connection.send(time.perf_counter() - start)
             else:
                 connection.send(accuracy())
-    except EOFError:  # nobody asks any more
+    except EOFError:  # the other end was closed: no more requests
         pass
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 
 
 class Contender:
+    """A contender in a process of its own, which answers requests."""
+
     def __init__(self, name: str, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
         self.name, (self.connection, theirs) = name, context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, args, multiprocessing.get_start_method()))
         self.process.start()
-        theirs.close()  # so that a process that died is noticed
+        theirs.close()  # otherwise `recv` would not notice that the process died
 
-    def ask(self, what: str) -> float:
+    def ask(self, request: str) -> float:
+        """Return the answer to "epoch" or "accuracy". Raises RuntimeError if the contender failed."""
         try:
-            self.connection.send(what)
-            found = self.connection.recv()
+            self.connection.send(request)
+            answer = self.connection.recv()
         except (EOFError, OSError):
-            found = "its process ended"
-        if isinstance(found, str):
-            raise RuntimeError(f"{self.name}: {found}")
-        return found
+            answer = "its process ended"
+        if isinstance(answer, str):
+            raise RuntimeError(f"{self.name}: {answer}")
+        return answer
 
     def close(self) -> None:
         self.connection.close()
@@ -180,44 +186,45 @@ class Contender:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
-    """By contender: images/s by round, and the test accuracy after the last."""
+    """Return, by contender, the images/s of each round and the test accuracy after the last."""
     contenders = [Contender(name, args) for name in CONTENDERS]
-    found = {name: {"images_per_second_by_round": [], "test_accuracy": None} for name in CONTENDERS}
+    contender_rows = {name: {"images_per_second_by_round": [], "test_accuracy": None} for name in CONTENDERS}
     try:
         for round_ in range(args.rounds + 1):
             first = round_ % len(contenders)
             for contender in contenders[first:] + contenders[:first]:
                 speed = args.images / contender.ask("epoch")
-                print(f"round {round_ or 'to warm up'}  {contender.name:20s} {speed:8.1f} images/s", flush=True)
+                print(f"round {round_ or '0 (warm-up)'}  {contender.name:20s} {speed:8.1f} images/s", flush=True)
                 if round_:
-                    found[contender.name]["images_per_second_by_round"].append(speed)
+                    contender_rows[contender.name]["images_per_second_by_round"].append(speed)
         for contender in contenders:
-            found[contender.name]["test_accuracy"] = contender.ask("accuracy")
+            contender_rows[contender.name]["test_accuracy"] = contender.ask("accuracy")
     finally:
         for contender in contenders:
             contender.close()
-    return found
+    return contender_rows
 
 
-def compared(found: dict[str, dict]) -> dict[str, dict]:
-    """With medians, and ratios to the reference's images/s in the same round."""
-    base = found[BASE]["images_per_second_by_round"]
-    for name, row in found.items():
+def add_ratios(contender_rows: dict[str, dict]) -> dict[str, dict]:
+    """Add medians, and ratios to the reference's images/s in the same round, to the rows of all contenders."""
+    base = contender_rows[BASE]["images_per_second_by_round"]
+    for name, row in contender_rows.items():
         speeds = row["images_per_second_by_round"]
         ratios = [a / b for a, b in zip(speeds, base, strict=True)]
-        found[name] = {
+        contender_rows[name] = {
             "what": CONTENDERS[name][0],
             "images_per_second": statistics.median(speeds),
             "times_reference": statistics.median(ratios),
             "times_reference_by_round": ratios,
             **row,
         }
-    return found
+    return contender_rows
 
 
-def table(found: dict[str, dict]) -> str:
+def table(contender_rows: dict[str, dict]) -> str:
+    """Return the rows of all contenders as text."""
     lines = [f"{'':20s} {'images/s':>9s} {'x reference':>12s} {'lowest':>7s} {'highest':>8s} {'test accuracy':>14s}"]
-    for name, row in found.items():
+    for name, row in contender_rows.items():
         ratios = row["times_reference_by_round"]
         lines.append(
             f"{name:20s} {row['images_per_second']:9.1f} {row['times_reference']:12.2f} {min(ratios):7.2f}"
@@ -231,21 +238,21 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", required=True, help="CIFAR-10: an image folder, or the root of cifar-10-batches-py")
     add("--cache", help="folder for the decoded images")
-    add("--images", type=int, default=10000, help="training images of an epoch (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="epochs of each that count (default: %(default)s)")
-    add("--out", type=Path, required=True, help="the JSON to write")
+    add("--images", type=int, default=10000, help="training images per epoch (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="timed epochs of each contender (default: %(default)s)")
+    add("--out", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {args.rounds}")
     try:
-        make_data(settings(args))  # also decodes the images, once for all
-        found = compared(measure(args))
+        make_data(settings(args))  # checks the path, and decodes the images once for all contenders
+        contender_rows = add_ratios(measure(args))
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    print(f"\n{table(found)}\n\nwritten: {args.out}")
+    print(f"\n{table(contender_rows)}\n\nwritten: {args.out}")
     filed = record.header("images/s of whole CIFAR-10 epochs of the reference network, loading included")
     filed["settings"] = {"images": args.images, "rounds": args.rounds, "workers_of_the_reference": WORKERS}
-    record.write_json(args.out, filed | {"contenders": found})
+    record.write_json(args.out, filed | {"contenders": contender_rows})
     return 0
 
 

@@ -1,11 +1,12 @@
-"""Perplexity of language models trained stage by stage against backpropagation, over seeds, filed as one JSON.
+"""Measure the perplexity of language models trained stage by stage against backpropagation, over seeds.
 
     python bench/training/language.py --data FILE --out bench/results/language.json
-    python bench/training/language.py --out bench/results/language.json --table   # prints what is filed
+    python bench/training/language.py --out bench/results/language.json --table   # prints the table of this file
     python bench/training/language.py --memory   # prints the memory of a step
 
-Every variant sees the same windows of the same text in the same order. A file that exists is continued: runs that it
-holds are not made again. Perplexities are those of the held-out tenth after the last epoch, of the last stage.
+Every variant trains on the same windows of the same text in the same order. If the file exists, the runs in it are not
+repeated. Perplexities are measured on the held-out tenth of the text after the last epoch, for each stage; ratios are
+those of the last stage.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ MODEL = {"tokens": "characters", "layers": 6, "width": 96, "attention_heads": 6,
 
 
 def variants() -> dict[str, dict]:
-    """Return the settings of each row of the table, in the order in which they are made."""
+    """Return the settings of each row of the table, in the order of training."""
     rows: dict[str, dict] = {"backpropagation": {"method": "bp"}}
     for depth in (2, 3, 6):
         for readout, blocks in (("private", 0), ("shared", 0), ("private", 1), ("shared", 1)):
             for method in ("greedy", "sid"):
                 name = f"{method}, K = {depth}, {readout} readouts, {blocks} blocks"
-                alpha = {"alpha": [1.0] + [0.7] * (depth - 1)} if method == "sid" else {}  # no uniform teacher
+                alpha = {"alpha": [1.0] + [0.7] * (depth - 1)} if method == "sid" else {}  # 1: ignore the uniform prior
                 rows[name] = {"method": method, "depth": depth, "readout": readout, "tail": blocks} | alpha
     return rows
 
@@ -61,7 +62,7 @@ def train(settings: dict, text: Path, epochs: int, seed: int) -> dict:
 
 
 def print_memory() -> None:
-    """Print the peak of a step by PyTorch's allocator for a large vocabulary: SID with 4 stages, and BP."""
+    """Print the peak memory of a step with a large vocabulary, for SID with 4 stages and for backpropagation."""
     classes, context = 32768, 256
     cases = {"sid": StepOptions(0.7), "sid, all logits": StepOptions(0.7, fused=False), "bp": StepOptions()}
     for tokens in (4096, 16384):
@@ -78,12 +79,12 @@ def print_memory() -> None:
 
 
 def print_table(runs: dict[str, list[dict]]) -> None:
-    """Print a row per variant: seeds, perplexity of each stage, and the last one's over backpropagation's."""
+    """Print for each variant its perplexity by stage, and that of the last stage divided by backpropagation's."""
     base = statistics.mean(run["perplexity"][-1] for run in runs["backpropagation"])
-    for name, made in runs.items():
-        last = [run["perplexity"][-1] for run in made]
+    for name, repeats in runs.items():
+        last = [run["perplexity"][-1] for run in repeats]
         stages = " ".join(
-            f"{statistics.mean(values):.2f}" for values in zip(*(run["perplexity"] for run in made), strict=True)
+            f"{statistics.mean(values):.2f}" for values in zip(*(run["perplexity"] for run in repeats), strict=True)
         )
         deviation = statistics.stdev(last) if len(last) > 1 else math.nan
         mean = statistics.mean(last)
@@ -96,8 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file, continued if it exists")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the variants to train")
-    parser.add_argument("--table", action="store_true", help="print what the file holds and train nothing")
+    parser.add_argument("--only", nargs="+", default=[""], help="train only variants with one of these in their names")
+    parser.add_argument("--table", action="store_true", help="print the table of --out and train nothing")
     parser.add_argument("--memory", action="store_true", help="print the memory of a step and train nothing")
     args = parser.parse_args()
     if args.memory:

@@ -2,7 +2,7 @@
 
     python bench/training/loop.py --out bench/results/loop.json
 
-Both update the same stagewise networks by SGD, on images of 3 x 32 x 32 with 10 classes in float32. They take turns.
+Both train equal stagewise networks by SGD on images of 3 x 32 x 32 with 10 classes, in float32. They take turns.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from bench.lib.record import header, write_json
 from bench.lib.timing import Timer, interleave, ratios
 from sid_trainer import build_network, sid_step
 
-ARCHITECTURES = {"simple_cnn": 64, "resnet18": 16, "vit_tiny": 16, "mlp": 128}  # and the batch size
+ARCHITECTURES = {"simple_cnn": 64, "resnet18": 16, "vit_tiny": 16, "mlp": 128}  # batch size by architecture
 
 
 def make_steps(arch: str, batch_size: int) -> tuple[dict[str, Callable[[], None]], int]:
-    """Return both ways to make a step of equal networks, and the bytes of the gradients."""
+    """Return both steps, by `sid_step` and by the loop, on equal networks, and the bytes of the gradients."""
     inputs, targets = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
     step_network, loop_network = (build_network(arch, "stagewise", image_size=(32, 32)) for _ in range(2))
     loop_network.load_state_dict(step_network.state_dict())
@@ -45,7 +45,7 @@ def make_steps(arch: str, batch_size: int) -> tuple[dict[str, Callable[[], None]
 
 
 def measure(arch: str, batch_size: int, rounds: int, seconds: float) -> dict:
-    """Return the row of an architecture: seconds and peak bytes by way, their ratio, and the gradients' bytes."""
+    """Return the row of an architecture: seconds and peak bytes of both steps, their ratio, and gradient bytes."""
     steps, gradients = make_steps(arch, batch_size)
     peaks = {name: allocated_peak(step) for name, step in steps.items()}
     times = interleave({name: Timer([step], "cpu") for name, step in steps.items()}, rounds, seconds)
@@ -60,7 +60,7 @@ def measure(arch: str, batch_size: int, rounds: int, seconds: float) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the rows as text."""
+    """Return the rows of all architectures as text."""
     lines = [f"{'network':12} {'sid_step':>10} {'loop':>10} {'ratio':>7}   peak MiB: sid_step, loop, gradients"]
     for row in rows:
         step, loop = (row["seconds"][name] * 1e3 for name in ("sid_step", "loop"))
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--archs", nargs="+", choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES), help="(default: all)")
-    add("--rounds", type=int, default=40, help="measurements of each (default: 40)")
-    add("--seconds", type=float, default=60.0, help="at most, for each network (default: 60)")
+    add("--rounds", type=int, default=40, help="measurements of each step (default: 40)")
+    add("--seconds", type=float, default=60.0, help="time limit for each network (default: 60)")
     add("--out", metavar="FILE", type=Path, default=Path("loop.json"), help="(default: loop.json)")
     args = parser.parse_args(arguments)
     rows = [measure(arch, ARCHITECTURES[arch], args.rounds, args.seconds) for arch in args.archs]

@@ -1,7 +1,6 @@
-"""Measure the bytes that a training step holds: by method, depth and batch size, in both layouts.
+"""Measure the memory of a training step by method, depth and batch size, for shared and stagewise networks.
 
     python bench/training/memory.py --out bench/results/memory.json
-
     python bench/training/memory.py --plot bench/results/memory.json --out docs/images/memory.png
 
 The steps run on the CPU in float32, on images of 3 x 32 x 32 with 10 classes.
@@ -30,7 +29,7 @@ COLUMNS = {
     "saved_bytes": "held for backward (by autograd, or by the fused cascade)",
     "peak_bytes": "allocated at once, beyond parameters and gradients",
 }
-UNFUSED = "sid, unfused"  # one stage's activations at a time, although equal stages could be fused
+UNFUSED = "sid, unfused"  # runs equal stages one by one, so that the activations of only one are held at a time
 
 
 def measure(
@@ -65,7 +64,7 @@ def measure(
 
 
 def write(rows: Sequence[dict], file: Path) -> None:
-    """Write the rows as JSON."""
+    """Write the measured rows as JSON."""
     record = {
         "what": "bytes of a training step: " + ", ".join(COLUMNS.values()),
         "torch": str(torch.__version__),
@@ -124,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--depths", nargs="+", type=int, default=[4, 8, 16, 32], help="(default: 4 8 16 32)")
     add("--batch-sizes", nargs="+", type=int, default=[32, 128, 512], help="(default: 32 128 512)")
     add("--out", metavar="FILE", type=Path, default=Path("memory.json"), help="(default: memory.json)")
-    add("--plot", metavar="JSON", type=Path, help="measure nothing: draw this file's rows into --out, a picture")
+    add("--plot", metavar="JSON", type=Path, help="measure nothing, draw the rows of this file as the picture --out")
     args = parser.parse_args(arguments)
     try:
         if args.plot:
