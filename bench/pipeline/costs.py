@@ -1,4 +1,4 @@
-"""What each stage costs, for the simulator: measured on synthetic images, and kept in a JSON file.
+"""Measure on synthetic images what each stage costs, for the simulator, and keep the costs in a JSON file.
 
 SID's step is timed stage by stage, and backpropagation through the plain backbone block by block.
 """
@@ -29,7 +29,7 @@ from sid_trainer.training.cpu import denormals_as_zero
 from sid_trainer.training.memory import SavedBytes
 from sid_trainer.training.strategy import pick_device
 
-WARM = 2  # rounds that do not count
+WARM = 2  # warm-up rounds, which are not counted
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ class StageCost:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of all parts together."""
         return self.load + self.forward + self.backward + self.update
 
     @property
     def of_input(self) -> float:
+        """Return the seconds of the backward pass that give the input's gradient."""
         return self.backward / 2 if self.backward_input is None else min(self.backward_input, self.backward)
 
 
@@ -87,6 +89,7 @@ class StepSettings:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def network(self, plain: bool) -> SIDNetwork:
+        """Build the stagewise network, or with `plain` its backbone with one classifier."""
         return build_network(
             self.arch, "stagewise", num_classes=self.num_classes, in_channels=self.in_channels,
             image_size=(self.image_size, self.image_size), depth=self.depth, plain=plain, head_depth=self.head_depth,
@@ -125,8 +128,8 @@ def measure_stages(
 ) -> list[StageCost]:  # fmt: skip
     """Measure every stage of a stagewise network in SID's step on inputs (B, ...) and targets (B,).
 
-    The network stays as it is. Costs are means over `rounds` steps. `feed` gives each step a batch of its own, as
-    training does, and the time that takes is the first stage's `load`. Raises ValueError for a shared extractor.
+    The network is not changed. Costs are means over `rounds` steps. If `feed` is given, each step takes its next batch,
+    and the time to load it is the first stage's `load`. Raises ValueError for a shared extractor.
     """
     if not isinstance(network.extractor, nn.Identity):
         raise ValueError("network must be stagewise: the stages of a shared extractor cannot be owned by ranks")
@@ -134,9 +137,9 @@ def measure_stages(
         optimizers = make_optimizers(network, "sid", optimizer=optimizer, lr=lr, weight_decay=weight_decay)
         timer = StageStopwatch(inputs.device, len(network.stages))
         for _ in range(WARM + rounds):
-            for watch, one in zip(timer.stages, optimizers[1:], strict=True):
-                watch.start_round()
-                watch.time("update", clear_gradients, [one])
+            for stopwatch, stage_optimizer in zip(timer.stages, optimizers[1:], strict=True):
+                stopwatch.start_round()
+                stopwatch.time("update", clear_gradients, [stage_optimizer])
             batch = (inputs, targets) if feed is None else timer.stages[0].time("load", next, feed)
             stage_by_stage(network, *batch, StepOptions(alpha, dtype=dtype), optimizers, hooks=timer)
         features, prior, costs = inputs, network.uniform(inputs).float(), []
@@ -151,7 +154,7 @@ def measure_stages(
 
 @contextmanager
 def measured_copy(network: SIDNetwork, device: torch.device, rounds: int):
-    """A copy of the network that may learn, and the state of the random number generators restored afterwards."""
+    """Yield a copy of the network to train, and restore the state of the random number generators afterwards."""
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
     with denormals_as_zero(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -164,7 +167,7 @@ def measure_blocks(
 ) -> list[StageCost]:  # fmt: skip
     """Measure every block of a plain backbone under backpropagation; the classifier is part of the last block.
 
-    network: from `build_network(layout="stagewise", plain=True)`; it stays as it is. inputs (B, ...) and targets (B,)
+    network: from `build_network(layout="stagewise", plain=True)`; it is not changed. inputs (B, ...) and targets (B,)
     are one microbatch. Costs are means over `rounds` steps. The input of the first block needs no gradient.
     """
     if not (isinstance(network.extractor, nn.Sequential) and len(network.stages) == 1):
@@ -208,7 +211,7 @@ def measure_blocks(
 
 
 class Classifier(nn.Module):
-    """A plain head as a module of the features alone: it ignores its prior."""
+    """A module that calls a head with the features and a prior of zeros, for heads that ignore their prior."""
 
     def __init__(self, head: nn.Module, num_classes: int):
         super().__init__()
@@ -219,21 +222,24 @@ class Classifier(nn.Module):
 
 
 class Stopwatch:
-    """Seconds of the named parts of each round; it waits for the GPU before it reads the clock."""
+    """Measure the seconds of the named parts of each round. Waits for the GPU before it reads the clock."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.rounds: list[dict[str, float]] = []
 
     def start_round(self) -> None:
+        """Start a round, whose parts are 0 seconds so far."""
         self.rounds.append(defaultdict(float))
 
     def now(self) -> float:
+        """Wait for the GPU, if there is one, and return the time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def time(self, part: str, call: Callable, *arguments):
+        """Make a call, add its seconds to a part of the round, and return its result."""
         start = self.now()
         result = call(*arguments)
         self.add(part, start)
@@ -253,7 +259,7 @@ class Stopwatch:
 
 
 class StageStopwatch(StageHooks):
-    """Hooks that time the forward pass, backward pass and update of each stage of a step."""
+    """Time the forward pass, backward pass and update of each stage, as hooks of a step."""
 
     def __init__(self, device: torch.device, stages: int):
         super().__init__()
@@ -280,7 +286,7 @@ def load_or_measure(
 ) -> dict[str, list[StageCost]]:
     """Read the costs from `file`; if it does not exist, measure them and write it.
 
-    Raises ValueError if the file is not such a file, was measured with other settings, or lacks some of the costs.
+    Raises ValueError if the file has another format, was measured with other settings, or lacks some of the costs.
     """
     if file is None or not file.exists():
         if file is not None and not file.parent.is_dir():
@@ -303,11 +309,11 @@ def load_or_measure(
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: not what `simulate.py --costs` writes") from error
-    asked = asdict(settings)
-    for name in asked.keys() - {"device"}:
-        if measured.get(name) != asked[name]:
+    requested = asdict(settings)
+    for name in requested.keys() - {"device"}:
+        if measured.get(name) != requested[name]:
             raise ValueError(
-                f"{file}: was measured with {name} {measured.get(name)}, not {asked[name]}: choose another file"
+                f"{file}: was measured with {name} {measured.get(name)}, not {requested[name]}: choose another file"
             )
     for name in ["sid", *(f"bp/{m}" for m in microbatches)]:
         if name not in costs:
@@ -316,4 +322,5 @@ def load_or_measure(
 
 
 def write_json(file: Path, record: dict) -> None:
+    """Write a record as JSON atomically."""
     write_atomically(file, lambda out: out.write((json.dumps(record, indent=1) + "\n").encode()))

@@ -1,4 +1,4 @@
-"""Simulate pipelines over more ranks than this machine has, from stage costs measured here.
+"""Simulate pipelines over more ranks than this machine has, from stage costs that are measured on it.
 
     python bench/pipeline/simulate.py --arch mlp --depth 64 --ranks 2 8 64 --bandwidth 10 --latency 20
 
@@ -26,7 +26,7 @@ from sid_trainer.network.architectures import TRUNKS
 from sid_trainer.training.config import DTYPES
 
 MICROBATCHES = (4, 8, 16, 32)  # tried by default if they divide the batch and leave two images each
-DRAWN_RANKS = 16  # a larger pipeline is in the table, and drawn only if no smaller one was asked for
+DRAWN_RANKS = 16  # larger pipelines are drawn only if --ranks has no smaller one; the table shows all
 COLUMNS = {
     "schedule": lambda row: row["schedule"],
     "ranks": lambda row: str(row["ranks"]),
@@ -44,8 +44,8 @@ COLUMNS = {
 class Sweep:
     """The pipelines to simulate.
 
-    batches: of an epoch; `sid` drains its pipeline after them, the other schedules after every batch. microbatches:
-    the counts to try, of which the fastest is reported.
+    batches: number per epoch. `sid` drains its pipeline after an epoch, the other schedules after every batch.
+    microbatches: numbers to try, of which the fastest is reported. in_flight: batches on their way between two ranks.
     """
 
     ranks: Sequence[int]
@@ -72,7 +72,7 @@ def outlook(
 
     costs: a JSON file of measured costs, which is written if it does not exist.
 
-    Raises ValueError and OSError, if possible before anything is measured.
+    Raises ValueError for wrong arguments and OSError for files, before it measures if that is possible.
     """
     size = settings.batch_size
     sweep.check(size)
@@ -93,10 +93,10 @@ def outlook(
     for schedule in sweep.schedules:
         one_rank = None
         for ranks in sorted({1, *sweep.ranks}):
-            tries = [1] if schedule == "sid" or ranks == 1 else microbatches
-            names = ["sid"] if schedule == "sid" else [f"bp/{m}" for m in tries]
+            counts = [1] if schedule == "sid" or ranks == 1 else microbatches
+            names = ["sid"] if schedule == "sid" else [f"bp/{m}" for m in counts]
             simulations = [
-                extrapolate(measured[name], ranks, schedule, m, sweep) for name, m in zip(names, tries, strict=True)
+                extrapolate(measured[name], ranks, schedule, m, sweep) for name, m in zip(names, counts, strict=True)
             ]
             simulation, seconds = min(simulations, key=lambda pair: pair[1])
             rate = sweep.batches * size / seconds
@@ -112,8 +112,8 @@ def outlook(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         link = {name: None if value == float("inf") else value for name, value in asdict(sweep.link).items()}
-        about = {"of": asdict(settings), "link": link, "batches": sweep.batches, "rows": rows}
-        write_json(out / "simulate.json", about)
+        record = {"of": asdict(settings), "link": link, "batches": sweep.batches, "rows": rows}
+        write_json(out / "simulate.json", record)
         picture = draw(drawn, rows, sweep.ranks)
         write_atomically(out / "simulate.png", lambda file: file.write(picture))
     return rows
@@ -122,9 +122,10 @@ def outlook(
 def extrapolate(
     costs: Sequence[StageCost], ranks: int, schedule: str, m: int, sweep: Sweep
 ) -> tuple[Simulation, float]:
-    """Return a simulation of at most 5 batches (sid: of all) and the seconds of all `sweep.batches`.
+    """Return a simulation of the first batches, and the seconds that all `sweep.batches` take.
 
-    A pipeline that drains after each batch takes the same time for every batch after the first few.
+    `sid` is simulated for all batches. The other schedules drain after each batch, so each batch after the first few
+    takes the same time: 5 batches are simulated.
     """
     parts = balance_stages([cost.seconds + (m - 1) * (cost.forward + cost.backward) for cost in costs], ranks)
     few = sweep.batches if schedule == "sid" else min(sweep.batches, 5)
@@ -141,11 +142,11 @@ def extrapolate(
 
 
 def draw(simulations: dict[tuple[str, int], Simulation], rows: list[dict], ranks: Sequence[int]) -> bytes:
-    """Draw each schedule at the largest number of ranks up to DRAWN_RANKS, above the throughput of all."""
+    """Draw each schedule at the largest number of ranks up to DRAWN_RANKS, and the throughput of all simulations."""
     candidates = sorted({number for number in ranks if number > 1} or {1})
     number = max((n for n in candidates if n <= DRAWN_RANKS), default=candidates[0])
     shown = {schedule: run for (schedule, at), run in simulations.items() if at == number}
-    # until the slowest schedule has finished its third batch, but not beyond the end of any simulation
+    # The time axis ends when the slowest schedule has finished its third batch, or where the first simulation ends.
     thirds = [[event.end for event in run.events if event.batch == min(2, run.batches - 1)] for run in shown.values()]
     until = min(max(map(max, thirds)), *(run.seconds for run in shown.values()))
     pipelines = []
@@ -160,7 +161,7 @@ def draw(simulations: dict[tuple[str, int], Simulation], rows: list[dict], ranks
 
 
 HELP = {
-    "depth": "stages (default: the network's own cuts)",
+    "depth": "number of stages (default: that of the architecture)",
     "image_size": "pixels on each side (default: 32)",
     "in_channels": "color channels of the images (default: 3)",
     "num_classes": "(default: 10)",
@@ -171,27 +172,28 @@ HELP = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong argument in one line."""
+    """Parse a command line; a wrong argument ends the program with one line."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(prog="simulate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ranks", nargs="+", type=int, default=[2, 4], help="processes, a GPU or a machine each (default: 2 4)")
+    add("--ranks", nargs="+", type=int, default=[2, 4], help="ranks, each with its own GPU or machine (default: 2 4)")
     add("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="(default: all)")
-    add("--batches", type=int, default=400, help="batches of an epoch (default: 400, about CIFAR-10's at 128)")
+    add("--batches", type=int, default=400, help="batches per epoch (default: 400, about CIFAR-10's at batch size 128)")
     add("--microbatches", nargs="+", type=int, metavar="M",
-        help="parts of a batch under backpropagation; the fastest count is reported (default: 4 8 16 32)")  # fmt: skip
-    add("--bandwidth", type=float, metavar="GBIT/S", help="of a link, in each direction (default: unlimited)")
-    add("--latency", type=float, default=0.0, metavar="MICROSECONDS", help="of a message (default: 0)")
+        help="parts of a batch to try under backpropagation; the fastest is reported (default: 4 8 16 32)")  # fmt: skip
+    add("--bandwidth", type=float, metavar="GBIT/S", help="bandwidth of a link in each direction (default: unlimited)")
+    add("--latency", type=float, default=0.0, metavar="MICROSECONDS", help="latency of a message (default: 0)")
     add("--in-flight", type=int, default=2, metavar="N", help="batches on their way between two ranks (default: 2)")
     add("--costs", metavar="FILE", type=Path, help="read the stage costs from this file, or write them to it")
     add("--rounds", type=int, default=10, help="steps to average a cost over (default: 10)")
-    add("--out", metavar="DIR", type=Path, default=Path("simulate"), help="(default: simulate)")
-    group = parser.add_argument_group("what is measured, on synthetic images")
+    add("--out", metavar="DIR", type=Path, default=Path("simulate"), help="folder for the results (default: simulate)")
+    group = parser.add_argument_group("the network and step to measure, on synthetic images")
     choices = {"arch": TRUNKS, "optimizer": OPTIMIZERS, "dtype": DTYPES}
     for field in fields(StepSettings):
         flag = "--" + field.name.replace("_", "-")

@@ -1,8 +1,8 @@
-"""An event simulator of pipelines: ranks that each run a list of operations in order, and links that carry messages.
+"""Simulate pipelines event by event: each rank runs a list of operations in order, and links carry messages.
 
 There are no random numbers and no time steps: an operation starts when its rank is free and its message has arrived.
 The schedule `sid` is the trainer's pipeline (`--parallel stage`). `gpipe`, `1f1b` and `zb` are pipelines of
-backpropagation: they cut a batch into microbatches and drain at its end, for the update.
+backpropagation: they cut a batch into microbatches, and drain at the end of the batch, before the update.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ SCHEDULES = ("sid", "gpipe", "1f1b", "zb")
 class NetworkLink:
     """The links between neighboring ranks, one in each direction. A link carries one message at a time.
 
-    seconds_per_byte_on_rank: time that a message takes from its sender and from its receiver (gloo copies on the rank's
-    own core).
+    seconds_per_byte_on_rank: time per byte for which a message keeps its sender, and its receiver, from other work
+    (gloo copies on the core of the rank).
     """
 
     latency_seconds: float = 0.0
@@ -84,7 +84,7 @@ class Simulation:
     def ideal_idle_share(self) -> float:
         """(S - 1) / (N + S - 1) for S equal ranks with free messages and N batches between two drains.
 
-        `sid` and `zb` can be better: their next rank starts before the backward of this one.
+        `sid` and `zb` can idle less: the next rank starts before the backward pass of this rank.
         """
         n = self.batches if self.schedule == "sid" else self.microbatches
         return (self.ranks - 1) / (n + self.ranks - 1)
@@ -95,6 +95,7 @@ class Simulation:
         return 1 - sum(self.busy) / (self.ranks * max(self.busy))
 
     def images_per_second(self, batch_size: int) -> float:
+        """Return the throughput for batches of this size."""
         return self.batches * batch_size / self.seconds
 
 
@@ -104,9 +105,9 @@ def simulate(
 ) -> Simulation:  # fmt: skip
     """Simulate `batches` batches on ranks that own the stages `parts[rank]` of `costs`.
 
-    For `sid`, costs are of one batch. At most `in_flight` batches are on their way to a rank, and its sender holds as
-    many more. For the other schedules, costs are of one of the `microbatches` of a batch, and senders never wait.
-    `zb` is ZB-H1 of Qi et al. 2023 (arXiv 2401.10241).
+    For `sid`, costs are those of a batch. At most `in_flight` batches are on their way to a rank, and its sender holds
+    as many more. For the other schedules, costs are those of one of the `microbatches` of a batch, and senders never
+    wait. `zb` is ZB-H1 of Qi et al. 2023 (arXiv 2401.10241).
 
     overhead: seconds that every rank spends on a batch besides its stages.
 
@@ -149,7 +150,7 @@ def simulate(
 
 
 def local_work(stages: Sequence[StageCost], bytes_in: int | None, bytes_out: int | None) -> list[tuple]:
-    """List the operations of SID: each stage trains on its own loss; features are sent before the last one trains."""
+    """List the operations of SID: each stage trains on its own loss; the last sends its features before it trains."""
     work: list[tuple] = [] if bytes_in is None else [("receive", 0.0, -1)]
     for i, cost in enumerate(stages, 1):
         work.append(("forward", cost.forward, 0, 0, cost.held))
@@ -179,13 +180,16 @@ def microbatch_work(
 
 
 def microbatch_order(schedule: str, rank: int, ranks: int, m: int) -> str:
-    """Return a rank's order of work for m microbatches: F forward, B backward (zb: of the input), W of the weights."""
+    """Return a rank's order of work for m microbatches as letters.
+
+    F is a forward pass and B a backward pass. For `zb`, B gives the input's gradient and W the weights' gradients.
+    """
     if schedule == "gpipe":
         return "F" * m + "B" * m
     ahead = min(ranks - rank - 1, m)
     if schedule == "1f1b":
         return "F" * ahead + "FB" * (m - ahead) + "B" * ahead
-    # ZB-H1 is 1F1B with the weights' part delayed, so that every rank holds as many microbatches as the first one.
+    # ZB-H1 is 1F1B with W delayed until a rank holds as many microbatches as the first rank.
     late = min(rank, m)
     order = "F" * ahead + "".join("FB" if k < late else "FBW" for k in range(m - ahead)) + "BW" * ahead
     return order + "W" * (m - order.count("W"))
@@ -195,12 +199,12 @@ def microbatch_order(schedule: str, rank: int, ranks: int, m: int) -> str:
 
 
 class Channel:
-    """The messages of one direction between two neighbors, with the time of each step on their way."""
+    """The messages in one direction between two neighbors, with the times at which each was posted, sent and so on."""
 
     def __init__(self, link: NetworkLink, in_flight: int | None):
         self.link, self.in_flight = link, in_flight
         self.num_bytes: list[int] = []
-        self.posted: list[float] = []  # by the sender
+        self.posted: list[float] = []  # the sender has handed it over
         self.sent: list[float] = []  # the last byte has left
         self.arrived: list[float] = []
         self.received: list[float] = []  # the receiver starts to use it
@@ -222,7 +226,7 @@ class Channel:
 
 
 def run(orders: Sequence[Sequence[Operation]], link: NetworkLink, in_flight: int | None) -> list[Event]:
-    """Run each rank's operations and return those that take time, in order within each rank."""
+    """Run the operations of all ranks and return an event for each that takes time, in order within each rank."""
     channels = {(rank, to): Channel(link, in_flight) for rank in range(len(orders)) for to in (-1, 1)}
     position, clock, events = [0] * len(orders), [0.0] * len(orders), []
     progress = True
@@ -255,5 +259,5 @@ def run(orders: Sequence[Sequence[Operation]], link: NetworkLink, in_flight: int
                     events.append(Event(rank, batch, kind, start, clock[rank]))
                 position[rank] += 1
                 progress = True
-    assert all(at == len(order) for at, order in zip(position, orders, strict=True)), "the schedule deadlocks"
+    assert all(index == len(order) for index, order in zip(position, orders, strict=True)), "the schedule deadlocks"
     return events
