@@ -1,12 +1,12 @@
-"""What `make gpu` runs on a machine with CUDA: build, GPU tests, compute-sanitizer, benchmarks; one JSON in the end.
+"""Build, test, sanitize and benchmark on a machine with CUDA (`make gpu`), and write one JSON file.
 
     python bench/gpu/gpu.py [--out bench/results/gpu-NAME.json]
 
-It needs no network: it builds with the Python it is run by, against the torch that is there. Every step has a time
-limit, and all of them together end within `--total` seconds: a step for which no time is left is skipped, and named.
-The JSON is written after every step, and beside it each test's outcome as it comes (gpu-NAME.tests.jsonl).
-compute-sanitizer runs while the tests do; the benchmarks have the machine to themselves. Exit status: 0 no step failed,
-1 one did, 2 this machine has no CUDA.
+It needs no network: it builds with the Python that runs it, against the installed torch. Every step has a time limit,
+and all steps together end within `--total` seconds: a step without enough time left is skipped and reported. The JSON
+file is written after every step; each test's outcome is appended to gpu-NAME.tests.jsonl beside it. compute-sanitizer
+runs at the same time as the tests; benchmarks run alone. Exit status: 0 no step failed, 1 a step failed, 2 this machine
+has no CUDA.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 from bench.lib import record
 
 TOTAL = 400.0  # seconds for all steps together
-WORKERS = 12  # processes that test at the same time, where pytest-xdist is there and the machine has the cores
+WORKERS = 12  # most test processes at a time; fewer if there are fewer cores, one without pytest-xdist
 TAIL = 10_000  # characters of a step's output that are kept
-SANITIZER_EXIT = 9  # what compute-sanitizer exits with after a report
+SANITIZER_EXIT = 9  # exit status of compute-sanitizer if it entries an error
 
 
 @dataclass
 class Step:
-    """A command, how long it may take, and how its outcome is read."""
+    """A command, its time limit, and the function that reads its outcome."""
 
     name: str
-    command: Callable[[float], list[str]]  # of the time limit it is run under
-    limit: float  # seconds it may take
-    least: float  # seconds without which it is not worth starting; kept free for it by the steps before
+    command: Callable[[float], list[str]]  # function of the step's time limit in seconds
+    limit: float  # most seconds that it may take
+    least: float  # fewest seconds with which it is started; earlier steps leave it that much time
     environment: dict[str, str] = field(default_factory=dict)
-    read: Callable[[dict, str], dict] = lambda outcome, output: {}  # what to add to (or change in) its outcome
-    needed: bool = False  # the steps after it are skipped where it fails
-    missing: str | None = None  # why it cannot be run here
+    read: Callable[[dict, str], dict] = lambda outcome, output: {}  # entries to add to its outcome or replace
+    needed: bool = False  # if it fails, the steps after it are skipped
+    missing: str | None = None  # why it cannot run on this machine
     beside: bool = False  # it runs at the same time as the step before it
 
 
 def run_step(step: Step, limit: float) -> dict:
-    """Run the command and everything it starts, for `limit` seconds at most."""
+    """Run a step for at most `limit` seconds, then kill its command and all processes that it started."""
     command, began = step.command(limit), time.monotonic()
     outcome = {"name": step.name, "command": record.command(command), "limit_seconds": round(limit, 1)}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -73,7 +73,7 @@ def run_step(step: Step, limit: float) -> dict:
         except subprocess.TimeoutExpired:
             outcome |= {"status": "failed", "reason": f"stopped at its limit of {limit:.0f} s"}
         finally:
-            with contextlib.suppress(ProcessLookupError):  # what it started and left running, too
+            with contextlib.suppress(ProcessLookupError):  # the group includes processes that the command left running
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         outcome["seconds"] = round(time.monotonic() - began, 1)
@@ -88,8 +88,10 @@ def run_step(step: Step, limit: float) -> dict:
 
 
 def run_steps(steps: list[Step], total: float, done: Callable[[list[dict]], None]) -> list[dict]:
-    """Each step in turn, none beyond `total` seconds; `done` gets the outcomes so far after every one, or after those
-    that ran at the same time."""
+    """Run the steps within `total` seconds and return their outcomes.
+
+    done: called with all outcomes so far after every step, or after the steps that run at the same time.
+    """
     began, outcomes, broken = time.monotonic(), [], None
     groups: list[list[Step]] = []
     for step in steps:
@@ -102,7 +104,7 @@ def run_steps(steps: list[Step], total: float, done: Callable[[list[dict]], None
         def attempt(step: Step, left=left, free=free, broken=broken) -> dict:
             limit, reason = min(step.limit, free), step.missing or (broken and f"{broken} failed")
             if reason is None and limit < step.least:
-                limit = min(step.least, left)  # what was kept free for it, up to what starting and ending others took
+                limit = min(step.least, left)  # `least` minus the time to start and end earlier steps
                 if limit < 0.8 * step.least:
                     reason = f"no time left: {max(left, 0):.0f} s, and it takes {step.least:.0f} s at least"
             if reason is not None:
@@ -111,36 +113,40 @@ def run_steps(steps: list[Step], total: float, done: Callable[[list[dict]], None
 
         print(f"{', '.join(step.name for step in group)} ...", flush=True)
         with ThreadPoolExecutor(len(group)) as pool:
-            found = list(pool.map(attempt, group))
-        for step, outcome in zip(group, found, strict=True):
+            group_outcomes = list(pool.map(attempt, group))
+        for step, outcome in zip(group, group_outcomes, strict=True):
             if outcome["status"] == "failed":
                 print("\n".join(f"    {line}" for line in outcome.get("output_tail", [])[-30:]))
                 print("".join(f"    {name}: {why}\n" for name, why in outcome.get("failed_tests", {}).items()), end="")
                 broken = broken or (step.name if step.needed else None)
             print(f"    {outcome['status']} in {outcome['seconds']:.0f} s {outcome.get('reason', '')}", flush=True)
-        outcomes += found
+        outcomes += group_outcomes
         done(outcomes)
     return outcomes
 
 
-# ---------------------------------------------------------------- reading what the steps leave
+# ---------------------------------------------------------------- reading the outcomes of steps
 
 
 def read_backends(outcome: dict, output: str) -> dict:
+    """Return the state of each backend; the step fails if the CUDA backend is not usable."""
     states = dict(re.findall(r"^backend (\w+)\s+(.*)$", output, re.M))
-    found = {"backends": {name: record.scrub(state) for name, state in states.items()}}
+    entries = {"backends": {name: record.scrub(state) for name, state in states.items()}}
     if outcome["status"] == "passed" and not states.get("cuda", "").startswith("usable"):
-        found |= {"status": "failed", "reason": f"backend cuda is {record.scrub(states.get('cuda', 'not listed'))}"}
-    return found
+        entries |= {"status": "failed", "reason": f"backend cuda is {record.scrub(states.get('cuda', 'not listed'))}"}
+    return entries
 
 
 def read_outcomes(path: Path, outcome: dict) -> dict:
-    """What outcome_lines.py wrote: there up to the last test that ended, wherever the step did."""
+    """Return the counts of test outcomes and the failed tests, from the file that outcome_lines.py wrote.
+
+    The file holds every test that has ended, also if the step was stopped.
+    """
     if not path.exists():
         return {}
     by_test = {}
     for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # cut off
+        with contextlib.suppress(ValueError):  # an incomplete last line
             line = json.loads(text)
             if by_test.get(line["test"], {}).get("outcome") != "failed":  # a test may fail in two of its phases
                 by_test[line["test"]] = line
@@ -148,16 +154,17 @@ def read_outcomes(path: Path, outcome: dict) -> dict:
     for line in by_test.values():
         counts[line["outcome"]] += 1
     failed = {name: line["why"] for name, line in by_test.items() if line["outcome"] == "failed"}
-    found = {"tests": counts, "failed_tests": failed}
+    entries = {"tests": counts, "failed_tests": failed}
     if outcome["status"] == "passed" and not counts["passed"]:
-        found |= {"status": "failed", "reason": "no GPU test was run"}
+        entries |= {"status": "failed", "reason": "no GPU test was run"}
     elif failed:
-        told = f"{len(failed)} of {len(by_test)} tests failed"
-        found["reason"] = told if "exit_status" in outcome else f"{outcome['reason']}; {told}"
-    return found
+        reason = f"{len(failed)} of {len(by_test)} tests failed"
+        entries["reason"] = reason if "exit_status" in outcome else f"{outcome['reason']}; {reason}"
+    return entries
 
 
 def read_sanitizer(outcome: dict, output: str) -> dict:
+    """Return the verdict of compute-sanitizer; the step fails if it reports errors or did not finish."""
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) ", output)
     if re.search(r"Device not supported|device is not supported", output):
         return {"status": "skipped", "reason": "compute-sanitizer does not support this device", "verdict": "not run"}
@@ -171,7 +178,7 @@ def read_sanitizer(outcome: dict, output: str) -> dict:
 
 
 def read_json(path: Path, outcome: dict) -> dict:
-    """A benchmark's own file; it is written after every size, so it is there even where time ran out."""
+    """Return the JSON file of a benchmark. It is written after every size, so it exists even if time ran out."""
     return {"result": json.loads(path.read_text())} if path.exists() else {}
 
 
@@ -179,7 +186,7 @@ def read_json(path: Path, outcome: dict) -> dict:
 
 
 def find(program: str) -> str | None:
-    """Where a program of the CUDA toolkit is, as setup.py looks for nvcc."""
+    """Return the path of a program of the CUDA toolkit, searched as setup.py searches nvcc, or None."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     beside = [f"{home}/bin/{program}" for home in (*homes, "/usr/local/cuda")]
     places = [os.environ.get("CUDACXX") if program == "nvcc" else None, shutil.which(program), *beside]
@@ -187,6 +194,7 @@ def find(program: str) -> str | None:
 
 
 def what_is_missing() -> list[str]:
+    """Return what this machine lacks to build and run CUDA code."""
     missing = []
     try:
         import torch
@@ -201,20 +209,23 @@ def what_is_missing() -> list[str]:
 
 
 def test_command(outcomes: Path) -> tuple[list[str], dict[str, str]]:
-    """The command of the GPU tests and its environment; in several processes where pytest-xdist is there."""
+    """Return the command of the GPU tests and its environment, with several processes if pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-p", "bench.gpu.outcome_lines"]
     command.append(f"--outcome-lines={outcomes}")
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(record.ROOT), os.environ.get("PYTHONPATH"))))}
     workers = min(WORKERS, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
-        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers are enough
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers use all cores
     return command, environment
 
 
 def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
-    """capability: "90" for 9.0. The build is for this GPU alone: that takes a fraction of the time. outcomes: the file
-    that each test's outcome goes to."""
+    """Return all steps in order.
+
+    scratch: folder for the files of benchmarks. capability: of the GPU, as in "90" for 9.0; the build is for this GPU
+    alone, because that takes a fraction of the time. outcomes: file for the outcome of each test.
+    """
     python, sanitizer = sys.executable, find("compute-sanitizer")
     programs = {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"}  # cmake, ninja
     architectures = os.environ.get("SID_KERNELS_CUDA_ARCHS", f"{capability}-real")
@@ -237,11 +248,11 @@ def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
              60, 15, programs, read_backends, needed=True),
         Step("tests", lambda limit: tests, 220, 60, programs | environment,
              lambda outcome, output: read_outcomes(outcomes, outcome)),
-        # Each tensor an allocation of its own, so that an access beyond its end is one.
+        # Without PyTorch's cache each tensor is a separate allocation, so an access beyond its end is an error.
         sanitize("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         sanitize("racecheck"),
         Step("benchmark", lambda limit: [python, "bench/kernels/report.py", "--device", "cuda", f"--out={benchmark}",
-                                         f"--budget={max(limit - 45, 20):.0f}"],  # 45 s: for the size begun last
+                                         f"--budget={max(limit - 45, 20):.0f}"],  # 45 s to finish the last size
              110, 75, programs, lambda outcome, output: read_json(benchmark, outcome)),
         Step("steps", lambda limit: [python, "bench/kernels/step_report.py", "--device", "cuda", f"--out={training}",
                                      "--seconds=2", f"--budget={max(limit - 45, 20):.0f}"],
@@ -250,6 +261,7 @@ def make_steps(scratch: Path, capability: str, outcomes: Path) -> list[Step]:
 
 
 def summary(outcomes: list[dict]) -> str:
+    """Return a line of text for each outcome."""
     lines = [f"{'step':12s}{'outcome':10s}{'seconds':>8s}  "]
     for outcome in outcomes:
         notes = [outcome["verdict"]] if "verdict" in outcome else []
@@ -265,12 +277,12 @@ def summary(outcomes: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the JSON to write (default: bench/results/gpu-NAME.json)")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: bench/results/gpu-NAME.json)")
     parser.add_argument(
         "--total", type=float, default=TOTAL, help="seconds for all steps together (default: %(default)s)"
     )
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="run these steps only (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="run only these steps (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and their time limits, and run none")
     args = parser.parse_args(argv)
     names = [step.name for step in make_steps(Path("."), "90", Path("gpu.tests.jsonl"))]
     if unknown := set(args.steps or ()) - set(names):
@@ -281,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{step.name:10s} {step.limit:4.0f} s at most, {step.least:3.0f} s kept free  {words}")
         return 0
     if missing := what_is_missing():
-        print(f"gpu: this machine has no CUDA to run on; missing: {', '.join(missing)}", file=sys.stderr)
+        print(f"gpu: this machine cannot build and run CUDA code; missing: {', '.join(missing)}", file=sys.stderr)
         return 2
 
     import torch

@@ -1,8 +1,9 @@
-"""A pytest plugin: each test's outcome is filed as it comes, one JSON a line, so that a run which is ended leaves them.
+"""Write each test's outcome to a file as soon as the test ends, so that a run that is stopped keeps them.
 
     python -m pytest -p bench.gpu.outcome_lines --outcome-lines=FILE
 
-A line has the test, its outcome, its seconds and, unless it passed, why not; a failed one the end of its traceback.
+This is a pytest plugin. Each line is a JSON object with the test, its outcome and its seconds. If the test did not
+pass, the line also has the reason; if it failed, the end of its traceback.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import json
 
 from bench.lib import record
 
-WHY, TRACE = 300, 4_000  # characters that are kept
+WHY, TRACE = 300, 4_000  # characters of the reason and of the traceback that are kept
 
 
 def pytest_addoption(parser):
-    parser.addoption("--outcome-lines", metavar="FILE", help="write each test's outcome there as it comes")
+    parser.addoption("--outcome-lines", metavar="FILE", help="write each test's outcome to FILE when the test ends")
 
 
 def pytest_configure(config):
@@ -25,6 +26,8 @@ def pytest_configure(config):
 
 
 class Lines:
+    """Write a line for each test that ends, as hooks of pytest."""
+
     def __init__(self, path: str):
         self.file = open(path, "w", buffering=1)  # a line is written when it is complete
 

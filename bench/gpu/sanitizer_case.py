@@ -1,9 +1,9 @@
-"""Small problems through every path of the CUDA kernels, to be run under compute-sanitizer.
+"""Run small problems through every path of the CUDA kernels, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/gpu/sanitizer_case.py
 
-Each result is compared with the reference backend's in float64 on the CPU, so that the run also fails if the sanitizer
-has nothing to report but a value is wrong. Exit status: 0 all right, 1 a wrong value, 2 the backend cannot be used.
+Each result is compared with that of the reference backend in float64 on the CPU, so that wrong values fail the run even
+if the sanitizer reports nothing. Exit status: 0 all values are right, 1 a value is wrong, 2 the backend cannot be used.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sid_kernels import fused_local_loss, local_loss_and_grad
 from sid_kernels.core import backends
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-TOLERANCE = {F32: 3e-5, BF16: 2.0**-7, F16: 2.0**-10}  # of the largest value; half types: a unit in the last place
+TOLERANCE = {F32: 3e-5, BF16: 2.0**-7, F16: 2.0**-10}  # relative to the largest value; 16 bits: the last bit
 
 
 class Case(NamedTuple):
-    path: str  # which kernel path it is there for (csrc/cuda/plan.h)
+    path: str  # the kernel path that it tests (csrc/cuda/plan.h)
     rows: int
     classes: int
     logits: torch.dtype = F32
@@ -63,7 +63,7 @@ CASES = (
 
 
 def tensors(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
-    """logits, prior, target and alpha on the CPU. Every fifth row is ignored."""
+    """Return logits, prior, target and alpha on the CPU. With labels as targets, every fifth row is ignored."""
     g = torch.Generator().manual_seed(seed)
     shape = (case.rows, case.classes)
     logits = torch.randn(shape, generator=g).mul(3.0).to(case.logits)
@@ -77,8 +77,8 @@ def tensors(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor | None, t
     return logits, prior, target, alpha
 
 
-def placed(x: Any, device: str, padding: int = 0) -> Any:
-    """A copy on the device; rows `padding` elements apart, what lies between them NaN."""
+def copy_to(x: Any, device: str, padding: int = 0) -> Any:
+    """Return a copy of a tensor on the device, with `padding` NaNs between its rows; other values as they are."""
     if not isinstance(x, torch.Tensor):
         return x
     if not padding:
@@ -89,25 +89,26 @@ def placed(x: Any, device: str, padding: int = 0) -> Any:
 
 
 def run(case: Case, backend: str, seed: int) -> str | None:
-    """Run a case; return None, or what is wrong."""
+    """Run a case and return a text that says which value is wrong, or None if all are right."""
     logits, prior, target, alpha = tensors(case, seed)
     exact = (x.double() if x is not None and x.is_floating_point() else x for x in (logits, prior, target))
-    want, want_grad = local_loss_and_grad(*exact, alpha, backend="reference", **case.options)
+    expected, expected_grad = local_loss_and_grad(*exact, alpha, backend="reference", **case.options)
     device = backends.BACKENDS[backend][0]
-    z = placed(logits, device, case.padding)
-    arguments = (placed(prior, device, case.padding), placed(target, device), placed(alpha, device))
+    z = copy_to(logits, device, case.padding)
+    arguments = (copy_to(prior, device, case.padding), copy_to(target, device), copy_to(alpha, device))
     options = case.options | {"backend": backend}
-    got, grad = local_loss_and_grad(z, *arguments, out=z if case.in_place else None, **options)
-    results = [("dlogits", grad, want_grad), *((name, getattr(got, name), getattr(want, name)) for name in got._fields)]
-    if not case.in_place:  # backward by something other than 1: the kernel that scales
+    result, grad = local_loss_and_grad(z, *arguments, out=z if case.in_place else None, **options)
+    comparisons = [("dlogits", grad, expected_grad)]
+    comparisons += [(name, getattr(result, name), getattr(expected, name)) for name in result._fields]
+    if not case.in_place:  # a backward pass with a gradient other than 1 runs the kernel that scales
         z.requires_grad_()
         loss = fused_local_loss(z, *arguments, **options).loss
         (scaled,) = torch.autograd.grad(loss, z, torch.full_like(loss, 3.0))
-        results.append(("scaled dlogits", scaled / 3.0, want_grad))
-    for name, value, expected in results:
-        allowed = TOLERANCE[value.dtype] * (2.0 if "dlogits" in name else 1.0)  # of the largest value
-        error = float((value.cpu().double() - expected).abs().max() / max(float(expected.abs().max()), 1e-30))
-        if not error <= allowed:  # NaN is not
+        comparisons.append(("scaled dlogits", scaled / 3.0, expected_grad))
+    for name, value, reference in comparisons:
+        allowed = TOLERANCE[value.dtype] * (2.0 if "dlogits" in name else 1.0)
+        error = float((value.cpu().double() - reference).abs().max() / max(float(reference.abs().max()), 1e-30))
+        if not error <= allowed:  # also true if the error is NaN
             return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
     return None
 
