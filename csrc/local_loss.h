@@ -24,7 +24,7 @@ struct MutableRows {
   DType dtype = DType::f32;
 };
 
-// Options that every operation has, as sid_kernels/core/options.py.
+// The options of every operation. sid_kernels/core/options.py defines the same in Python.
 struct LossOptions {
   bool reverse = false;          // false: alpha CE(y,p) + (1-alpha) KL(q||p); true: alpha KL(p||y) + (1-alpha) KL(p||q)
   float label_smoothing = 0.0f;  // s: the target becomes (1 - s) y + s / classes
@@ -60,7 +60,7 @@ struct LocalLossProblem {
   // null: 1. An incoming_stride of 0 means one number for all rows.
   const float* incoming = nullptr;
   int64_t incoming_stride = 0;
-  bool precomputed = false;  // dlogits holds the gradient for an incoming number of 1: CUDA then writes nothing
+  bool precomputed = false;  // dlogits holds the gradient for incoming = 1; CUDA then writes nothing if it is 1
 };
 
 }  // namespace sid

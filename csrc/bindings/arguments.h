@@ -23,7 +23,7 @@ template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(a
 template <class T> T item(const py::tuple& t, size_t i) { return t[i].cast<T>(); }
 template <class T> T* pointer(const py::tuple& t, size_t i) { return pointer<T>(item<uintptr_t>(t, i)); }
 
-// Return the matrix (address, row stride in elements, dtype).
+// Return the matrix in a tuple (address, row stride in elements, dtype).
 inline Rows rows_to_read(const py::tuple& t) {
   return {pointer<const void>(t, 0), item<int64_t>(t, 1), static_cast<DType>(item<int>(t, 2))};
 }
@@ -31,7 +31,7 @@ inline MutableRows rows_to_write(const py::tuple& t) {
   return {pointer<void>(t, 0), item<int64_t>(t, 1), static_cast<DType>(item<int>(t, 2))};
 }
 
-// Return the spec (labels, soft, alpha, alpha_stride, alpha_value, options).
+// Return the loss spec in a tuple (labels, soft, alpha, alpha_stride, alpha_value, options).
 inline LossSpec loss_spec(const py::tuple& t) {
   const auto options = item<py::tuple>(t, 5);
   return {pointer<const int64_t>(t, 0),

@@ -28,7 +28,7 @@ py::object local_loss(int64_t rows, int64_t classes, const py::tuple& logits, co
 }
 
 // sizes: (L, B, C, H). weights: (hidden_weight, its row stride, hidden_bias, logits_weight, logits_bias).
-// outputs: (losses, beliefs, logits). gradients: (dlogits, dhidden, hidden_bias, logits_bias), all 0 for none.
+// outputs: (losses, beliefs, logits). gradients: (dlogits, dhidden, hidden_bias, logits_bias), all 0 to compute none.
 py::object cascade(const py::tuple& sizes, const py::tuple& weights, const py::tuple& prior, const py::tuple& spec,
                    uintptr_t hidden, const py::tuple& outputs, const py::tuple& gradients, int threads) {
   using sid::item;

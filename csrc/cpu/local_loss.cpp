@@ -19,8 +19,8 @@ namespace {
 // Columns of a block. Each lane adds 64 values before the block's sums are merged into the row's, for any vector width.
 // z, q, p and dz of a block take at most 16 KiB, half of a typical L1 cache.
 constexpr int64_t kBlock = 64 * kWidth;
-// Longest row, in blocks, whose exponentials are kept for `write_row`. In a longer one, and with AVX-512 in every row
-// of more than one block, to compute them again takes no longer (measured).
+// Longest row, in blocks, whose exponentials are kept for `write_row`. In longer rows, and with AVX-512 in all rows of
+// more than one block, computing them again takes no longer (measured).
 constexpr int64_t kKept = kWidth == 16 ? 1 : 16384 / kBlock;
 
 // A matrix to read from, as float32: its rows themselves, or copies that are widened block by block.

@@ -4,7 +4,7 @@
 
 namespace sid {
 
-// The first label that is neither ignore_index nor in [0, classes). row = -1: all labels are valid.
+// A label that is neither ignore_index nor in [0, classes), the first in its problem. row = -1: all labels are valid.
 struct BadLabel {
   int64_t row = -1, label = 0;
 };
@@ -12,7 +12,7 @@ struct BadLabel {
 // Check the labels and count the rows that are not ignored into `counted`. Without labels, every row counts.
 BadLabel count_labels(const LossSpec& spec, int64_t rows, int64_t classes, int64_t* counted);
 
-// Where the losses of each row go: (rows) values each.
+// The output arrays for the losses of each row: (rows) values each.
 struct RowLosses {
   float *loss, *fidelity, *consistency;
 };

@@ -103,7 +103,7 @@ inline Vec log_(Vec x) {
 // Return the larger of a and b, or a if b is NaN. (A NaN in a row reaches the result through the sums.)
 template <class V> inline V larger(V a, V b) { return b > a ? b : a; }
 #if defined(__AVX512F__)
-// One instruction; the compiler makes two of the expression above.
+// A single instruction. For the expression above the compiler uses two.
 inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
 #endif
 

@@ -1,4 +1,4 @@
-// Multiply rows by a scale that lies on the device. The forward pass already computes the gradient; the backward pass
+// Multiply rows by a scale in device memory. The forward pass already computes the gradient; the backward pass
 // only multiplies it by the incoming gradient. In place, a scale of 1 costs no memory traffic. The host never reads it.
 #include "launch.h"
 #include "storage.cuh"
