@@ -1,4 +1,4 @@
-"""Cut a network of your own into local stages and train it with the Trainer."""
+"""Cut your own network into local stages and train it with the Trainer."""
 
 from torch import nn
 
@@ -6,6 +6,7 @@ from sid_trainer import TrainConfig, Trainer, cut, load_data
 
 
 def main(epochs: int = 5) -> float:
+    """Train on handwritten digits and return the test accuracy of the last stage."""
     data = load_data("digits")  # 8x8 grey images from scikit-learn; needs no download
     trunk = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),

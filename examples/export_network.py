@@ -1,4 +1,4 @@
-"""Export a trained network and run it without this package: a `torch.export` program needs PyTorch alone."""
+"""Export a trained network as a `torch.export` program and run it with nothing but PyTorch."""
 
 import argparse
 import subprocess
@@ -18,18 +18,19 @@ print("logits without sid_kernels:", tuple(logits.shape))
 
 
 def main(folder: Path) -> str:
+    """Train, export and run a network in a folder, and return what the exported program prints."""
     sid = [sys.executable, "-m", "sid_trainer"]
     subprocess.run([*sid, "train", "--train-images", "400", "--epochs", "1", "--out", str(folder / "run")], check=True)
     subprocess.run([*sid, "export", str(folder / "run"), "--out", str(folder / "network.pt2")], check=True)
     command = [sys.executable, "-c", INFERENCE, str(folder / "network.pt2")]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    print(answer, end="")
-    return answer
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(printed, end="")
+    return printed
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the run and the program (default: a temporary one)")
-    chosen = parser.parse_args().out
+    folder = parser.parse_args().out
     with tempfile.TemporaryDirectory() as temporary:
-        main(chosen or Path(temporary))
+        main(folder or Path(temporary))

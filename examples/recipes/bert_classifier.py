@@ -10,7 +10,7 @@ from sid_trainer import cut
 
 
 class Sequences(Dataset):
-    """Padded sequences whose class is the token, of three, that they begin with."""
+    """Padded random sequences. The first token of each is one of three, and is its class."""
 
     def __init__(self, count: int, seed: int, length: int = 12):
         generator = torch.Generator().manual_seed(seed)

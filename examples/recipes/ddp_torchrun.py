@@ -1,4 +1,4 @@
-"""Train with DistributedDataParallel: torchrun --standalone --nproc-per-node=2 ddp_torchrun.py."""
+"""Train with DistributedDataParallel: `torchrun --standalone --nproc-per-node=2 ddp_torchrun.py`."""
 
 import torch
 import torch.distributed as dist

@@ -12,7 +12,7 @@ VOCABULARY = sorted(set(TEXT))
 
 
 def main(steps: int = 60) -> float:
-    """Train on one sentence, character by character; return the share of a continuation that is right."""
+    """Train on the characters of one sentence and return the share of correct characters in its continuation."""
     torch.manual_seed(0)
     tokens = torch.tensor([VOCABULARY.index(character) for character in TEXT * 4])
     config = GPT2Config(

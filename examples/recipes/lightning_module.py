@@ -1,4 +1,4 @@
-"""Train with Lightning; `network` trains every stage inside `training_step`."""
+"""Train with Lightning: the loss that `training_step` returns trains every stage."""
 
 import lightning
 import torch
@@ -17,7 +17,7 @@ class Classifier(lightning.LightningModule):
         self.network = network
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Return the loss whose backward hands out the gradients."""
+        """Return the sum of the stage losses; its backward pass gives every stage its own gradients."""
         images, labels = batch
         return self.network(images, labels).loss
 

@@ -1,4 +1,4 @@
-"""Train a timm ResNet, ConvNeXt or ViT in local stages: python timm_models.py --model vit."""
+"""Train a timm ResNet, ConvNeXt or ViT in local stages: `python timm_models.py --model vit`."""
 
 import argparse
 
@@ -9,12 +9,12 @@ from torch.nn.functional import interpolate
 
 from sid_trainer import cut
 
-SETTINGS = {  # small variants; remove the options to train the models in full
+SETTINGS = {  # options of small variants; without them timm creates the full models
     "resnet18": {"channels": (16, 24, 32, 48), "layers": (1, 1, 1, 1)},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64), "patch_size": 2},
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3},
 }
-CUTS = {  # the submodules that end the stages
+CUTS = {  # the last submodule of each stage
     "resnet18": ["layer1", "layer2", "layer3", "layer4"],
     "convnext_atto": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "vit_tiny_patch16_224": ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
@@ -49,6 +49,6 @@ def main(name: str = "resnet18", steps: int = 80) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet18", help="resnet18, convnext_atto, vit_tiny_patch16_224, or a part")
+    parser.add_argument("--model", default="resnet18", help=f"a part of one of {', '.join(CUTS)}")
     choice = parser.parse_args().model
     main(next(name for name in CUTS if choice in name))

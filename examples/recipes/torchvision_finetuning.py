@@ -14,7 +14,7 @@ from sid_trainer import cut
 def main(pretrained: bool = False, steps: int = 50) -> float:
     """Train on handwritten digits and return the accuracy on images kept out of training.
 
-    The pretrained weights are downloaded by torchvision; without them the weights are random.
+    With `pretrained`, torchvision downloads pretrained weights. Otherwise the weights are random.
     """
     torch.manual_seed(0)
     digits = load_digits()
@@ -22,11 +22,11 @@ def main(pretrained: bool = False, steps: int = 50) -> float:
     images, labels = images.expand(-1, 3, -1, -1), torch.tensor(digits.target)
 
     model = torchvision.models.shufflenet_v2_x0_5(weights="DEFAULT" if pretrained else None)
-    model.fc = nn.Linear(1024, 10)  # the new task's classes, as in any fine-tuning
+    model.fc = nn.Linear(1024, 10)  # a new classifier for the classes of this task
     if pretrained:
-        model.conv1.requires_grad_(False)  # frozen parameters need nothing else
+        model.conv1.requires_grad_(False)  # freezing parameters needs nothing else
 
-    # Two stages end in new heads. The rest of the model, with its own classifier, is the third.
+    # The first two stages get new heads. The rest of the model, with its own classifier, is the third stage.
     network = cut(
         model, ["stage2", "stage3"], num_classes=10, example=images[:2], channels="first", grid=2, own_classifier=True
     )

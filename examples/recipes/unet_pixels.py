@@ -8,6 +8,7 @@ from sid_trainer import cut
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
+    """Return a convolution with batch normalization and ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
@@ -46,7 +47,7 @@ def main(steps: int = 50) -> float:
     """Train on synthetic images and return the accuracy on the pixels of the squares of new images."""
     torch.manual_seed(0)
     images, labels = squares(8)
-    # Skip connections across the cuts pass values and no gradients.
+    # Skip connections across cuts pass values, but no gradients.
     network = cut(
         UNet(), ["down1", "down2", "bottom", "up2"], num_classes=3, example=images, per_position=True,
         own_classifier=True,
