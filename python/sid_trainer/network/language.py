@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .local_pass import LocalOutput, uniform_belief
-from .modules import SIDNetwork, Stage
+from .modules import Prediction, SIDNetwork, Stage
 
 READOUTS = ("private", "shared")
 
@@ -133,6 +133,10 @@ class LanguageModel(SIDNetwork):
         if targets is None:
             return self.stage_logits(inputs)[-1].unflatten(0, inputs.shape)
         return self.learn(inputs, targets.flatten())
+
+    def predict(self, inputs: Tensor, confidence: float = 0.9) -> Prediction:
+        """Raise ValueError: tokens leave the stages one by one, by `next_token`."""
+        raise ValueError("predict is for images, not for tokens; call next_token(tokens, confidence)")
 
     @torch.no_grad()
     def next_token(self, tokens: Tensor, confidence: float = 1.0) -> tuple[Tensor, int]:

@@ -157,6 +157,11 @@ def test_the_next_token_is_that_of_a_whole_call_or_of_the_first_stage_that_is_su
     assert network.next_token(inputs, 0.0)[1] == 1
 
 
+def test_predict_is_for_images():
+    with pytest.raises(ValueError, match="predict is for images, not for tokens; call next_token"):
+        model().predict(tokens()[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
