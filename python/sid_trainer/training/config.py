@@ -161,8 +161,8 @@ class RunConfig(TrainConfig):
 
 # Settings of images and their networks, which a text and a language model do not have.
 IMAGE_SETTINGS = (
-    "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
-    "hidden_dim", "grid", "norm", "prior_dropout", "classifier", "network",
+    "cache", "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
+    "hidden_dim", "grid", "norm", "prior_input", "prior_dropout", "classifier", "network",
 )  # fmt: skip
 
 

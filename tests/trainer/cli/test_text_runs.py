@@ -87,6 +87,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(text, tmp_path, method):
     [
         (["--dataset", "text"], "path must be a text file or a folder of .txt files; none was given"),
         (["--data", "TEXT", "--flip"], "flip must be left out for text, not True"),
+        (["--data", "TEXT", "--no-prior-input"], "prior_input must be left out for text, not False"),
+        (["--data", "TEXT", "--cache", "there"], "cache must be left out for text, not 'there'"),
         (
             ["--data", "TEXT", "--arch", "mlp"],
             "arch must be gpt for dataset text, and for no other, not 'mlp' for 'text'",
