@@ -205,8 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run `sid`. Return 0, or 1 if training failed, 2 for a request that cannot be met, 130 if interrupted."""
     command = "sid"
     try:
-        run = {"train": train, "compare": compare, "report": report, "eval": evaluate, "export": export}
-        run["sample"] = sample
+        run = {
+            "train": train, "compare": compare, "report": report, "eval": evaluate, "export": export, "sample": sample,
+        }  # fmt: skip
         args = make_parser(run).parse_args(arguments)
         command = f"sid {args.command}"
         args.run(args)

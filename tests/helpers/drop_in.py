@@ -58,3 +58,16 @@ def assert_same_weights(network, other, *, exact: bool = False, rtol: float = 1e
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """Return a parameter that may be sharded, detached."""
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
+def train_steps(network, inputs, targets, steps, lr=1e-3):
+    """Take steps on one batch by Adam; return the first and the last losses of the stages (L,)."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = network(inputs, targets)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.stage_loss)
+    return losses[0], losses[-1]

@@ -24,9 +24,14 @@ class PredictedResult(StepResult):
         return (self.predictions == targets).sum()
 
 
+def rows_at_once(network: LanguageModel) -> int:
+    """Return the number of rows whose logits take at most MOST_BYTES."""
+    return MOST_BYTES // (4 * network.num_classes)
+
+
 def is_large(network: LanguageModel, targets: Tensor) -> bool:
     """Return whether logits for all targets (N,) would take more than MOST_BYTES."""
-    return len(targets) * network.num_classes * 4 > MOST_BYTES
+    return len(targets) > rows_at_once(network)
 
 
 def in_parts(network: object, batches: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
@@ -34,7 +39,7 @@ def in_parts(network: object, batches: Iterable[tuple[Any, Tensor]]) -> Iterator
     for inputs, targets in batches:
         if isinstance(network, LanguageModel) and is_large(network, targets):
             length = inputs.shape[1]
-            rows = max(1, MOST_BYTES // (4 * network.num_classes * length))
+            rows = max(1, rows_at_once(network) // length)
             yield from zip(inputs.split(rows), targets.split(rows * length), strict=True)
         else:
             yield inputs, targets
@@ -71,7 +76,7 @@ def train_readouts(
         features, prior = features.detach(), PriorHead(hidden.detach(), weight.detach(), None)
     assert prior is not None
     hidden, weight, _ = prior
-    rows = max(1, MOST_BYTES // (4 * network.num_classes))
+    rows = max(1, rows_at_once(network))
     with torch.no_grad():
         result = PredictedResult(torch.stack(losses), hidden.new_empty(0, network.num_classes))
         result.predictions = torch.cat([(part @ weight.T.to(part.dtype)).argmax(1) for part in hidden.split(rows)])

@@ -413,9 +413,8 @@ def stagewise(
     """
     stages = []
     tails = tails or [()] * len(blocks)
-    for block, tail, features in zip(blocks, tails, block_features(blocks, example), strict=True):
-        head_input = block_features(tail, features.tensor)[-1] if tail else features
-        shape = tuple(head_input.tensor.shape[1:])
+    for i, (tail, features) in enumerate(zip(tails, block_features(blocks, example), strict=True)):
+        shape = tuple(through_tail(tail, features, f"stage {i + 1}").tensor.shape[1:])
         head = make_head(shape, "first" if len(shape) > 2 else "last", num_classes, options, tail=tail)
-        stages.append(Stage(head, block))
+        stages.append(Stage(head, blocks[i]))
     return SIDNetwork(nn.Identity(), stages, num_classes)

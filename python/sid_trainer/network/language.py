@@ -19,17 +19,20 @@ READOUTS = ("private", "shared")
 class RotaryPositions(nn.Module):
     """Rotate queries and keys (B, heads, T, D) by their positions (RoFormer, arXiv 2104.09864)."""
 
-    angles: Tensor  # (context, D / 2)
+    cos: Tensor  # (context, D / 2), of the angles
+    sin: Tensor
 
     def __init__(self, dim: int, context: int):
         super().__init__()
         frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("angles", torch.outer(torch.arange(context), frequencies), persistent=False)
+        angles = torch.outer(torch.arange(context), frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] > len(self.angles):
-            raise ValueError(f"inputs must have at most {len(self.angles)} tokens, the context, not {x.shape[2]}")
-        cos, sin = (f(self.angles[: x.shape[2]]).to(x.dtype) for f in (torch.cos, torch.sin))
+        if x.shape[2] > len(self.cos):
+            raise ValueError(f"inputs must have at most {len(self.cos)} tokens, the context, not {x.shape[2]}")
+        cos, sin = (table[: x.shape[2]].to(x.dtype) for table in (self.cos, self.sin))
         lower, upper = x.chunk(2, dim=-1)
         return torch.cat((lower * cos - upper * sin, lower * sin + upper * cos), dim=-1)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.drop_in import train_steps
 from sid_trainer import StageLossOptions, bp_step, cut
 from sid_trainer.network import local_pass
 from sid_trainer.network.channels import infer_channels, record_outputs
@@ -132,19 +133,6 @@ def cut_model(name):
     return cut(model, at, 40, inputs, **options), inputs, targets
 
 
-def train(network, inputs, targets, steps, lr=1e-3):
-    """Return the first and the last losses of the stages (L,)."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        output = network(inputs, targets)
-        output.loss.backward()
-        optimizer.step()
-        losses.append(output.stage_loss)
-    return losses[0], losses[-1]
-
-
 def assert_nothing_crosses(network, inputs, targets, monkeypatch):
     """Check that a change of one stage's loss changes that stage's gradients and those of no other."""
     network.train()  # no model here draws random numbers
@@ -182,7 +170,7 @@ def test_a_model_trains_by_its_names(name, monkeypatch):
     fresh = MODELS[name]()[0].state_dict()
     assert keys == {key: value.shape for key, value in fresh.items()}
     assert_nothing_crosses(network, inputs, targets, monkeypatch)
-    first, last = train(network, inputs, targets, STEPS)
+    first, last = train_steps(network, inputs, targets, STEPS)
     assert last.sum() < first.sum(), (first, last)
     assert type(network.model).__name__ == type(MODELS[name]()[0]).__name__
     assert list(network.model.state_dict()) == list(keys)
@@ -243,7 +231,7 @@ def test_a_unet_learns_pixels_with_its_skips_and_its_own_classifier(monkeypatch)
     assert network.depth == 5 and not network.untrained
     assert_nothing_crosses(network, inputs, targets, monkeypatch)
     network.train()
-    first, last = train(network, inputs, targets, 60, lr=1e-2)
+    first, last = train_steps(network, inputs, targets, 60, lr=1e-2)
     assert (last < 0.8 * first).all()
     soft = F.one_hot(targets.clamp(min=0), CLASSES).float()
     assert network(inputs, soft).loss.isfinite() and network.eval()({"x": inputs}).shape == (BATCH, CLASSES, 16, 16)
@@ -286,7 +274,7 @@ def test_a_mask_is_for_tokens():
             x = self.embed(input_ids)
             return self.pool((self.pairs(x.reshape(len(x), -1, 16)) if self.joined else x).mean(1))
 
-    first, last = train(cut(Pairs(False), ["embed", "pool"], CLASSES, tokens()), tokens(), labels(), 5, lr=1e-2)
+    first, last = train_steps(cut(Pairs(False), ["embed", "pool"], CLASSES, tokens()), tokens(), labels(), 5, lr=1e-2)
     assert (last < first).all()
     with pytest.raises(ValueError, match=r"mask must be \(B, T\) for tokens \(B, T, D\), not \(4, 12\) for features"):
         cut(Pairs(True), ["pairs", "pool"], CLASSES, tokens())
@@ -325,7 +313,7 @@ def test_own_heads_as_a_list_and_as_a_function():
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3))
     for heads in ([Head(4), Head(6)], nn.ModuleList([Head(4), Head(6)]), lambda i, features: Head(features.shape[1])):
         network = cut(trunk, ["0", "1"], CLASSES, images(8), heads=heads)
-        first, last = train(network, images(8), labels(), 10, lr=1e-2)
+        first, last = train_steps(network, images(8), labels(), 10, lr=1e-2)
         assert (last < first).all()
 
 
@@ -347,7 +335,7 @@ def test_heads_take_the_dtype_of_the_trunk(dtype):
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).to(dtype)
     network = cut(trunk, ["1", "2"], CLASSES, images(8).to(dtype))
     assert {parameter.dtype for parameter in network.parameters()} == {dtype}
-    first, last = train(network, images(8).to(dtype), labels(), 10, lr=1e-2)
+    first, last = train_steps(network, images(8).to(dtype), labels(), 10, lr=1e-2)
     assert last.sum() < first.sum()
 
 
