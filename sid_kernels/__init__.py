@@ -11,6 +11,7 @@ import torch  # noqa: F401  # before the compiled modules, so that they share it
 
 # The module and the function share a name, and the name means the function. A later
 # `import sid_kernels.fused_local_loss` finds the module loaded and does not change the attribute.
+from .core.memory import release_memory
 from .fused_belief_head import BeliefHead, PriorHead, belief_head_and_grad, fused_belief_head
 from .fused_local_loss import LocalLoss, fused_local_loss, local_loss_and_grad
 from .refine_cascade import CascadeResult, CascadeWeights, refine_cascade, refine_cascade_and_grad
@@ -32,4 +33,5 @@ __all__ = [
     "local_loss_and_grad",
     "refine_cascade",
     "refine_cascade_and_grad",
+    "release_memory",
 ]

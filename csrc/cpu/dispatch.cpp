@@ -1,8 +1,5 @@
 // The CPU entry points: choose the instruction set, check labels, split rows among threads, reduce the losses.
 #include <pthread.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -60,20 +57,6 @@ constexpr int64_t kSerialElements = 32768;
 // From this number of output bytes on, stores bypass the caches: half of a typical last-level cache.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
-// From 32 MiB on, malloc returns fresh pages, and faulting them in costs as much as writing them. Ask for 2 MiB pages.
-// Smaller blocks are reused by malloc; for them the advice cost more than it saved (measured).
-constexpr uintptr_t kFreshBytes = uintptr_t{32} << 20;
-void advise_huge_pages(const MutableRows& out, int64_t rows, int64_t classes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (!out.data || rows < 1 || out.stride < classes) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(out.data);
-  const uintptr_t end = start + ((rows - 1) * out.stride + classes) * size_of(out.dtype);
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (end - start >= kFreshBytes && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 const char* cpu_instruction_set() { return kLevel == 2 ? "avx512" : kLevel == 1 ? "avx2" : "baseline"; }
@@ -109,10 +92,6 @@ BadLabel local_loss_cpu(const LocalLossProblem& problem, int threads) {
   const auto bytes = [](const MutableRows& out) { return out.data ? size_of(out.dtype) : 0; };
   const int64_t written = elements * (bytes(problem.belief) + bytes(problem.dlogits));
   const bool streaming = written >= kStreamingBytes && problem.dlogits.data != problem.logits.data;
-  if (written >= static_cast<int64_t>(kFreshBytes)) {
-    advise_huge_pages(problem.belief, problem.rows, problem.classes);
-    advise_huge_pages(problem.dlogits, problem.rows, problem.classes);
-  }
   const RowsKernel kernel = rows_kernel();
   if (forked || elements < kSerialElements) threads = 1;
   threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, problem.rows)));

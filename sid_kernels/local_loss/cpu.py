@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import cpu
+from ..core import cpu, memory
 from ..core.checks import label_error
 from ..core.native import pack_spec
 from ..core.options import DEFAULTS
@@ -29,7 +29,8 @@ def run(problem: LocalLossProblem) -> LocalLossOutputs:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _float32, _int64, _like = torch.float32, torch.int64, torch.empty_like
-_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
+_CPU = torch.device("cpu")
+_SCALAR = torch.empty((), dtype=torch.float32, device=_CPU)
 
 
 def run_ordinary(
@@ -71,7 +72,11 @@ def run_ordinary(
     z, q = logits.data_ptr(), prior.data_ptr()
     if not z or not q:  # implied zeros, or no rows
         return None
-    belief, dlogits = _like(prior), _like(prior) if out is None else out
+    if 4 * rows * classes < memory.LEAST_BYTES:
+        belief, dlogits = _like(prior), _like(prior) if out is None else out
+    else:
+        belief = memory.empty_matrix(shape, _float32, _CPU)
+        dlogits = memory.empty_matrix(shape, _float32, _CPU) if out is None else out
     loss, fidelity, consistency = _like(_SCALAR), _like(_SCALAR), _like(_SCALAR)
     bad = cpu.compiled.local_loss(
         rows,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import DTYPES, as_rows, check_device, check_dtype, check_tensor, make_spec
+from ..core.memory import empty_matrix
 from ..core.options import LossOptions, LossSpec, compute_dtype
 
 _new = torch.empty_strided  # half the overhead of torch.empty
@@ -107,7 +108,7 @@ def allocate(problem: LocalLossProblem) -> LocalLossOutputs:
     if not problem.need_grad:
         dlogits = None
     elif dlogits is None:
-        dlogits = _new(shape, (shape[1], 1), dtype=logits.dtype, device=device)
+        dlogits = empty_matrix(shape, logits.dtype, device)
     size, strides = ((shape[0],), (1,)) if problem.spec.options.reduction == "none" else ((), ())
     loss = _new(size, strides, dtype=torch.float32, device=device)
     fidelity = _new(size, strides, dtype=torch.float32, device=device)
@@ -121,7 +122,7 @@ def allocate_belief(problem: LocalLossProblem) -> Tensor | None:
         return problem.belief_out
     z = problem.logits
     dtype = z.dtype if problem.prior is None else problem.prior.dtype
-    return _new(z.shape, (z.shape[1], 1), dtype=dtype, device=z.device)
+    return empty_matrix(z.shape, dtype, z.device)
 
 
 def scale_of_mean(spec: LossSpec, rows: Tensor) -> Tensor:
