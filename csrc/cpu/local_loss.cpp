@@ -221,57 +221,74 @@ template <template <class> class Divergence, bool Prior, bool Soft, bool LogitSu
     }
   }
 
-  // Compute a float32 row that fits one vector: read it once, compute in registers, write it once.
-  // Ten classes are a common case, for which the general path is mostly bookkeeping.
-  template <bool Belief>
-  void one_vector(RowTarget& row, int64_t r, Vec one, Vec off, Vec on, float scale, const RowLosses& losses) const {
-    const int m = static_cast<int>(problem.classes);
+  // Compute a float32 row of V vectors, the last of which may be partial: read it once, compute in registers, write it
+  // once. Ten classes are a common case, for which the general path is mostly bookkeeping.
+  template <int V, bool Belief>
+  void in_registers(RowTarget& row, int64_t r, Vec on, Vec off, float scale, const RowLosses& losses) const {
+    const int last = static_cast<int>(problem.classes) - (V - 1) * kWidth;  // elements of the last vector
+    auto read = [&](const float* x, int v, float fill) __attribute__((always_inline)) {
+      return v < V - 1 ? load(x + v * kWidth) : load_first(x + v * kWidth, last, fill);
+    };
+    auto write = [&](float* x, int v, Vec value) __attribute__((always_inline)) {
+      v < V - 1 ? store(x + v * kWidth, value) : store_first(x + v * kWidth, value, last);
+    };
     const float* zr = z.row(r);
     const int64_t label = Soft ? -1 : problem.spec.labels[r];
     const bool counts = Soft || label != problem.spec.options.ignore_index;
     if (problem.spec.alpha) row.alpha = problem.spec.alpha[r * problem.spec.alpha_stride];
     if (!Soft) row.label_logit = counts ? zr[label] : 0.0f;
-    const Vec zi = load_first(zr, m, kMasked), qi = Prior ? load_first(q.row(r), m, 0.0f) : broadcast(row.uniform());
-    const VecI at_label = lanes() == static_cast<int32_t>(label);
-    const Vec yi = Soft ? (load_first(y.row(r), m, 0.0f) * (1.0f - row.smoothing) + off) * one : at_label ? on : off;
-    const float max = max_lanes(zi);
-    const Vec t = zi - reference(max), e = exp_(t);
+    Vec zs[V], ts[V], es[V], qs[V], ys[V], highest = broadcast(kMasked);
+    for (int v = 0; v < V; ++v) zs[v] = read(zr, v, kMasked), highest = larger(highest, zs[v]);
+    const float max = max_lanes(highest);
     Divergence<Vec> sums;
     sums.clear();
-    sums.add(t, e);
-    if (LogitSum) sums.add_logit(one == broadcast(0.0f) ? one : t, one);
-    if (Prior) sums.add_prior(t, e, qi);
-    if (Soft) sums.add_target(t, e, yi);
+    for (int v = 0; v < V; ++v) {
+      const Vec one = v < V - 1 ? broadcast(1.0f) : load_first(kOnes, last, 0.0f);  // 0 in lanes beyond the row
+      const Vec t = ts[v] = zs[v] - reference(max), e = es[v] = exp_(t);
+      qs[v] = Prior ? read(q.row(r), v, 0.0f) : broadcast(row.uniform());
+      if (Soft) ys[v] = (read(y.row(r), v, 0.0f) * (1.0f - row.smoothing) + off) * one;
+      else ys[v] = lanes() == static_cast<int32_t>(label - v * kWidth) ? on : off;
+      sums.add(t, e);
+      if (LogitSum) sums.add_logit(one == broadcast(0.0f) ? one : t, one);
+      if (Prior) sums.add_prior(t, e, qs[v]);
+      if (Soft) sums.add_target(t, e, ys[v]);
+    }
     Divergence<float> total;
     for (int i = 0; i < Divergence<Vec>::N; ++i)
       total.sums.v[i] = Divergence<Vec>::uses(i, Prior, LogitSum, Soft) ? sum_lanes(sums.sums.v[i]) : 0.0f;
     const RowResult result = total.finish(row, max);
-    const Vec belief = e * result.scale;
-    if (Belief) store_first(p.row32(r), belief, m);
-    if (dz.rows.data) {
-      const Vec g = scale * Divergence<Vec>::gradient(row, result, t, belief, qi, yi);
-      store_first(dz.row32(r), counts ? g : Vec{}, m);
+    for (int v = 0; v < V; ++v) {
+      const Vec belief = es[v] * result.scale;
+      if (Belief) write(p.row32(r), v, belief);
+      if (!dz.rows.data) continue;
+      const Vec g = scale * Divergence<Vec>::gradient(row, result, ts[v], belief, qs[v], ys[v]);
+      write(dz.row32(r), v, counts ? g : Vec{});
     }
     set_losses(losses, r, result, counts);
   }
 
+  template <int V>
+  void run_in_registers(RowTarget row, int64_t begin, int64_t end, float scale, const RowLosses& losses) const {
+    const Vec on = broadcast(row.on_label()), off = broadcast(row.off_label());
+    auto each_row = [&](auto belief) {  // a branch in every row costs 1% at (128, 10) (measured)
+      for (int64_t r = begin; r < end; ++r) in_registers<V, belief>(row, r, on, off, scale, losses);
+    };
+    problem.belief.data ? each_row(std::true_type{}) : each_row(std::false_type{});
+  }
+
   void run(int64_t begin, int64_t end, float scale, const RowLosses& losses) const {
     const auto float32 = [](DType t, const void* data) { return !data || t == DType::f32; };
-    if (problem.classes <= kWidth && !problem.incoming && float32(problem.logits.dtype, this) &&
+    if (problem.classes <= 2 * kWidth && !problem.incoming && float32(problem.logits.dtype, this) &&
         float32(problem.prior.dtype, problem.prior.data) && float32(problem.spec.soft.dtype, problem.spec.soft.data) &&
         float32(problem.belief.dtype, problem.belief.data)) {
-      RowTarget row{static_cast<float>(problem.classes),
-                    problem.spec.alpha_value,
-                    problem.spec.options.label_smoothing,
-                    Prior,
-                    !Soft,
-                    0.0f};
-      const Vec one = load_first(kOnes, static_cast<int>(problem.classes), 0.0f);
-      const Vec off = broadcast(row.off_label()), on = broadcast(row.on_label());
-      auto each_row = [&](auto belief) {  // a branch in every row costs 1% at (128, 10) (measured)
-        for (int64_t r = begin; r < end; ++r) one_vector<belief>(row, r, one, off, on, scale, losses);
-      };
-      return problem.belief.data ? each_row(std::true_type{}) : each_row(std::false_type{});
+      const RowTarget row{static_cast<float>(problem.classes),
+                          problem.spec.alpha_value,
+                          problem.spec.options.label_smoothing,
+                          Prior,
+                          !Soft,
+                          0.0f};
+      return problem.classes <= kWidth ? run_in_registers<1>(row, begin, end, scale, losses)
+                                       : run_in_registers<2>(row, begin, end, scale, losses);
     }
     for (int64_t r = begin; r < end; ++r) {
       const SummedRow s = sum_row(r);
