@@ -2,6 +2,7 @@
 
     python bench/kernels/report.py --out bench/results/cpu.json
     python bench/kernels/report.py --plot bench/results/cpu.json --out docs/images/bench.png
+    python bench/kernels/report.py --plot AVX2.json AVX512.json --out PICTURE   # two files in one picture
 
 All contenders run in one process; every round measures each of them once. Each is first checked against float64 on the
 inputs it is timed on. "Share of clone" is the bandwidth of the operation, counting only the bytes it must move, divided

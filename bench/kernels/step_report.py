@@ -178,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         from bench.kernels import step_plot
 
-        step_plot.draw(args.plot, args.out)
+        if len(args.plot) > 1:
+            parser.error("--plot: this picture is of one file")
+        step_plot.draw(args.plot[0], args.out)
         print(f"written: {args.out}")
         return 0
     listed = cases(args)

@@ -108,7 +108,7 @@ def header(description: str) -> dict:
 
 
 def machine() -> dict:
-    """Describe the processor, its cores and the first GPU. Needs torch; the instruction set needs sid_kernels."""
+    """Describe the processor, the state of its memory and the first GPU. Needs torch; some fields need sid_kernels."""
     import torch
 
     description = {
@@ -117,13 +117,18 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "instruction_set": None,
+        "memory": None,
         "gpu": None,
     }
     try:
-        from sid_kernels.core import cpu
+        from sid_kernels.core import cpu, memory
 
         if cpu.unavailable() is None:
             description["instruction_set"] = cpu.instruction_set()
+        description["memory"] = {
+            "large_outputs_kept": memory.LEAST_BYTES < sys.maxsize,
+            "free_bytes_in_pages_of_2_MiB": memory.free_in_large_pages(),
+        }
     except ImportError:
         pass
     if torch.cuda.is_available():

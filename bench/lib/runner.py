@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument
         add("--out", type=Path, required=True, help="the JSON file to write (with --plot: the picture)")
-        add("--plot", type=Path, metavar="JSON", help="measure nothing, draw the results in this file")
+        add("--plot", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw the results in these files")
         add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
         add("--rounds", type=int, default=50, help="most rounds per size (default: 50; at least 3 are made)")
         add("--seconds", type=float, help="time for the rounds of one size (default: 40 on a CPU, 4 on a GPU)")
@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if args.rounds < 1:
             self.error(f"--rounds is {args.rounds}; it must be at least 1")
-        if args.plot:
-            self._check_file(args.plot)
+        for path in args.plot or ():
+            self._check_file(path)
         if args.device == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda: PyTorch sees no CUDA GPU")
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -83,12 +83,12 @@ def _map(nbytes: int) -> mmap.mmap:
     pages together, which takes longer than ordinary pages (measured).
     """
     block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and 2 * nbytes <= _free_in_large_pages():
+    if hasattr(mmap, "MADV_HUGEPAGE") and 2 * nbytes <= free_in_large_pages():
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 
-def _free_in_large_pages() -> int:
+def free_in_large_pages() -> int:
     """Return the bytes of free memory in ranges of at least 2 MiB, or 0 if the system does not say, proc(5)."""
     try:
         zones = Path("/proc/buddyinfo").read_text().splitlines()

@@ -161,10 +161,10 @@ def test_threads_never_share_memory():
 def test_free_memory_in_large_pages(monkeypatch):
     lines = "Node 0, zone      DMA      0      0      0      0      0      0      0      0      1      1      3 \n"
     monkeypatch.setattr(memory.Path, "read_text", lambda self: lines)
-    assert memory._free_in_large_pages() == (1 << 21) + 3 * (1 << 22)
+    assert memory.free_in_large_pages() == (1 << 21) + 3 * (1 << 22)
 
     def missing(self):
         raise FileNotFoundError
 
     monkeypatch.setattr(memory.Path, "read_text", missing)
-    assert memory._free_in_large_pages() == 0
+    assert memory.free_in_large_pages() == 0
