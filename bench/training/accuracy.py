@@ -7,7 +7,8 @@ The result of a run is its state after the last epoch; nothing is chosen by test
 spread over `--jobs` processes, and the JSON file is written after each run. A run that is in the file already is not
 repeated, so a table can be continued with more seeds.
 
-Cells named "teacher: ..." replace the prior in the loss of a stage. These experiments are not part of the library.
+Cells named "teacher: ..." replace the prior in the loss of a stage, those named "trial: ..." change the heads. These
+experiments are not part of the library.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.lib import record
 from sid_kernels import local_loss_and_grad
@@ -36,10 +37,11 @@ from sid_trainer.data.datasets import Split
 from sid_trainer.data.splits import add_label_noise
 from sid_trainer.methods import step as step_module
 from sid_trainer.methods.common import teacher_beliefs as beliefs_of
+from sid_trainer.network.heads import FeaturePooling
 from sid_trainer.options import Parser
 from sid_trainer.runs.build import make_config, make_data, make_network
 from sid_trainer.training.config import run_config
-from sid_trainer.training.evaluation import accuracy
+from sid_trainer.training.evaluation import accuracy, exit_curve
 from sid_trainer.training.operations import exit_operations, training_operations
 
 # ---------------------------------------------------------------- cells
@@ -77,9 +79,12 @@ TEACHERS = {
     "teacher: average over time": SID | {"schedule": "two-phase"},
     "teacher: last stage": SID | {"schedule": "two-phase"},
 }
+TRIALS = {"trial: residual beliefs": SID, "trial: tails at half the resolution": SID}
+ONE_ALPHA = {"sid, alpha 0.5 in every stage": SID | {"alpha": 0.5}}
 BELIEF = {name: (CONTROLS | METHODS)[name] for name in ("bp", "sid", "sid, graded labels", "greedy")}
 BELIEF |= {"greedy, graded labels": METHODS["greedy, graded labels"]} | TEACHERS
 MAIN = {name: (CONTROLS | METHODS)[name] for name in ("bp", "bp, smoothed labels", "sid", "greedy, graded labels")}
+EXIT = {name: (CONTROLS | METHODS)[name] for name in ("bp", "sid", "sid, no tails")} | TRIALS | ONE_ALPHA
 
 
 def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]:
@@ -95,9 +100,11 @@ def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]
     return changed
 
 
-# By name of the table: the settings that all of its cells share, and the settings of each cell.
+# By name of the table: the settings that all of its cells share, and the settings of each cell. `change` names a
+# function of `CHANGED_DATA`.
 CIFAR = {"dataset": "cifar10", "epochs": 12}
 SMALL = CIFAR | {"train_images": 10_000}
+MLP = {"dataset": "mnist", "arch": "mlp", "crop": 0}
 TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
     "cifar10": (CIFAR, {name: cell for name, cell in (CONTROLS | METHODS).items() if name not in SMALL_ONLY}),
     "cifar10-10k": (SMALL, CONTROLS | METHODS | TEACHERS),
@@ -105,13 +112,18 @@ TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
     "noise-20-long": (SMALL | {"label_noise": 0.2, "epochs": 100, "crop": 0, "flip": False}, MAIN),
     "noise-40-long": (SMALL | {"label_noise": 0.4, "epochs": 100, "crop": 0, "flip": False}, MAIN),
     "few-labels": (CIFAR | {"train_images": 1_000, "epochs": 60}, BELIEF),
-    "many-classes": (SMALL | {"flip": False, "rotations": True}, BELIEF),
+    "many-classes": (SMALL | {"flip": False, "change": "rotations"}, BELIEF),
     "resnet18": (SMALL | {"arch": "resnet18"}, by_depth(MAIN | {"deep supervision": GREEDY | {
         "method": "deep-supervision", "tail": 0}}, 4)),
     "resnet18-8": (SMALL | {"arch": "resnet18"}, by_depth(MAIN, 8)),
     "vgg11": (SMALL | {"arch": "vgg11"}, by_depth(MAIN, 5)),
     "vit_tiny": (SMALL | {"arch": "vit_tiny"}, by_depth(MAIN, 4)),
     "mnist": ({"dataset": "mnist", "epochs": 5}, MAIN),
+    "cifar10-16x16": (CIFAR | {"train_images": 5_000, "change": "halves"}, EXIT),
+    "mnist-mlp-10k": (MLP | {"train_images": 10_000, "epochs": 4}, MAIN | ONE_ALPHA),
+    "mnist-mlp-pairs-5k": (MLP | {"train_images": 5_000, "epochs": 12, "change": "pairs"}, BELIEF | ONE_ALPHA),
+    "mnist-mlp-noise-20": (MLP | {"train_images": 2_000, "label_noise": 0.2, "epochs": 30}, BELIEF | ONE_ALPHA),
+    "mnist-mlp-few-labels": (MLP | {"train_images": 1_000, "epochs": 40}, BELIEF | ONE_ALPHA),
 }  # fmt: skip
 
 
@@ -168,42 +180,89 @@ def use_teacher(name: str, network: SIDNetwork) -> None:
         step_module.teacher_beliefs = lambda *arguments: [beliefs_of(*arguments)[-1]] * network.depth
 
 
+# ---------------------------------------------------------------- heads on trial
+
+
+class ResidualHead(nn.Module):
+    """A head whose logits are added to the logarithm of the prior."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
+        """Return the logits (B, C) for features (B, ...) and the prior belief (B, C)."""
+        return self.head(features, prior) + prior.clamp_min(1e-30).log()
+
+
+def change_heads(name: str, network: SIDNetwork) -> None:
+    """Change the heads of the network as the cell called `name` says; other cells keep theirs."""
+    for stage in network.stages:
+        if name == "trial: residual beliefs":
+            stage.head = ResidualHead(stage.head)
+        elif name == "trial: tails at half the resolution" and not isinstance(stage.head.pooling, FeaturePooling):
+            stage.head.pooling.insert(0, nn.AvgPool2d(2))  # before the tail, which is before the FeaturePooling
+
+
 # ---------------------------------------------------------------- a run
+
+# Of the curve of early exit: an image leaves at the first stage that is so sure. Above 1, none leaves early.
+CONFIDENCES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 2.0)
 
 
 def rotated(split: Split, seed: int) -> Split:
     """Rotate each image by a random multiple of 90 degrees; each pair of class and rotation becomes a class."""
-    images = split.images
-    assert isinstance(images, Tensor)
-    turns = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(seed))
-    images = images.clone()
+    turns = torch.randint(0, 4, (len(split.labels),), generator=torch.Generator().manual_seed(seed))
+    images = split.images.clone()
     for turn in (1, 2, 3):
         images[turns == turn] = images[turns == turn].rot90(turn, (1, 2))
     return Split(images, split.labels * 4 + turns)
 
 
+def paired(split: Split, seed: int) -> Split:
+    """Put another random image on the right of each; each pair of 10 classes becomes one of 100 classes."""
+    right = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    images = torch.cat((split.images, split.images[right]), dim=2)
+    return Split(images, split.labels * 10 + split.labels[right])
+
+
+def halved(split: Split, seed: int) -> Split:
+    """Average each 2x2 pixels of the images."""
+    pixels = split.images.movedim(3, 1).float()
+    return Split(nn.functional.avg_pool2d(pixels, 2).round().to(torch.uint8).movedim(1, 3).contiguous(), split.labels)
+
+
+# Name -> function, and how many classes it makes of one.
+CHANGED_DATA: dict[str, tuple[Callable[[Split, int], Split], int]] = {
+    "rotations": (rotated, 4), "pairs": (paired, 10), "halves": (halved, 1),
+}  # fmt: skip
+
+
 def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     """Train one cell with one seed, and return its row for the file."""
     name, settings = task["cell"], dict(task["settings"])
-    rotations = settings.pop("rotations", False)
+    change, factor = CHANGED_DATA[settings.pop("change")] if "change" in settings else (None, 1)
     settings["epochs"] = math.ceil(settings["epochs"])
     run = run_config(**settings | task["machine"] | {"seed": task["seed"]})
     data = clean = make_data(replace(run, label_noise=0.0))
-    if rotations:
-        classes = [f"{kind}, turned by {90 * turn}" for kind in data.classes for turn in range(4)]
-        data = clean = data._replace(train=rotated(data.train, 0), test=rotated(data.test, 1), classes=classes)
+    if change:
+        classes = [str(i) for i in range(factor * len(data.classes))]
+        data = clean = data._replace(train=change(data.train, 0), test=change(data.test, 1), classes=classes)
     if run.label_noise:
         data = add_label_noise(data, run.label_noise, run.seed)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
+    change_heads(name, network)
     shape, stages = (data.in_channels, *data.image_size), network.depth
     operations = {
         "plain_operations": exit_operations(network.plain() if stages > 1 else network, shape)[-1],
         "training_operations": training_operations(network, run.method, shape),
     }
+    if stages > 1:
+        operations["exit_operations"] = exit_operations(network, shape)
     trainer = Trainer(network, data, make_config(run), quiet=True)
     use_teacher(name, network)
-    evaluate_sometimes(trainer)
+    evaluate_sometimes(trainer, task["evaluations"])
     start = time.monotonic()
     rows = trainer.fit()
     last = rows[-1]
@@ -219,6 +278,13 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     if stages > 1:
         result["plain"] = accuracy(network.plain(), test.in_order(), options)
         result["averaged"] = accuracy(network.averaged, test.in_order(), options)
+        costs = torch.tensor(operations["exit_operations"])
+        result["exit"] = [
+            {"confidence": confidence, "accuracy": reached, "operations": float(torch.tensor(shares) @ costs)}
+            for confidence, (reached, shares) in zip(
+                CONFIDENCES, exit_curve(network, test.in_order(), options, CONFIDENCES), strict=True
+            )
+        ]
     if run.label_noise:
         wrong = (data.train.labels != clean.train.labels).nonzero()[:, 0]
         strategy = trainer.strategy
@@ -228,12 +294,12 @@ def run_cell(task: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def evaluate_sometimes(trainer: Trainer) -> None:
-    """Make the trainer evaluate after about 12 of its epochs, the last among them, and reuse that result in others."""
+def evaluate_sometimes(trainer: Trainer, evaluations: int) -> None:
+    """Make the trainer evaluate after about so many of its epochs, the last among them, and reuse that in others."""
     evaluate, epochs, latest = trainer.evaluate, trainer.config.epochs, []
 
     def evaluated() -> Any:
-        if not latest or (epochs - trainer.epoch) % max(1, epochs // 12) == 0:
+        if not latest or (epochs - trainer.epoch) % max(1, epochs // evaluations) == 0:
             latest[:] = [evaluate()]
         return latest[0]
 
@@ -273,8 +339,11 @@ def make_tasks(args: argparse.Namespace, done: Sequence[dict]) -> list[dict[str,
                 merged["epochs"] = min(epochs, args.most_epochs or epochs)
                 if args.most_images:
                     merged["train_images"] = min(args.most_images, merged.get("train_images") or args.most_images)
-                machine = shared | ({"data": args.mnist} if table == "mnist" else {})
-                tasks.append({"table": table, "cell": cell, "seed": seed, "settings": merged, "machine": machine})
+                machine = shared | ({"data": args.mnist} if common["dataset"] == "mnist" else {})
+                tasks.append({
+                    "table": table, "cell": cell, "seed": seed, "settings": merged, "machine": machine,
+                    "evaluations": args.evaluations,
+                })  # fmt: skip
     return tasks
 
 
@@ -332,6 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=float, default=math.inf, help="stop after this time and discard unfinished runs")
     add("--most-images", type=int, help="use at most this many training images, to try things out")
     add("--most-epochs", type=int, help="train at most this many epochs, to try things out")
+    add("--evaluations", type=int, default=12, help="evaluate after about so many epochs of each run (default: 12)")
     add("--print", action="store_true", help="train nothing: print the tables of --out")
     add("--out", type=Path, required=True, help="the JSON file to write, or to continue")
     args = parser.parse_args(argv)
