@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..files import write_atomically
 
-DECODER_VERSION = 2  # part of the names of cached arrays; increase it whenever `read_image` returns other pixels
+DECODER_VERSION = 3  # part of the names of cached arrays; increase it whenever `read_image` returns other pixels
 
 
 class DataError(ValueError):
@@ -123,13 +123,11 @@ def read_image(file: str, image_size: int | None = None) -> np.ndarray:
 
     try:
         with open(file, "rb") as stream:  # given a path, Pillow maps some TIFF files and rotates them wrongly
-            opened = Image.open(stream)
-            image = ImageOps.exif_transpose(opened)
-            # Pillow opens 16-bit grey PNG and PGM as mode "I" or "I;16", depending on its version.
-            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
-                image = Image.fromarray(scale_to_8_bits(np.asarray(image, np.int64), opened))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode}: the range of its pixels is unknown; save it with 8 or 16 bits")
+            image = ImageOps.exif_transpose(Image.open(stream))
+        if image.mode == "I;16":
+            image = F.to_pil_image(F.to_dtype(F.pil_to_tensor(image), torch.uint8, scale=True))
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode}: the range of its pixels is unknown; save it with 8 bits")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -141,30 +139,18 @@ def read_image(file: str, image_size: int | None = None) -> np.ndarray:
         raise DataError(f"{file}: not a readable image ({one_line(error)})") from error
 
 
-def scale_to_8_bits(grey: np.ndarray, opened: Any) -> np.ndarray:
-    """Scale grey values (H, W) of up to 16 bits to uint8, rounded to nearest."""
-    tags = getattr(opened, "tag_v2", {})  # of a TIFF file: 258 is BitsPerSample, 262 PhotometricInterpretation
-    top = 2 ** tags.get(258, (16,))[0] - 1
-    if tags.get(262) == 0:  # 0 is white
-        grey = top - grey
-    if "transparency" in opened.info:  # the value that shows the background
-        grey = np.where(grey == opened.info["transparency"], top, grey)
-    return ((grey * 255 + top // 2) // top).astype(np.uint8)
-
-
 def decode(images: ImageFiles, folder: Path, cache: Path, workers: int = 0) -> Tensor:
     """Decode all images to (N, H, W, 3) uint8, or load them from the cache if it matches the files in `folder`."""
     from tqdm import tqdm
 
     folder_hash = hashlib.sha256(b"%s %d" % (os.fsencode(folder.resolve()), images.image_size or 0)).hexdigest()[:16]
     files_hash = hashlib.sha256(b"%d\n" % DECODER_VERSION)
-    for file in images.files:
-        try:
-            stat = os.stat(file)
-        except OSError as error:
-            raise DataError(f"{file}: not a readable image ({one_line(error)})") from error
-        name = os.fsencode(os.path.relpath(file, folder))
-        files_hash.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    try:
+        for file in images.files:
+            stat, name = os.stat(file), os.fsencode(os.path.relpath(file, folder))
+            files_hash.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        raise DataError(f"{file}: not a readable image ({one_line(error)})") from error
     cache_file = cache / f"{folder_hash}-{files_hash.hexdigest()[:16]}.npy"
     try:
         array = np.load(cache_file, allow_pickle=False)
