@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from helpers.killed import _context, _run, assert_same, rows_of, sid, state_of
 from helpers.processes import PATIENCE
 from sid_trainer.runs.build import PROCESSES
@@ -165,3 +168,25 @@ def left(folder: Path) -> dict:
 def assert_same_run(one: Path, other: Path) -> None:
     """Check that two runs are equal in every bit, whatever number of processes made them."""
     assert_same(left(one), left(other))
+
+
+def assert_close_runs(one: Path, other: Path) -> None:
+    """Check that one process and many replicas leave the same, up to the order in which images are summed."""
+    states = [state_of(folder) for folder in (one, other)]
+    for name, tensor in states[0]["network"].items():
+        torch.testing.assert_close(
+            states[1]["network"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for mine, theirs in zip(*(state["optimizers"] for state in states), strict=True):
+        for buffers in zip(
+            (mine or {"state": {}})["state"].values(), (theirs or {"state": {}})["state"].values(), strict=True
+        ):
+            torch.testing.assert_close(
+                buffers[1]["momentum_buffer"], buffers[0]["momentum_buffer"], rtol=1e-3, atol=1e-4
+            )
+    for row, there in zip(rows_of(one), rows_of(other), strict=True):
+        assert set(row) == set(there) - {"pipeline"}
+        for name in ("train_loss", "stage_loss", "stage_kl", "lr", "step"):
+            assert there[name] == pytest.approx(row[name], rel=1e-5, abs=1e-7), name
+        for name in ("train_accuracy", "test_accuracy", "stage_accuracy", "certificate"):
+            assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie

@@ -32,6 +32,8 @@ class Batches:
     Raises DataError if the images do not fit on the device, and on iteration if a file cannot be decoded.
     """
 
+    context = 1  # targets of an input; of a text, the tokens in a window
+
     def __init__(
         self, split: Split, batch_size: int, device: torch.device, mean: Tensor, std: Tensor, workers: int = 0, *,
         channels_last: bool = True, share: tuple[int, int] = (0, 1),

@@ -54,8 +54,11 @@ class TextBatches:
     """Batches of windows of a text, with the methods of `Batches`; sizes are numbers of tokens.
 
     Inputs are tokens (B, T), int64. Targets (B * T,) are the tokens that follow each of them. Tokens at the end of the
-    text that fill no window are left out.
+    text that fill no window are left out. With the share (r, n) of `Batches`, a batch has every n-th of its windows,
+    from the r-th on.
     """
+
+    share = (0, 1)
 
     def __init__(self, split: TokenWindows, batch_size: int, device: torch.device):
         self.tokens, self.context = split
@@ -67,11 +70,11 @@ class TextBatches:
 
     @property
     def count(self) -> int:
-        """Number of tokens in all batches."""
+        """Number of tokens in all batches, before they are shared."""
         return self.windows * self.context
 
     def sizes(self) -> list[int]:
-        """Return the number of tokens in each batch."""
+        """Return the number of tokens in each batch, before it is shared."""
         full, rest = divmod(self.windows, self.batch_size)
         return [size * self.context for size in [self.batch_size] * full + [rest] * (rest > 0)]
 
@@ -90,9 +93,10 @@ class TextBatches:
 
     def load(self, positions: Tensor, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over batches of the windows that begin at `positions` (N,), from batch `start` on."""
-        offsets = np.arange(self.context + 1)
+        offsets, (first, stride) = np.arange(self.context + 1), self.share
         for index in positions.split(self.batch_size)[start:]:
-            windows = torch.from_numpy(self.tokens[index.numpy()[:, None] + offsets].astype(np.int64))
+            starts = index.numpy()[first::stride, None]
+            windows = torch.from_numpy(self.tokens[starts + offsets].astype(np.int64))
             windows = windows.to(self.device, non_blocking=True)
             yield windows[:, :-1], windows[:, 1:].flatten()
 

@@ -40,7 +40,7 @@ class Replicas:
         modules = network.local_modules
         optimizers = optimizers if len(optimizers) == len(modules) else [None] * len(modules)
         extractor, *stages = map(self.wrap_module, modules, optimizers)
-        return SIDNetwork(extractor, stages, network.num_classes)
+        return type(network)(extractor, stages, network.num_classes)
 
     def wrap_module(self, module: nn.Module, optimizer: Optimizer | None) -> nn.Module:
         if not any(p.requires_grad and not p.is_meta for p in module.parameters()):

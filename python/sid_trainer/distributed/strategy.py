@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.batches import Batches, Labels
-from ..data.datasets import Split
 from ..data.own import OwnData
+from ..data.text import TextBatches, TextData
 from ..methods.common import StepResult, autocast, clear_gradients
 from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
 from ..methods.step import stage_by_stage
@@ -44,18 +44,22 @@ class DataStrategy(Strategy):
 
     # ---------------------------------------------------------------- setup
 
-    def make_batches(self, name: str, split: Split) -> Batches:
-        if isinstance(self.data, OwnData):
-            self.communicator.abort_all("data must be image data for several processes; other data need your own loop")
-        size, first = self.config.batch_size, self.topology.is_first  # later ranks of a pipeline need only the labels
-        batches = super().make_batches(name, split) if first else Labels(split, size, self.device)
-        assert isinstance(batches, Batches)  # for type checkers
+    def make_batches(self, name: str, split: Any) -> Batches | TextBatches:
+        text = isinstance(self.data, TextData)
+        if isinstance(self.data, OwnData) and not text:
+            self.communicator.abort_all(
+                "data must be images or a text for several processes; other data need your own loop"
+            )
+        size, first = self.config.batch_size, self.topology.is_first
+        # Later ranks of a pipeline need only the labels of images; those of a text are read with its tokens.
+        batches = super().make_batches(name, split) if first or text else Labels(split, size, self.device)
+        assert isinstance(batches, (Batches, TextBatches))  # for type checkers
         method, replicas = self.config.method, self.topology.replicas
         parts = BACKPROPAGATED.get(method, {}).get("parts", 0) if name == "train" else 0
         needed = max(1, 2 * parts) * replicas  # each part ends in a reduction, in which all replicas take part
-        if min(batches.sizes()) < needed:
+        if (smallest := min(batches.sizes()) // batches.context) < needed:
             self.communicator.abort_all(
-                f"batch_size {size} leaves a {name} batch of {min(batches.sizes())} images,"
+                f"batch_size {size} leaves a {name} batch of {smallest} {'windows' if text else 'images'},"
                 f" but the {replicas} processes that share it need at least {needed}"
             )
         batches.share = self.topology.share

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sid_kernels import fused_belief_head
 from sid_kernels.belief_head.problem import PriorHead
 
-from ..network.language import LanguageModel, Readout, SharedReadout
+from ..network.language import LanguageModel
 from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradients, update
 
 MOST_BYTES = 64 << 20  # of float32 logits (N, V); below, holding them is faster than computing the prior's twice
@@ -45,6 +45,13 @@ def in_parts(network: object, batches: Iterable[tuple[Any, Tensor]]) -> Iterator
             yield inputs, targets
 
 
+def readout_weight(stage: nn.Module) -> Tensor:
+    """Return the weight (V, D) of a stage's readout; DistributedDataParallel has the stage as `module`."""
+    weight = getattr(stage, "module", stage).get_submodule("head").weight
+    assert isinstance(weight, Tensor)  # for type checkers
+    return weight
+
+
 def train_readouts(
     network: LanguageModel, inputs: Tensor, targets: Tensor, options: StepOptions, optimizers: Optimizers = ()
 ) -> PredictedResult:
@@ -60,11 +67,9 @@ def train_readouts(
     prior: PriorHead | None = None
     stages, alphas = network.local_modules[1:], options.stage_alphas(network.depth)
     for i, (stage, alpha) in enumerate(zip(stages, alphas, strict=True)):
-        body, readout = stage.get_submodule("body"), stage.get_submodule("head")
-        assert isinstance(readout, (Readout, SharedReadout))  # for type checkers
         with autocast(inputs, options.dtype):
-            features = body(features)
-            hidden, weight = readout.hidden_and_weight(features)
+            features, hidden = stage(features, None)
+            weight = readout_weight(stage)
             loss = fused_belief_head(
                 hidden, weight, None, prior, targets, alpha, return_belief=False, **options.loss_of_stage(i)
             ).loss

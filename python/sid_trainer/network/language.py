@@ -73,13 +73,18 @@ class Readout(nn.Module):
         self.blocks, self.norm = nn.Sequential(*blocks), nn.RMSNorm(width)
         self.logits = nn.Linear(width, tokens, bias=False)
 
-    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
-        """Return the logits (B * T, V) of the next tokens for features (B, T, D)."""
-        return F.linear(*self.hidden_and_weight(features))
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight (V, D) of the linear layer."""
+        return self.logits.weight
 
-    def hidden_and_weight(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the linear layer reads, (B * T, D), and its weight (V, D)."""
-        return self.norm(self.blocks(features)).flatten(0, 1), self.logits.weight
+    def forward(self, features: Tensor, prior: Tensor | None) -> Tensor:
+        """Return the logits (B * T, V) of the next tokens for features (B, T, D).
+
+        For a prior of None, return what the linear layer reads, (B * T, D), so that logits need not be held.
+        """
+        hidden = self.norm(self.blocks(features)).flatten(0, 1)
+        return hidden if prior is None else F.linear(hidden, self.weight)
 
 
 class SharedReadout(nn.Module):
@@ -99,17 +104,14 @@ class SharedReadout(nn.Module):
         self.register_buffer("weight", last.weight.detach().clone())
         self.calls = 0  # in training; a number, so that a GPU is not waited for
 
-    def forward(self, features: Tensor, prior: Tensor) -> Tensor:
-        """Return the logits (B * T, V) of the next tokens for features (B, T, D)."""
-        return F.linear(*self.hidden_and_weight(features))
-
-    def hidden_and_weight(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the copied layer reads, (B * T, D), and its weight (V, D)."""
+    def forward(self, features: Tensor, prior: Tensor | None) -> Tensor:
+        """Return the logits (B * T, V), or for a prior of None what the copied layer reads, as in `Readout`."""
         if self.training and torch.is_grad_enabled():
             if self.calls % self.refresh == 0:
                 self.weight.copy_(self.source[0].weight.detach())
             self.calls += 1
-        return (self.norm(self.blocks(features)) * self.scale).flatten(0, 1), self.weight
+        hidden = (self.norm(self.blocks(features)) * self.scale).flatten(0, 1)
+        return hidden if prior is None else F.linear(hidden, self.weight)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of calls, which a checkpoint keeps."""

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.killed import rows_of, sid, state_of
+from helpers.killed import rows_of, sid
 from helpers.processes import wait_until
-from helpers.ranks import finish, printed, ranks, start, start_ranks, trained
+from helpers.ranks import assert_close_runs, finish, printed, ranks, start, start_ranks, trained
 from sid_trainer.data.batches import Batches, Labels, pixel_statistics
 from sid_trainer.data.datasets import Split
 from sid_trainer.distributed.rendezvous import Communicator, is_main_process, leave
@@ -46,28 +46,6 @@ def alone(tmp_path_factory):
     return of
 
 
-def check_close(one: Path, other: Path) -> None:
-    """Check that one process and many replicas leave the same, up to the order in which images are summed."""
-    states = [state_of(folder) for folder in (one, other)]
-    for name, tensor in states[0]["network"].items():
-        torch.testing.assert_close(
-            states[1]["network"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for mine, theirs in zip(*(state["optimizers"] for state in states), strict=True):
-        for buffers in zip(
-            (mine or {"state": {}})["state"].values(), (theirs or {"state": {}})["state"].values(), strict=True
-        ):
-            torch.testing.assert_close(
-                buffers[1]["momentum_buffer"], buffers[0]["momentum_buffer"], rtol=1e-3, atol=1e-4
-            )
-    for row, there in zip(rows_of(one), rows_of(other), strict=True):
-        assert set(row) == set(there) - {"pipeline"}
-        for name in ("train_loss", "stage_loss", "stage_kl", "lr", "step"):
-            assert there[name] == pytest.approx(row[name], rel=1e-5, abs=1e-7), name
-        for name in ("train_accuracy", "test_accuracy", "stage_accuracy", "certificate"):
-            assert there[name] == pytest.approx(row[name], abs=0.011), name  # a rounded tie
-
-
 IN_SHORT = (("data", "mlp"), ("data", "shared"), ("shard", "mlp"))  # the others are slow
 
 
@@ -85,7 +63,7 @@ IN_SHORT = (("data", "mlp"), ("data", "shared"), ("shard", "mlp"))  # the others
 )
 def test_two_replicas_are_one_process_on_the_whole_batch(alone, tmp_path, how, name):
     words, serial = [*SMALL.split(), *RUNS[name].split()], alone(name)
-    check_close(serial, trained(*words, "--parallel", how, count=2, out=tmp_path / how))
+    assert_close_runs(serial, trained(*words, "--parallel", how, count=2, out=tmp_path / how))
     assert rows_of(serial)[0]["stage_loss"] != rows_of(serial)[1]["stage_loss"]
 
 
@@ -94,7 +72,7 @@ def test_a_pipeline_in_two_replicas(alone, tmp_path):
     words, serial = [*SMALL.split(), *RUNS["mlp"].split()], alone("mlp")
     grid = ["--parallel", "stage", "--replicas", "2", "--stages-per-rank", "2", "2"]
     whole = trained(*words, *grid, count=4, out=tmp_path / "grid")
-    check_close(serial, whole)
+    assert_close_runs(serial, whole)
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     assert [rank["stages"] for rank in row["pipeline"]["ranks"]] == [[1, 2], [3, 4]] * 2
 
