@@ -79,12 +79,16 @@ TEACHERS = {
     "teacher: average over time": SID | {"schedule": "two-phase"},
     "teacher: last stage": SID | {"schedule": "two-phase"},
 }
-TRIALS = {"trial: residual beliefs": SID, "trial: tails at half the resolution": SID}
+RESIDUAL = {"trial: residual beliefs": SID}
+TRIALS = RESIDUAL | {"trial: tails at half the resolution": SID}
 ONE_ALPHA = {"sid, alpha 0.5 in every stage": SID | {"alpha": 0.5}}
 BELIEF = {name: (CONTROLS | METHODS)[name] for name in ("bp", "sid", "sid, graded labels", "greedy")}
 BELIEF |= {"greedy, graded labels": METHODS["greedy, graded labels"]} | TEACHERS
 MAIN = {name: (CONTROLS | METHODS)[name] for name in ("bp", "bp, smoothed labels", "sid", "greedy, graded labels")}
 EXIT = {name: (CONTROLS | METHODS)[name] for name in ("bp", "sid", "sid, no tails")} | TRIALS | ONE_ALPHA
+
+SHARED = {"sid": {"layout": "shared", "method": "sid", "alpha": "0.5:0.9"}}
+SHARED |= {"sid, alpha 0.5 in every stage": SHARED["sid"] | {"alpha": 0.5}}
 
 
 def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]:
@@ -120,8 +124,11 @@ TABLES: dict[str, tuple[dict[str, Any], dict[str, dict]]] = {
     "vit_tiny": (SMALL | {"arch": "vit_tiny"}, by_depth(MAIN, 4)),
     "mnist": ({"dataset": "mnist", "epochs": 5}, MAIN),
     "cifar10-16x16": (CIFAR | {"train_images": 5_000, "change": "halves"}, EXIT),
+    "cifar10-16x16-shared": (CIFAR | {"train_images": 5_000, "change": "halves"}, SHARED),
     "mnist-mlp-10k": (MLP | {"train_images": 10_000, "epochs": 4}, MAIN | ONE_ALPHA),
-    "mnist-mlp-pairs-5k": (MLP | {"train_images": 5_000, "epochs": 12, "change": "pairs"}, BELIEF | ONE_ALPHA),
+    "mnist-mlp-pairs-5k": (
+        MLP | {"train_images": 5_000, "epochs": 12, "change": "pairs"}, BELIEF | ONE_ALPHA | RESIDUAL
+    ),
     "mnist-mlp-noise-20": (MLP | {"train_images": 2_000, "label_noise": 0.2, "epochs": 30}, BELIEF | ONE_ALPHA),
     "mnist-mlp-few-labels": (MLP | {"train_images": 1_000, "epochs": 40}, BELIEF | ONE_ALPHA),
 }  # fmt: skip
@@ -207,7 +214,7 @@ def change_heads(name: str, network: SIDNetwork) -> None:
 # ---------------------------------------------------------------- a run
 
 # Of the curve of early exit: an image leaves at the first stage that is so sure. Above 1, none leaves early.
-CONFIDENCES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 2.0)
+CONFIDENCES = (0.5, 0.52, 0.54, 0.56, 0.58, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.99, 2.0)
 
 
 def rotated(split: Split, seed: int) -> Split:

@@ -50,6 +50,15 @@ class Prediction(NamedTuple):
     stage: Tensor  # (B,) int64, that stage, counted from 0
 
 
+def certainty(belief: Tensor) -> Tensor:
+    """Return the largest entry (...) of a belief (..., C) as a share of the sum of the two largest: 1/2 to 1.
+
+    Unlike the largest entry, it hardly depends on how much of its belief a stage has learned to keep uniform.
+    """
+    largest = belief.topk(2, dim=-1).values
+    return largest[..., 0] / largest.sum(-1)
+
+
 def call_module(module: Callable[..., Any], *inputs: Tensor) -> Any:
     """Call `module` on `inputs`; the default of `SIDNetwork.stage_logits`."""
     return module(*inputs)
@@ -145,7 +154,7 @@ class SIDNetwork(nn.Module):
     def predict(self, inputs: Tensor, confidence: float = 0.9) -> Prediction:
         """Return the logits of the first stage that is sure of each image; later stages do not run for that image.
 
-        A stage is sure if the largest entry of its belief is at least `confidence`, in [0, 1]. Images of which no stage
+        A stage is sure if the `certainty` of its belief is at least `confidence`, in [0, 1]. Images of which no stage
         is sure have the last stage's logits. Call `eval()` before. Raises ValueError for another confidence.
         """
         if not 0 <= confidence <= 1:
@@ -160,7 +169,7 @@ class SIDNetwork(nn.Module):
             stage_logits = at_least_float32(stage_logits)
             prior = stage_logits.softmax(dim=1)
             logits[remaining] = stage_logits.to(logits.dtype)
-            sure = prior.amax(dim=1) >= confidence
+            sure = certainty(prior) >= confidence
             if sure.any():
                 exits[remaining[sure]], unsure = i, ~sure
                 features, prior, remaining = features[unsure], prior[unsure], remaining[unsure]

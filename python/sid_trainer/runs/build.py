@@ -242,7 +242,7 @@ def load_network(path: Path) -> tuple[Network, RunConfig, dict]:
     return network.eval(), run, metadata
 
 
-CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # at which images may leave the cascade
+CONFIDENCES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which images may leave the cascade
 
 
 def evaluate_run(path: Path, *, exits: bool = False, **moved: Any) -> dict:

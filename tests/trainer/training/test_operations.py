@@ -6,6 +6,7 @@ import torch
 from sid_trainer import build_network
 from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import LOCAL
+from sid_trainer.network.modules import certainty
 from sid_trainer.training.evaluation import accuracy, exit_curve
 from sid_trainer.training.operations import exit_operations, training_operations
 
@@ -53,7 +54,7 @@ def test_counting_changes_nothing(method):
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm": True, "tail": 1}, {"layout": "shared", "depth": 4}])
-@pytest.mark.parametrize("confidence", [0.0, 0.21, 0.215, 0.22, 0.25, 1.0])
+@pytest.mark.parametrize("confidence", [0.0, 0.505, 0.51, 0.52, 0.55, 1.0])
 def test_an_image_leaves_at_the_first_stage_that_is_sure(settings, confidence):
     network = make(**settings)
     ran: list[int] = []
@@ -64,11 +65,12 @@ def test_an_image_leaves_at_the_first_stage_that_is_sure(settings, confidence):
         beliefs = network.beliefs(inputs)
         ran.clear()
         result = network.predict(inputs, confidence)
-        largest = beliefs.amax(dim=2)
+        first, second = beliefs.sort(dim=2, descending=True).values[:, :, :2].unbind(2)
+        certain = first / (first + second)
         for i, stage in enumerate(result.stage.tolist()):
             torch.testing.assert_close(result.logits[i].softmax(0), beliefs[stage, i])
-            assert (largest[:stage, i] < confidence).all()
-            assert stage == network.depth - 1 or largest[stage, i] >= confidence
+            assert (certain[:stage, i] < confidence).all()
+            assert stage == network.depth - 1 or certain[stage, i] >= confidence
         if ran:
             left = [int((result.stage >= i).sum()) for i in range(network.depth)]
             assert ran == [count for count in left if count]
@@ -76,7 +78,7 @@ def test_an_image_leaves_at_the_first_stage_that_is_sure(settings, confidence):
 
 def test_the_curve_is_the_accuracy_of_predictions():
     network, options = make(), StepOptions()
-    confidences = [0.0, 0.21, 0.22, 0.23, float("inf")]
+    confidences = [0.0, 0.505, 0.51, 0.52, float("inf")]
     curve = exit_curve(network, batches(), options, confidences)
     stages = set()
     for confidence, (right, shares) in zip(confidences[:-1], curve, strict=False):
@@ -86,6 +88,13 @@ def test_the_curve_is_the_accuracy_of_predictions():
         stages.update(left.tolist())
     assert stages == {0, 1, 2, 3}, "confidences at which some image leaves at every stage"
     assert curve[-1] == (accuracy(network, batches(), options), [0, 0, 0, 1])
+
+
+def test_certainty_is_that_of_the_two_largest_entries():
+    """Check a belief by hand, and that mixing beliefs with the uniform one can only change the certainty a little."""
+    belief = torch.tensor([[0.1, 0.6, 0.3, 0.0], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0]])
+    torch.testing.assert_close(certainty(belief), torch.tensor([2 / 3, 0.5, 1.0]))
+    assert belief[2].lerp(torch.full((4,), 0.25), 0.5).amax() < 0.7 < certainty(belief.lerp(belief[1:2], 0.5))[2]
 
 
 def test_a_confidence_that_is_no_share_is_refused():
