@@ -36,7 +36,7 @@ class FeaturePooling(nn.Sequential):
             raise ValueError(
                 f"shape must have 1 to 4 dimensions, such as (D,), (T, D) or (D, H, W), not {tuple(shape)}"
             )
-        self.dim = shape[0]
+        self.dim, self.is_last = shape[0], False
         if dimensions == 0:
             super().__init__()
         elif dimensions == 1 and channels == "last":
@@ -46,9 +46,8 @@ class FeaturePooling(nn.Sequential):
             width, *sizes = shape if channels == "first" else (shape[-1], *shape[:-1])
             cells = [min(grid, size) for size in sizes]
             average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1]
-            permute = [MoveDim(-1, 1)] if channels == "last" else []
-            super().__init__(*permute, average(tuple(cells)), nn.Flatten())
-            self.dim = width * math.prod(cells)
+            super().__init__(average(tuple(cells)), nn.Flatten())
+            self.dim, self.is_last = width * math.prod(cells), channels == "last"
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B, dim). `mask` (B, T) is not 0 at the tokens that count; None: all do.
@@ -56,7 +55,7 @@ class FeaturePooling(nn.Sequential):
         Raises ValueError for a mask of other tokens, or of features that are no tokens; vectors (B, D) need none.
         """
         if mask is None or len(self) == 0:
-            return super().forward(features)
+            return super().forward(features.movedim(-1, 1) if self.is_last else features)
         if not isinstance(self[-1], Mean) or mask.shape != features.shape[:2]:
             raise ValueError(
                 f"mask must be (B, T) for tokens (B, T, D), not {tuple(mask.shape)} for features"
@@ -75,17 +74,6 @@ class Mean(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.mean(self.dim)
-
-
-class MoveDim(nn.Module):
-    """Move one dimension to another place."""
-
-    def __init__(self, source: int, destination: int):
-        super().__init__()
-        self.source, self.destination = source, destination
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.movedim(self.source, self.destination)
 
 
 @dataclass(frozen=True)

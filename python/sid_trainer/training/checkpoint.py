@@ -4,7 +4,6 @@ They hold only tensors, numbers and text. Reading checks every checksum and uses
 file runs no code.
 """
 
-import itertools
 import os
 import zipfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ import torch
 from ..files import write_atomically
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
+REPLACED = "last.pt.replaced"  # the last.pt of a folder whose run continued from another checkpoint
 FIELDS = ("config", "epoch", "step", "network", "optimizers", "schedulers", "random", "sums", "metrics")
 
 
@@ -69,19 +69,6 @@ def load_checkpoint(path: Path) -> dict:
             raise error from None
         offer = f"{previous}, of epoch {state['epoch']} step {state['step']}, is undamaged: resume from it instead"
         raise ValueError(f"{error}; {offer}") from error
-
-
-def set_aside_damaged(folder: Path) -> Path | None:
-    """Rename last.pt if it is damaged, because the next save would make it previous.pt; return the new path or None."""
-    last = folder / LAST
-    if not last.exists():
-        return None
-    try:
-        read_checkpoint(last)
-    except ValueError:
-        names = (folder / f"{LAST}.damaged{'' if i == 1 else i}" for i in itertools.count(1))
-        return last.rename(next(name for name in names if not name.exists()))
-    return None
 
 
 def check_same(path: Path, saved: dict, own: dict, names: Iterable[str]) -> None:

@@ -24,17 +24,10 @@ def denormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def matrix_units() -> str | None:
-    """Return the name of the processor's units for products of bfloat16 matrices, "AMX" or "AVX-512 BF16", or None."""
-    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX-512 BF16", "_is_avx512_bf16_supported")):
-        if getattr(torch.cpu, test, lambda: False)():
-            return name
-    return None
-
-
 def dtype_advice(dtype: str) -> str | None:
     """Return a sentence if a CPU would train faster in another dtype than `dtype`, "float32" or "bfloat16"."""
-    units = matrix_units()
+    tests = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}  # for bfloat16 products
+    units = next((name for name, test in tests.items() if getattr(torch.cpu, test, lambda: False)()), None)
     if units and dtype == "float32":
         return f"this processor has {units}: --dtype bfloat16 may train faster"
     if not units and dtype == "bfloat16" and platform.machine().lower() in ("x86_64", "amd64"):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 
-class SavedBytes:
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """A context that measures the bytes held for the backward pass: `alive` now, and at most `peak`.
 
     Each storage counts once, as a whole. The storages of `parameters` do not count.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()):
+        super().__init__(self.pack, lambda saved: saved.tensor)
         local = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
         storages = [parameter.untyped_storage() for parameter in local]
         # Keep them alive: an activation must not get the address of a parameter that moved.
@@ -24,13 +25,9 @@ class SavedBytes:
         self.alive, self.peak = 0, 0
         self.holders: Counter[int] = Counter()
 
-    def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved.tensor)
-        self.hooks.__enter__()
+    def __enter__(self) -> "SavedBytes":  # type: ignore[override]  # the base class returns None
+        super().__enter__()
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
 
     def pack(self, tensor: Tensor) -> "SavedTensor":
         storage = tensor.untyped_storage()

@@ -17,7 +17,7 @@ from ..data.own import OwnData
 from ..files import nonempty_path
 from ..methods.common import StepResult
 from ..network.own import Network
-from .checkpoint import LAST, check_same, has_checkpoint, load_checkpoint, save_checkpoint, set_aside_damaged
+from .checkpoint import LAST, REPLACED, check_same, has_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .cpu import denormals_as_zero
 from .evaluation import first_non_finite_stage, means
@@ -319,9 +319,10 @@ class Trainer:
             saved_value, own_value = state["config"].get(name), self.metadata[name]
             if saved_value != own_value and not self.quiet:
                 print(f"{name}: {own_value} instead of {saved_value}, so results will not have the same bits")
-        if self.strategy.writes_run_folder and self.folder and path != self.folder:
-            if (damaged := set_aside_damaged(self.folder)) and not self.quiet:
-                print(f"{self.folder / LAST} is damaged; renamed to {damaged.name}")
+        if self.strategy.writes_run_folder and self.folder and path.is_file():
+            with contextlib.suppress(FileNotFoundError):  # it may be damaged, and must not become the previous one
+                if not (last := self.folder / LAST).samefile(path):
+                    last.replace(self.folder / REPLACED)
         return state
 
 

@@ -282,10 +282,8 @@ def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
         ("config.json", "[]", "not a file of a run"),
         ("config.json", "\xff\x00", "not a file of a run"),
         ("config.json", '{"alpha": 0.5, "classes": ["a"]}', "not a file of a run"),
-        ("config.json", '{"method": "sid", "alpha": [7], "classes": ["a"]}', "alpha, label_smoothing and label_noise must be in [0, 1]"),
-        ("config.json", '{"method": "sid", "alpha": ["a"], "classes": ["a"]}', "not a file of a run"),
         ("config.json", '{"method": "sid", "alpha": 0.5, "classes": []}', "classes a list"),
-        ("config.json", '{"method": ["sid"], "alpha": 0.5, "classes": ["a"]}', "must be names"),
+        ("config.json", '{"method": ["sid"], "alpha": 0.5, "classes": ["a"]}', "must be a name"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_that_names_it_and_nothing_is_written(file, text, message, tmp_path):
@@ -372,12 +370,9 @@ def test_a_run_over_ranks_adds_the_picture_of_its_pipeline(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda pipeline: {}, "'bubble'"),
+        (lambda pipeline: {}, "'ranks'"),
         (lambda pipeline: [], "not a file of a run"),
-        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"busy": None}]}, "not a file of a run"),
-        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"batches": [[0, math.inf]]}]}, "every time and share must be a number"),
-        (lambda pipeline: pipeline | {"ranks": [pipeline["ranks"][0] | {"batches": []}]}, "every time and share must be a number"),
-        (lambda pipeline: pipeline | {"bubble": "much"}, "could not convert string to float: 'much'"),
+        (lambda pipeline: pipeline | {"ranks": []}, "it holds no rank"),
     ],
 )  # fmt: skip
 def test_a_pipeline_that_is_none_is_named(change, message, tmp_path):
