@@ -5,7 +5,7 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sid_trainer import cut
+from sid_trainer import StageLossOptions, cut_language_model
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 VOCABULARY = sorted(set(TEXT))
@@ -17,7 +17,7 @@ def main(steps: int = 60) -> float:
     tokens = torch.tensor([VOCABULARY.index(character) for character in TEXT * 4])
     config = GPT2Config(
         vocab_size=len(VOCABULARY), n_positions=64, n_embd=48, n_layer=4, n_head=3, bos_token_id=0, eos_token_id=None,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
 
@@ -25,16 +25,14 @@ def main(steps: int = 60) -> float:
         starts = torch.randint(0, len(tokens) - 32, (16, 1))
         return tokens[starts + torch.arange(32)]  # (B, T)
 
-    # Two stages end in linear heads on the features alone, the third in the model's own lm_head.
-    network = cut(
-        model, ["transformer.h.0", "transformer.h.1"], num_classes=len(VOCABULARY), example={"input_ids": batch()},
-        per_position=True, shift=True, prior_input=False, head_depth=0, own_classifier=True,
-    )  # fmt: skip
+    # Three stages. The last reads by the model's own norm and lm_head, the others by a copy of lm_head's weight.
+    network = cut_language_model(model, 3, batch(), readout="shared")
+    network.loss_options = StageLossOptions(alpha=[1.0, 0.7, 0.7])
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     for step in range(steps):
         input_ids = batch()
         optimizer.zero_grad()
-        output = network(input_ids=input_ids, labels=input_ids)  # shift=True moves the labels by one position
+        output = network(input_ids=input_ids, labels=input_ids)  # the target of a token is the label of the next one
         output.loss.backward()
         optimizer.step()
         if step % 20 == 0:

@@ -9,6 +9,7 @@ from .methods.common import StepResult
 from .methods.step import sid_step
 from .network.architectures import build_network
 from .network.cut import cut
+from .network.cut_language import CutLanguageModel, cut_language_model
 from .network.cut_network import CutNetwork
 from .network.heads import StackedHeads, StageHead
 from .network.language import build_language_model
@@ -20,6 +21,7 @@ from .training.trainer import Trainer
 
 __all__ = [
     "CapturedStep",
+    "CutLanguageModel",
     "CutNetwork",
     "LocalOutput",
     "OwnData",
@@ -37,6 +39,7 @@ __all__ = [
     "build_network",
     "capture",
     "cut",
+    "cut_language_model",
     "deep_supervision_step",
     "load_data",
     "load_text",

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from sid_kernels import CascadeWeights, local_loss_and_grad, refine_cascade, refine_cascade_and_grad
+from sid_kernels import (
+    CascadeWeights,
+    PriorHead,
+    fused_belief_head,
+    local_loss_and_grad,
+    refine_cascade,
+    refine_cascade_and_grad,
+)
+from sid_kernels.core.autograd import autocast_dtype
 from sid_kernels.core.options import HALF, compute_dtype
 
 from .loss_options import StageLossOptions
@@ -104,7 +112,7 @@ class LocalPass:
         extra = take_terms(self.terms)
         with torch.autocast(logits.device.type, enabled=False):
             parameters = list(parameters)
-            scale = float16_scale(logits, logits.shape[:-1].numel(), parameters)
+            scale = float16_scale(logits.dtype, logits.shape[:-1].numel(), parameters)
             logits = logits.float() if logits.dtype is torch.float16 else logits
             i = len(self.losses)
             terms, weight = self.options.loss_of_stage(i), self.options.class_weight
@@ -114,6 +122,23 @@ class LocalPass:
             output_gradients += [torch.full_like(term, scale) for term in extra]
             self.collect(outputs, output_gradients, parameters, features, scale)
         return belief
+
+    def learn_readout(
+        self, head: tuple[Tensor, Tensor, Tensor | None], prior: PriorHead | None, parameters: Iterable[Tensor]
+    ) -> None:
+        """Do what `learn` does for a stage whose logits are not held: hidden (N, D), weight (C, D) and bias, or None.
+
+        `prior` is the head of the stage before.
+        """
+        extra, i = take_terms(self.terms), len(self.losses)
+        terms = self.options.loss_of_stage(i)
+        loss = fused_belief_head(*head, prior, self.targets, self.alphas[i], return_belief=False, **terms).loss
+        self.losses.append(add_terms(loss.detach(), extra))
+        parameters, dtype = list(parameters), autocast_dtype(head[0]) or head[0].dtype
+        scale = float16_scale(dtype, len(head[0]), parameters)
+        with torch.autocast(loss.device.type, enabled=False):
+            outputs = [loss, *extra]
+            self.collect(outputs, [torch.full_like(x, scale) for x in outputs], parameters, scale=scale)
 
     def learn_cascade(self, features: Tensor, weights: CascadeWeights) -> Tensor:
         """Do what `learn` does for all stages of `StackedHeads` at once, and return the last logits (B, C)."""
@@ -186,13 +211,13 @@ def without_tensor_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
             current.update(saved)
 
 
-def float16_scale(output: Tensor, rows: int, parameters: Iterable[Tensor]) -> float:
-    """Return the factor for gradients inside a module whose float16 output learns from a mean over `rows`.
+def float16_scale(dtype: torch.dtype, rows: int, parameters: Iterable[Tensor]) -> float:
+    """Return the factor for gradients inside a module that computes in `dtype` and learns from a mean over `rows`.
 
     It brings the gradient of the output from 1/rows, which float16 would round, to about 1. A larger factor would
     overflow if activations are large, and a GradScaler could not lower it. Ranks that share parameters use the same.
     """
-    if output.dtype is not torch.float16:
+    if dtype is not torch.float16:
         return 1.0
     return 2.0**8 if any(map(is_sharded, parameters)) else 2.0 ** min(15, rows.bit_length() - 1)
 

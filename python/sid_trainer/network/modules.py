@@ -212,7 +212,7 @@ class SIDNetwork(nn.Module):
                     prior = local.learn(logits, prior, parameters, features)
                     features = outputs if outputs is features else outputs.detach()
             local.losses[0] = add_terms(local.losses[0], terms)
-            scale = float16_scale(extracted, len(inputs), self.extractor.parameters())
+            scale = float16_scale(extracted.dtype, len(inputs), self.extractor.parameters())
             outputs, output_gradients = list(terms), [torch.full_like(term, scale) for term in terms]
             if shared.grad is not None:
                 outputs.append(extracted)
