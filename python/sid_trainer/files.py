@@ -1,10 +1,10 @@
 """Name the files of a run, and write a file completely or not at all."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 # Files in the folder of a run besides its checkpoints.
 CONFIG = "config.json"
@@ -31,27 +31,18 @@ def write_atomically(
 
     Raises OSError that names `path` if this fails. `path` is unchanged then, and the temporary file is removed.
     """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes the file private
             before()
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # not the name of the temporary file
-
-
-def current_umask() -> int:
-    """Return this process's umask, the permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -46,7 +46,7 @@ def draw_run(results: Results) -> bytes:
                          legend="auto" if last else False, ax=axes)  # fmt: skip
             if last:
                 sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1))
-            format_panel(axes, column, x, stages[column], [run["ideal"]])
+            format_panel(axes, column, x, stages[column])
             if x == "epoch" and column == "stage_kl":
                 loss = axes.plot(results.epochs["epoch"], results.epochs["train_loss"], "k--")
                 axes.legend(loss, ["training loss"])
@@ -101,7 +101,7 @@ def draw_report(results: Results) -> bytes:
         sns.lineplot(table, x=x, y=y, hue="method", palette=palette, errorbar="sd", markeredgewidth=0, **style, ax=axes)
         legend = axes.get_legend_handles_labels()
         axes.get_legend().remove()
-        format_panel(axes, y, x, table[y], runs["ideal"])
+        format_panel(axes, y, x, table[y])
     parts[0].legend(*legend, loc="outside right upper")
     for place, column in enumerate(bars, 1):
         axes = parts[1].add_subplot(1, len(bars), place)
@@ -116,8 +116,8 @@ def draw_report(results: Results) -> bytes:
     return as_png(figure)
 
 
-def format_panel(axes: Axes, column: str, x: str, values: Iterable[float] = (), ideals: Iterable[Any] = ()) -> None:
-    """Set title, labels and scales of a panel; in that of the KL by stage also draw the ideal cascades."""
+def format_panel(axes: Axes, column: str, x: str, values: Iterable[float]) -> None:
+    """Set title, labels and scales of a panel."""
     title, label = PANELS[column]
     axes.set(title=f"{title} by {'training time' if x == 'seconds' else x}", xlabel=x, ylabel=label)
     if x != "seconds":
@@ -127,10 +127,6 @@ def format_panel(axes: Axes, column: str, x: str, values: Iterable[float] = (), 
     values = np.asarray(list(values) if column == "stage_kl" else [], float)
     if len(values) and (values > 0).all() and np.isfinite(values).all():
         low, high = values.min(), values.max()
-        for ideal in {tuple(ideal) for ideal in ideals if ideal} if x == "stage" else ():
-            line = axes.plot(range(1, len(ideal) + 1), ideal, ":", color="#777777")
-            axes.legend(line, ["ideal cascade"], loc="lower left")
-            low = min(low, max(min(ideal), values.min() / 5))  # do not follow it towards zero
         axes.set(yscale="log", ylim=(low / 1.3, high * 1.3))
         subs = (1, 1.5, 2, 3, 4, 6, 8) if high / low < 5 else (1, 2, 5) if high / low < 300 else (1,)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))

@@ -80,17 +80,18 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     ranks = pd.DataFrame([rank | {"name": name} for name, pipeline in pipelines for rank in pipeline["ranks"]])
     settings = settings_of(runs, to_text)
     differing = settings.nunique() > 1
-    page = Environment(
-        loader=PackageLoader("sid_trainer.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.jinja").render(
+    loader = PackageLoader("sid_trainer.report", ".")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
+    fields = dict(
         comparison=comparison_text(runs),
         runs=as_text(runs.assign(epochs=epochs, depth=depth), RUNS),
         differing=pd.concat([runs["name"].rename("run"), settings.loc[:, differing]], axis=1),
         same=settings.loc[:, ~differing].head(1).T.reset_index().set_axis(["setting", "value"], axis=1),
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
         ranks=as_text(ranks, RANKS) if pipelines else None,
-    )  # fmt: skip
+    )
+    with pd.option_context("display.max_colwidth", None):  # `to_html` cuts longer text
+        page = template.render(fields)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in {**pictures, "report.html": page.encode()}.items():
         write_atomically(out / name, methodcaller("write", content))

@@ -32,7 +32,7 @@ class Results(NamedTuple):
     """The content of run folders, as tables with the columns run, group, method and variant.
 
     runs: A row per run, in the order of the report: name, config, settings (those that tell its group from others of
-        the same FAMILY, as text), ideal (`ideal_kl` or None), and results.
+        the same FAMILY, as text), and results.
     epochs: A row per run and epoch: NUMBERS and OPTIONAL.
     stages: A row per run, epoch and stage (from 1): LISTS, and whether this is the run's last epoch.
     pipelines: The content of pipeline.json by run, for runs whose stages were spread over ranks.
@@ -76,8 +76,6 @@ def add_settings(runs: pd.DataFrame) -> pd.DataFrame:
     for key in ("arch", "layout", "method", "seed"):
         runs[key] = [config.get(key) for config in runs["config"]]
     runs["label_noise"] = [config.get("label_noise") or 0.0 for config in runs["config"]]
-    ideal = [ideal_of(config, stages) for config, stages in zip(runs["config"], runs["stages"], strict=True)]
-    runs["ideal"] = pd.Series(ideal, runs.index, dtype=object)
     exact = settings_of(runs, json.dumps).drop(columns="seed", errors="ignore")
     runs["group"] = exact.assign(stages=runs["stages"]).groupby(list(exact) + ["stages"], sort=False).ngroup()
     configs = dict(zip(runs.index, runs["config"], strict=True))
@@ -115,43 +113,6 @@ def comparison_table(runs: pd.DataFrame) -> pd.DataFrame:
         images_per_second=("images_per_second", "median"), activation_bytes=("activation_bytes", "max"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
     )  # fmt: skip
-
-
-def ideal_of(config: dict[str, Any], stages: int) -> list[float] | None:
-    """Return `ideal_kl` for the settings of a run; None if it is unknown, or 0 (alpha = 1 with hard labels)."""
-    alpha = config["alpha"]
-    if config["method"] != "sid" or config.get("label_noise") or (isinstance(alpha, list) and len(alpha) != stages):
-        return None
-    smoothing, divergence = config.get("label_smoothing") or 0.0, config.get("divergence", "forward")
-    ideal = ideal_kl(alpha, len(config["classes"]), stages, smoothing, divergence)
-    return ideal if min(ideal) > 0 else None
-
-
-def ideal_kl(
-    alpha: float | Sequence[float], num_classes: int, depth: int, label_smoothing: float | Sequence[float] = 0.0,
-    divergence: str = "forward",
-) -> list[float]:  # fmt: skip
-    """Return KL(y || p_i) in nats, for hard y, of the ideal cascade: each stage minimizes its loss, given the prior.
-
-    With the smoothed target t_i, the minimum is p_i = alpha_i t_i + (1 - alpha_i) p_(i-1) (forward) or proportional to
-    t_i^alpha_i p_(i-1)^(1 - alpha_i) (reverse). Raises ValueError unless there is one value or one per stage.
-    """
-    alphas, smoothing = (
-        list(value) if isinstance(value, Sequence) else [value] * depth for value in (alpha, label_smoothing)
-    )
-    if len(alphas) != depth or len(smoothing) != depth:
-        raise ValueError(f"alpha and label_smoothing must have {depth} values, not {len(alphas)} and {len(smoothing)}")
-    spread, log_odds, ideal = 1.0, 0.0, []  # p_i = spread * u + (1 - spread) * y; or log(p_i[y] / p_i[other])
-    for a, s in zip(alphas, smoothing, strict=True):
-        if divergence == "forward":
-            spread = a * s + (1 - a) * spread
-            ideal.append(-math.log1p(-spread * (1 - 1 / num_classes)))
-        elif s == 0:
-            ideal.append(0.0)
-        else:
-            log_odds = a * math.log1p(num_classes * (1 - s) / s) + (1 - a) * log_odds
-            ideal.append(math.log1p((num_classes - 1) * math.exp(-log_odds)))
-    return ideal
 
 
 # ---------------------------------------------------------------- files

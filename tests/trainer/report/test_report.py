@@ -11,7 +11,7 @@ from sid_trainer.methods.factory import METHODS
 from sid_trainer.report import results
 from sid_trainer.report.figures import draw_run, format_bytes
 from sid_trainer.report.page import as_markdown, comparison_text, write_report
-from sid_trainer.report.results import comparison_table, ideal_kl, load_runs
+from sid_trainer.report.results import comparison_table, load_runs
 from sid_trainer.training.config import MOVABLE
 
 NEW_KEYS = ("certificate", "elapsed", "activation_bytes", "peak_memory_bytes")
@@ -241,16 +241,6 @@ def test_the_picture_of_one_run_shows_certificates_where_there_are_any(tmp_path)
     assert widths["new"] > widths["old"] == widths["plain"]
 
 
-def test_the_ideal_is_known_for_sid_on_true_labels_only(tmp_path):
-    settings = {
-        "sid": {}, "other": {"method": "greedy"}, "noisy": {"label_noise": 0.2}, "one": {"alpha": 1.0},
-        "short": {"alpha": [0.5]}, "smooth": {"alpha": 1.0, "label_smoothing": 0.1},
-    }  # fmt: skip
-    runs = load_runs([write_run(tmp_path / name, **more) for name, more in settings.items()]).runs
-    assert set(runs.loc[runs["ideal"].notna(), "name"]) == {"sid", "smooth"}
-    assert runs.set_index("name")["ideal"]["sid"] == ideal_kl([0.5, 0.5], 3, 2)
-
-
 def test_many_runs_and_one_epoch_and_infinite_distances_are_drawn(tmp_path):
     folders = [
         write_run(tmp_path / f"{method}-{layout}-{noise}", (0.5,), 1 if method == "bp" else 3, method=method, layout=layout, label_noise=noise)
@@ -308,24 +298,6 @@ def test_no_folders(tmp_path):
 def test_a_folder_named_twice_is_one_run(tmp_path):
     run = write_run(tmp_path / "run")
     assert list(load_runs([run, tmp_path / "run" / ".." / "run"]).runs["name"]) == ["run"]
-
-
-@pytest.mark.parametrize(("divergence", "smoothing"), [("forward", 0.0), ("forward", 0.1), ("reverse", 0.1)])
-def test_the_ideal_cascade_is_every_stage_at_its_minimum(divergence, smoothing):
-    classes, alphas = 4, [0.7, 0.5, 0.2]
-    target = [1 - smoothing + smoothing / classes] + [smoothing / classes] * (classes - 1)
-    belief, expected = [1 / classes] * classes, []
-    for alpha in alphas:
-        if divergence == "forward":
-            belief = [alpha * t + (1 - alpha) * q for t, q in zip(target, belief, strict=True)]
-        else:
-            belief = [t**alpha * q ** (1 - alpha) for t, q in zip(target, belief, strict=True)]
-            belief = [p / sum(belief) for p in belief]
-        expected.append(-math.log(belief[0]))
-    assert ideal_kl(alphas, classes, 3, smoothing, divergence) == pytest.approx(expected, rel=1e-12)
-    assert ideal_kl(0.5, classes, 2) == pytest.approx(ideal_kl([0.5, 0.5], classes, 2))
-    with pytest.raises(ValueError, match=r"alpha and label_smoothing must have 2 values, not 3 and 2"):
-        ideal_kl(alphas, classes, 2)
 
 
 def pipeline(ranks=2):
