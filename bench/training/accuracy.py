@@ -47,7 +47,6 @@ from sid_trainer.training.operations import exit_operations, training_operations
 # ---------------------------------------------------------------- cells
 
 NORM: dict[str, Any] = {"layout": "stagewise", "norm": True, "lr_schedule": "one-cycle"}
-GRADED = "0.5,0.25,0.125,0.0625"
 BP = NORM | {"method": "bp", "classifier": "mlp"}
 HEADS = NORM | {"tail": 1, "prior_input": False}  # the prior in the loss only
 SID = HEADS | {"method": "sid", "alpha": "0.5,0.7,0.8,0.9"}
@@ -64,9 +63,9 @@ METHODS = {
     "sid": SID,
     "sid, prior as input, dropped for 30%": SID | {"prior_input": True, "prior_dropout": 0.3},
     "sid, prior as input": SID | {"prior_input": True},
-    "sid, graded labels": SID | {"label_smoothing": GRADED},
+    "sid, graded labels": SID | {"label_smoothing": "graded"},
     "greedy": GREEDY,
-    "greedy, graded labels": GREEDY | {"label_smoothing": GRADED},
+    "greedy, graded labels": GREEDY | {"label_smoothing": "graded"},
     "greedy, no tails": GREEDY | {"tail": 0},
     "sid, no tails": SID | {"tail": 0},
 }
@@ -92,16 +91,9 @@ SHARED |= {"sid, alpha 0.5 in every stage": SHARED["sid"] | {"alpha": 0.5}}
 
 
 def by_depth(cells: dict[str, dict], depth: int, **more: Any) -> dict[str, dict]:
-    """Return the cells with alpha from 0.5 to 0.9 and label smoothing 1/2, 1/4, ... for another number of stages."""
-    alpha, graded = "0.5:0.9", ",".join(str(0.5**i) for i in range(1, depth + 1))
-    changed = {}
-    for name, cell in cells.items():
-        changed[name] = cell | {"depth": depth} | more
-        if "alpha" in cell:
-            changed[name]["alpha"] = alpha
-        if cell.get("label_smoothing") == GRADED:
-            changed[name]["label_smoothing"] = graded
-    return changed
+    """Return the cells with alpha from 0.5 to 0.9 for another number of stages."""
+    shared = {"depth": depth} | more
+    return {name: cell | shared | ({"alpha": "0.5:0.9"} if "alpha" in cell else {}) for name, cell in cells.items()}
 
 
 # By name of the table: the settings that all of its cells share, and the settings of each cell. `change` names a

@@ -58,6 +58,7 @@ class TrainConfig:
 
     `sid train --help` describes every setting under the flag of the same name. alpha is a number in [0, 1], one number
     per stage (a sequence or the text "0.9,0.5,..."), or the text "FIRST:LAST", which interpolates linearly over depth.
+    label_smoothing may also be "graded".
     Methods other than "sid" train with cross-entropy and ignore alpha and divergence.
     """
 
@@ -73,7 +74,7 @@ class TrainConfig:
     alpha: float | str | Sequence[float] = loss(0.5, "weight of fidelity: A, FIRST:LAST, or A,B,... with one per stage")
     divergence: str = loss("forward", "direction of the KL divergence to the teacher", choices=DIVERGENCES)
     label_smoothing: float | str | Sequence[float] = loss(
-        0.0, "share of each label's mass that is spread over all classes: X, FIRST:LAST, or X,Y,... with one per stage",
+        0.0, "share of each label's mass spread over all classes: X, FIRST:LAST, X,Y,..., or graded for 1/2,1/4,...",
         SHARE_BELOW_1,
     )  # fmt: skip
     seed: int = training(0, "seed of initial parameters, order, crops, flips and label noise", at_least(0))
@@ -226,8 +227,17 @@ def run_config(**given: Any) -> RunConfig:
     return RunConfig(**common | RECIPES.get(given.get("arch", RunConfig.arch), {}) | given)
 
 
+GRADED = "graded"  # label smoothing 1/2, 1/4, 1/8, ... over depth: the beliefs of an ideal cascade with alpha 1/2
+
+
 def parse_by_depth(name: str, value: float | str | Sequence[float]) -> float | str | tuple[float, ...]:
-    """Return a setting in [0, 1] as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError."""
+    """Return a setting in [0, 1] as a number, as one number per stage, or as text "FIRST:LAST". Raises ValueError.
+
+    The label smoothing may also be the text "graded".
+    """
+    graded = name == "label_smoothing"
+    if graded and value == GRADED:
+        return GRADED
     linear = ":" in str(value)
     parts = value.replace(":", ",").split(",") if isinstance(value, str) else value
     try:
@@ -235,7 +245,7 @@ def parse_by_depth(name: str, value: float | str | Sequence[float]) -> float | s
     except ValueError:
         numbers = ()
     if not numbers or (linear and len(numbers) != 2) or not all(0 <= number <= 1 for number in numbers):
-        allowed = "a number in [0, 1], FIRST:LAST, or one number per stage (0.9,0.5,...)"
+        allowed = f"a number in [0, 1], FIRST:LAST, {'graded, ' * graded}or one number per stage (0.9,0.5,...)"
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
     return str(value) if linear else numbers[0] if len(numbers) == 1 else numbers
 
@@ -243,6 +253,10 @@ def parse_by_depth(name: str, value: float | str | Sequence[float]) -> float | s
 def by_depth(name: str, value: float | str | Sequence[float], depth: int | None = None) -> list[float]:
     """Return one number for each of `depth` stages (None: as many as given). Raises ValueError for another number."""
     value = parse_by_depth(name, value)
+    if value == GRADED:
+        if depth == 1:
+            raise ValueError(f"{name} must be a number for one stage, not {GRADED!r}")
+        return [0.5**i for i in range(1, (depth or 2) + 1)]
     if isinstance(value, str):
         first, last = map(float, value.split(":"))
         return torch.linspace(first, last, depth or 2, dtype=torch.float64).tolist()

@@ -15,6 +15,7 @@ from sid_trainer.cli import find_dataset, main
 from sid_trainer.data.datasets import ImageData, Split
 from sid_trainer.runs.build import load_network
 from sid_trainer.training.checkpoint import load_checkpoint
+from sid_trainer.training.config import run_config, stage_alphas
 
 KEYS = {
     "epoch", "step", "lr", "train_loss", "train_accuracy", "stage_loss", "test_accuracy", "stage_accuracy", "stage_kl",
@@ -304,6 +305,18 @@ def test_alpha_as_text_in_python():
     assert small_trainer(alpha="0.8,0.4").metadata["alpha"] == [0.8, 0.4]
     with pytest.raises(ValueError, match="alpha must be one number or one for each of the 2 stages, not 3"):
         small_trainer(alpha=(0.1, 0.2, 0.3))
+
+
+def test_graded_label_smoothing():
+    """Check that it is what remains of the uniform belief at each stage of an ideal cascade with alpha 1/2."""
+    smoothing = small_trainer(label_smoothing="graded").metadata["label_smoothing"]
+    assert smoothing == [0.5, 0.25]
+    with pytest.raises(ValueError, match="label_smoothing must be a number for one stage, not 'graded'"):
+        stage_alphas(run_config(arch="mlp", layout="stagewise", method="bp", label_smoothing="graded"))
+    with pytest.raises(ValueError, match=r"FIRST:LAST, graded, or one number per stage .*, not 'grade'"):
+        TrainConfig(label_smoothing="grade")
+    with pytest.raises(ValueError, match="alpha must be a number in .*, not 'graded'"):
+        TrainConfig(alpha="graded")
 
 
 def test_the_trainer_without_a_folder_writes_nothing(tmp_path, monkeypatch):

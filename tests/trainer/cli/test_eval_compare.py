@@ -23,7 +23,7 @@ def last_row(folder):
     "--arch simple_cnn --layout shared --depth 3",
     "--arch mlp --layout stagewise --depth 2 --divergence reverse --label-smoothing 0.1",
     "--arch mlp --layout stagewise --method bp",
-    "--arch mlp --layout stagewise --depth 3 --method greedy --label-smoothing 0.5,0.25,0.1",
+    "--arch mlp --layout stagewise --depth 3 --method greedy --label-smoothing graded",
     "--arch mlp --layout shared --depth 2 --dtype bfloat16 --method greedy",
     "--arch vgg11 --layout stagewise --train-images 60 --val 0.2 --label-noise 0.4",
 ])  # fmt: skip
