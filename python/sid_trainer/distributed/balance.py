@@ -1,7 +1,7 @@
 """Assign consecutive stages to the ranks of a pipeline, balanced by the seconds that each stage takes on a batch."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..methods.common import StepOptions, clear_gradients
 from ..methods.factory import make_optimizers
+from ..methods.readouts import train_readouts, trains_in_chunks
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks
+from ..network.language import LanguageModel
 from ..network.modules import SIDNetwork
 from ..training.cpu import denormals_as_zero
 
@@ -59,7 +61,9 @@ def measure_stage_seconds(
             clear_gradients(optimizers)
             with timer.run_stage(0):
                 inputs, targets = next(batches)
-            stage_by_stage(network, inputs, targets, options, optimizers, hooks=timer)
+            in_chunks = isinstance(network, LanguageModel) and trains_in_chunks(network, len(targets), options)
+            train: Callable[..., object] = train_readouts if in_chunks else stage_by_stage
+            train(network, inputs, targets, options, optimizers, hooks=timer)
     return [seconds / ROUNDS for seconds in timer.seconds]
 
 

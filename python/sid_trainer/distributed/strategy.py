@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sid_kernels.belief_head.problem import PriorHead
+
 from ..data.batches import Batches, Labels
 from ..data.own import OwnData
 from ..data.text import TextBatches, TextData
 from ..methods.common import StepResult, autocast, clear_gradients
 from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
+from ..methods.readouts import train_readouts, trains_in_chunks, windows_at_once
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks
+from ..network.language import LanguageModel, SharedReadout
 from ..network.modules import SIDNetwork, at_least_float32
 from ..training.strategy import Strategy
 from ..training.trainer import Interrupted
@@ -228,6 +232,7 @@ class StageStrategy(DataStrategy):
     def __init__(self, communicator: Communicator, stages_by_rank: Sequence[range], in_flight: int = 2):
         super().__init__(communicator)
         self.stages_by_rank, self.in_flight = stages_by_rank, in_flight
+        self.prior: Tensor | PriorHead | None = None
 
     def assign_stages(self) -> range:
         if not isinstance(self.network.extractor, nn.Identity):
@@ -237,9 +242,12 @@ class StageStrategy(DataStrategy):
     def place_network(self) -> None:
         """Move this rank's stages to its device; the others keep only names and shapes, on the meta device."""
         self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing from the stubs
-        height, width = self.data.image_size
-        example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
-        example = example.contiguous(memory_format=self.memory_format)
+        if isinstance(self.data, TextData):
+            example = torch.zeros(2, *self.data.image_size, dtype=torch.int64, device=self.device)
+        else:
+            height, width = self.data.image_size
+            example = torch.zeros(2, height, width, self.data.in_channels, device=self.device).permute(0, 3, 1, 2)
+            example = example.contiguous(memory_format=self.memory_format)
         layouts = activation_layouts(self.network, example, self.options.dtype)
         for i, stage in enumerate(self.network.local_modules[1:]):
             stage.to(self.device if i in self.local_stages else "meta")
@@ -247,18 +255,35 @@ class StageStrategy(DataStrategy):
         received = None if self.topology.is_first else layouts[self.local_stages.start - 1]
         sent = None if self.topology.is_last else layouts[self.local_stages.stop - 1]
         self.link = StageLink(
-            self.communicator, len(self.local_stages), self.network.num_classes, received, sent, self.in_flight
-        )
+            self.communicator, len(self.local_stages), self.network.num_classes, received, sent, self.in_flight,
+            self.batches["train"].context,
+        )  # fmt: skip
 
     def make_step(self) -> Any:
         network, optimizers = self.network, [None, *(self.optimizers[1 + i] for i in self.local_stages)]
         stages = network.local_modules[1:]
-        local = SIDNetwork(nn.Identity(), [stages[i] for i in self.local_stages], network.num_classes)
+        local = type(network)(nn.Identity(), [stages[i] for i in self.local_stages], network.num_classes)
+        heads = {
+            i: head for i, stage in enumerate(stages) if isinstance(head := stage.get_submodule("head"), SharedReadout)
+        }
+        self.shared_readouts = [heads[i] for i in self.local_stages if i in heads]
+        self.source = next(((head.source[0], head.refresh) for head in heads.values()), None)
         self.local_network = self.replicas.wrap(local, optimizers) if self.topology.replicas > 1 else local
         self.local_optimizers = optimizers
         return self.pipeline_step
 
+    def in_chunks(self, rows: int) -> bool:
+        """Return whether a step on this many targets holds no beliefs."""
+        return trains_in_chunks(self.network, rows, self.options)
+
     def pipeline_step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        if isinstance(self.local_network, LanguageModel) and self.in_chunks(len(targets)):
+            assert not isinstance(self.prior, Tensor)  # for type checkers
+            return train_readouts(
+                self.local_network, inputs, targets, self.local_options, self.local_optimizers, self.link, self.prior,
+                predicts=self.topology.is_last,
+            )  # fmt: skip
+        assert not isinstance(self.prior, PriorHead)
         clear_gradients(self.local_optimizers)
         return StepResult(*stage_by_stage(
             self.local_network, inputs, targets, self.local_options, self.local_optimizers, hooks=self.link,
@@ -267,35 +292,51 @@ class StageStrategy(DataStrategy):
 
     def train_batches(self, epoch: int, first_step: int) -> Generator[tuple[Any, Tensor]]:
         self.link.reset_counters()
-        self.link.expect(self.local_rows("train")[first_step:])
+        self.link.expect(self.local_rows("train")[first_step:], self.in_chunks)
+        self.steps_done = (epoch - 1) * len(self.batches["train"]) + first_step
         return super().train_batches(epoch, first_step)
 
     def link_usage(self) -> dict[str, float]:
         return {name: getattr(self.link, name) for name in ("receiving", "sending", "bytes_sent")}
 
     def local_rows(self, name: str) -> list[int]:
-        replica, replicas = self.topology.share
-        return [len(range(replica, rows, replicas)) for rows in self.batches[name].sizes()]
+        (replica, replicas), batches = self.topology.share, self.batches[name]
+        return [len(range(replica, rows // batches.context, replicas)) for rows in batches.sizes()]
+
+    def exchange_copies(self) -> None:
+        """Send the last stage's weight to the shared readouts of other ranks, if the next step is the one to do so."""
+        if self.source and self.steps_done % self.source[1] == 0:
+            if self.topology.is_last:
+                self.link.send_back(self.source[0].weight)
+            else:  # it has a shared readout: only the last stage has not
+                self.link.recv_back(self.shared_readouts)
+        self.steps_done += 1
 
     def recv_inputs(self, inputs: Any) -> Any:
         """Return the inputs of the next step; ranks after the first one also receive whether it is the last step."""
+        self.exchange_copies()
         if not self.topology.is_first:
             inputs, self.prior = self.link.recv()
             self.stop = self.link.stop
             return inputs
-        self.prior = self.local_network.uniform(inputs)
+        self.prior = None  # the uniform belief
         inputs = super().recv_inputs(inputs)
         self.link.stop = self.stop
         return inputs
 
     def evaluation_batches(self, name: str) -> Iterator[tuple[Any, Tensor]]:
-        self.link.expect(self.local_rows(name))
+        rows = self.local_rows(name)
+        if isinstance(self.network, LanguageModel):  # as `in_parts` splits them
+            most = windows_at_once(self.network, self.batches[name].context)
+            rows = [min(most, count - i) for count in rows for i in range(0, count, most)]
+        self.link.expect(rows)
         return super().evaluation_batches(name)
 
     def stage_logits(self, inputs: Any) -> tuple[list[Tensor], Tensor]:
         features, first_prior = (
             (inputs, self.local_network.uniform(inputs)) if self.topology.is_first else self.link.recv()
         )
+        assert isinstance(first_prior, Tensor)  # for type checkers
         prior, logits = first_prior, []
         with autocast(features, self.options.dtype):
             for stage in self.local_network.stages:
@@ -307,6 +348,7 @@ class StageStrategy(DataStrategy):
 
     def wait_for_sends(self) -> None:
         self.link.wait_for_room()
+        self.link.wait_for_copies()
         super().wait_for_sends()
 
     def local_state(self, state: dict) -> dict:

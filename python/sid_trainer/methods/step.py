@@ -30,7 +30,7 @@ from .common import (
     teacher_beliefs,
     update,
 )
-from .readouts import is_large, train_readouts
+from .readouts import train_readouts, trains_in_chunks
 from .reference import reference_step
 from .stacked import train_stacked
 from .streams import StageHooks
@@ -81,8 +81,7 @@ def local_step(
     if options.step_schedule == "reference":
         return reference_step(network, inputs, targets, options, optimizers)
     check_optimizers(optimizers, network)
-    in_chunks = options.fused and options.step_schedule == "one-pass" and options.class_weight is None
-    if in_chunks and isinstance(network, LanguageModel) and is_large(network, targets):
+    if isinstance(network, LanguageModel) and trains_in_chunks(network, len(targets), options):
         return train_readouts(network, inputs, targets, options, optimizers)
     clear_gradients(optimizers[:1])
     with collect_terms() as terms, autocast(inputs, options.dtype):

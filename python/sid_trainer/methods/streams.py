@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sid_kernels.belief_head.problem import PriorHead
+
 
 class StageHooks:
     """Hooks that a step calls around its stages. This base class runs one stage after the other.
@@ -28,8 +30,11 @@ class StageHooks:
         """Return the context in which stage i runs; it waits for the outputs of stage i - 1."""
         return nullcontext()
 
-    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
-        """Pass on a stage's outputs; called within the stage when they are complete, before its backward and update."""
+    def outputs_ready(self, features: Tensor, belief: Tensor | PriorHead) -> None:
+        """Pass on a stage's outputs; called within the stage when they are complete, before its backward and update.
+
+        `belief` is a `PriorHead` if the step holds no beliefs.
+        """
 
     def update(self, update_stage: Callable[[], None]) -> None:
         """Run `update_stage`, or if updates are deferred, that of the stage before; called at the end of a stage."""
@@ -67,7 +72,7 @@ class StageStreams(StageHooks):
         self.streams[i].wait_event(self.ready)
         return self.backend.stream(self.streams[i])
 
-    def outputs_ready(self, features: Tensor, belief: Tensor) -> None:
+    def outputs_ready(self, features: Tensor, belief: Tensor | PriorHead) -> None:
         self.ready = self.backend.current_stream(self.device).record_event()
 
     def step_finished(self) -> None:

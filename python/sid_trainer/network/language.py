@@ -107,7 +107,7 @@ class SharedReadout(nn.Module):
     def forward(self, features: Tensor, prior: Tensor | None) -> Tensor:
         """Return the logits (B * T, V), or for a prior of None what the copied layer reads, as in `Readout`."""
         if self.training and torch.is_grad_enabled():
-            if self.calls % self.refresh == 0:
+            if self.calls % self.refresh == 0 and not self.source[0].weight.is_meta:  # else the last rank has sent it
                 self.weight.copy_(self.source[0].weight.detach())
             self.calls += 1
         hidden = (self.norm(self.blocks(features)) * self.scale).flatten(0, 1)
@@ -115,11 +115,12 @@ class SharedReadout(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the number of calls, which a checkpoint keeps."""
-        return torch.tensor(self.calls)
+        return torch.tensor(self.calls, device=self.weight.device)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Set the number of calls from a checkpoint."""
-        self.calls = int(state)
+        """Set the number of calls from a checkpoint; other processes know that of a readout on the meta device."""
+        if not state.is_meta:
+            self.calls = int(state)
 
 
 class LanguageModel(SIDNetwork):

@@ -178,8 +178,8 @@ def check_text(run: RunConfig) -> None:
             raise ValueError(f"{name} must be left out for {'text' if text else 'images'}, not {getattr(run, name)!r}")
     if run.graph and run.readout_refresh > 1:
         raise ValueError(f"readout_refresh must be 1 with graph, which repeats one step, not {run.readout_refresh}")
-    if text and run.parallel in ("shard", "stage"):
-        raise ValueError(f"parallel must be none or data for dataset text, not {run.parallel!r}")
+    if text and run.parallel == "shard":
+        raise ValueError("parallel must be none, data or stage for dataset text, not 'shard'")
 
 
 def check_parallel(run: RunConfig) -> None:
