@@ -153,18 +153,9 @@ class Communicator:
 # ---------------------------------------------------------------- torchrun's environment
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def restart_count() -> int:
-    """Return how often torchrun has restarted the processes of this machine."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def max_restarts() -> int:
-    """Return how often torchrun may restart the processes."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+def torchrun_number(name: str, default: int = 0) -> int:
+    """Return a number that torchrun sets in the environment, such as WORLD_SIZE, or `default` without torchrun."""
+    return int(os.environ.get(name, default))
 
 
 def launch_id() -> str | None:
@@ -175,7 +166,7 @@ def launch_id() -> str | None:
 
 def is_main_process() -> bool:
     """Return whether this process prints errors: every process after `init_distributed`, one per machine before it."""
-    return dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return dist.is_initialized() or torchrun_number("LOCAL_RANK") == 0
 
 
 def wait_for_main_process() -> None:
@@ -190,8 +181,8 @@ def local_device(name: str) -> str:
     """
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
-    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    needed = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), rank + 1)
+    rank, count = torchrun_number("LOCAL_RANK"), torch.cuda.device_count()
+    needed = max(torchrun_number("LOCAL_WORLD_SIZE", 1), rank + 1)
     if needed > count:
         raise ValueError(f"device {name!r} needs a GPU for each of the {needed} processes, not {count} in all")
     return f"cuda:{rank}"
@@ -215,7 +206,7 @@ def init_distributed(
         raise ValueError(
             f"parallel {parallel!r} needs torchrun: torchrun --standalone --nproc-per-node=2 -m sid_trainer ..."
         )
-    topology = Topology.of(int(os.environ["RANK"]), world_size(), parallel, replicas)
+    topology = Topology.of(int(os.environ["RANK"]), torchrun_number("WORLD_SIZE", 1), parallel, replicas)
     cuda, limit = local_device(device).startswith("cuda"), timedelta(seconds=timeout)
     if cuda:
         torch.cuda.set_device(local_device(device))

@@ -117,7 +117,7 @@ def make_trainer(
 def connect(run: RunConfig, problem: str = "") -> Communicator:
     """Connect to the processes that share a run. A nonempty `problem`, an error of this rank, ends all of them."""
     if run.parallel == "none":
-        if (size := rendezvous.world_size()) > 1:
+        if (size := rendezvous.torchrun_number("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"parallel must be data, shard or stage for {size} processes, not none")
         return Communicator(Topology())
     device = run.device
@@ -178,9 +178,10 @@ def start_run(run: RunConfig, folder: Path, *, overwrite: bool = False) -> Train
     """
     communicator, launch = connect(run), rendezvous.launch_id()
     with communicator.raise_on_one_rank():
-        if launch is None and rendezvous.max_restarts() > 0:  # a restart could not tell its run from an older one
+        if launch is None and rendezvous.torchrun_number("TORCHELASTIC_MAX_RESTARTS"):  # which run would it resume?
             raise ValueError("torchrun --max-restarts needs --standalone or an --rdzv-id to find the run again")
-    restarted = any(communicator.gather(rendezvous.restart_count() > 0))  # a machine that joined later counts from 0
+    restarts = communicator.gather(rendezvous.torchrun_number("TORCHELASTIC_RESTART_COUNT"))
+    restarted = any(restarts)  # a machine that joined later counts from 0
     resumes = restarted and launch is not None and recorded_launch(folder) == launch
     saved = communicator.gather(resumes and has_checkpoint(folder))
     with communicator.raise_on_one_rank():

@@ -64,22 +64,19 @@ def exit_curve(
 
     The cascade runs once for all confidences.
     """
-    correct, counts = [0] * len(confidences), torch.zeros(len(confidences), network.depth)
+    confidence = torch.tensor(confidences)[:, None, None]
+    correct = torch.zeros(len(confidences), dtype=torch.float64)
+    counts = torch.zeros(len(confidences), network.depth)
     for inputs, targets in batches:
         with autocast(inputs, options.dtype):
             beliefs = network.beliefs(inputs)  # (L, B, C)
-        certain, classes, targets = certainty(beliefs).cpu(), beliefs.argmax(dim=2).cpu(), targets.cpu()
-        for i, confidence in enumerate(confidences):
-            sure = certain >= confidence
-            sure[-1] = True
-            exits = sure.int().argmax(dim=0)  # the first stage that is sure
-            predicted = classes[exits, torch.arange(len(targets))]
-            correct[i] += int((predicted == targets).sum())
-            counts[i] += torch.bincount(exits, minlength=network.depth)
-    images = counts.sum(dim=1, keepdim=True)
-    return [
-        (hits / float(n), shares) for hits, n, shares in zip(correct, images, (counts / images).tolist(), strict=True)
-    ]
+        sure = certainty(beliefs).cpu() >= confidence  # (confidences, L, B)
+        sure[:, -1] = True
+        exits = sure.int().argmax(dim=1)  # the first stage that is sure
+        correct += (beliefs.argmax(dim=2).cpu().gather(0, exits) == targets.cpu()).sum(dim=1)
+        counts += F.one_hot(exits, network.depth).sum(dim=1)
+    images = counts.sum(dim=1)
+    return list(zip((correct / images).tolist(), (counts / images[:, None]).tolist(), strict=True))
 
 
 def stage_logits(network: Network, inputs: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
