@@ -1,4 +1,4 @@
-"""Train the same network by SID, by greedy stages and by backpropagation, and compare accuracy and memory."""
+"""Train the same network by SID, by greedy stages with graded labels and by backpropagation, and compare them."""
 
 import torch
 
@@ -10,8 +10,13 @@ def main(epochs: int = 3) -> dict[str, float]:
     data, accuracies = load_data("digits"), {}
     for method in ("sid", "greedy", "bp"):
         torch.manual_seed(0)
-        network = build_network("simple_cnn", "stagewise", in_channels=1, image_size=(8, 8), plain=method == "bp")
-        config = TrainConfig(method=method, epochs=epochs, optimizer="adamw", lr=5e-3, lr_schedule="one-cycle")
+        heads = {"norm": True, "tail": 1, "prior_input": False, "classifier": "mlp"}
+        shape = {"in_channels": 1, "image_size": (8, 8)}
+        network = build_network("simple_cnn", "stagewise", plain=method == "bp", **shape, **heads)
+        config = TrainConfig(
+            method=method, epochs=epochs, optimizer="adamw", lr=5e-3, lr_schedule="one-cycle",
+            label_smoothing="graded" if method == "greedy" else 0.0,  # 1/2, 1/4, 1/8, 1/16 over depth
+        )  # fmt: skip
         rows = Trainer(network, data, config, quiet=True).fit()
         accuracies[method] = rows[-1]["test_accuracy"]
         held = rows[-1]["activation_bytes"] / 2**20
