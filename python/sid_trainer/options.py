@@ -63,7 +63,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> argp
     add = parsers["eval"].add_argument
     add("run_folder", **run_folder)
     add("--data", metavar="PATH", help="folder of its data set, if it was moved")
-    add("--cache", metavar="DIR", help="folder for decoded images")
+    add("--cache", metavar="DIR", help="folder for decoded images and tokens")
     add("--exit", action="store_true", default=False, help="measure accuracy and operations if sure images leave early")
 
     add = parsers["sample"].add_argument

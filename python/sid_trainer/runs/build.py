@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..data.batches import Batches
-from ..data.datasets import ImageData, load_data
+from ..data.datasets import ImageData, default_cache, load_data
 from ..data.own import OwnData
 from ..data.splits import add_label_noise, split_validation, take_subset
 from ..data.text import TextData, load_text
@@ -39,7 +39,8 @@ from ..training.trainer import Trainer
 def make_data(run: RunConfig) -> Any:
     """Load the data of a run: a text, or images with subset, validation split, label noise and augmentation."""
     if run.dataset == "text":
-        return load_text(run.data, run.tokens, run.context, run.vocabulary)
+        cache = default_cache() if run.cache is None else run.cache
+        return load_text(run.data, run.tokens, run.context, run.vocabulary, cache=cache)
     data = load_data(
         run.dataset, run.data, cache=run.cache, download=run.download, image_size=run.image_size, stream=run.stream,
         workers=run.workers,

@@ -14,8 +14,8 @@ def encode(prompt: str, tokens: str, metadata: dict) -> list[int]:
     """Return the tokens of a prompt. Raises ValueError for a character that the model does not know."""
     if tokens == "bytes":
         return list(prompt.encode())
-    if tokens == "bpe":
-        return load_tokenizer(metadata).encode(prompt).ids
+    if metadata["tokenizer"]:
+        return load_tokenizer(metadata).encode(prompt, add_special_tokens=False).ids
     number = {character: i for i, character in enumerate(metadata["classes"])}
     if unknown := [character for character in prompt if character not in number]:
         raise ValueError(f"prompt must have characters of the training text only, not {unknown[0]!r}")
@@ -33,7 +33,10 @@ def token_bytes(tokens: str, metadata: dict) -> list[bytes]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return [bytes(byte_of[character] for character in token) for token in classes]
+    return [
+        bytes(byte_of[character] for character in token) if byte_of.keys() >= {*token} else token.encode()  # special
+        for token in classes
+    ]
 
 
 def load_tokenizer(metadata: dict) -> Any:

@@ -111,7 +111,7 @@ class RunConfig(TrainConfig):
 
     dataset: str = images("digits", "data set (default: what --data holds, or digits)", choices=(*DATASETS, "text"))
     data: str | None = images(None, "folder of the data set, one with train/CLASS/... and test/CLASS/..., or a text")
-    cache: str | None = images(None, "folder for decoded images (default: in the user's cache folder)")
+    cache: str | None = images(None, "folder for decoded images and tokens (default: in the user's cache folder)")
     download: bool = images(False, "download the data set into --data")
     image_size: int | None = images(None, "resize and crop image files to this many pixels (default: as they are)")
     stream: bool | None = images(None, "decode images batch by batch (default: if they would fill half the memory)")
@@ -131,7 +131,7 @@ class RunConfig(TrainConfig):
     prior_input: bool = network(True, "stagewise heads take the prior as input; otherwise only their loss uses it")
     prior_dropout: float = network(0.0, "share of images whose prior a head replaces by the uniform belief", SHARE)
     classifier: str = network("linear", "classifier of a plain network trained by backpropagation", choices=CLASSIFIERS)
-    tokens: str = language("bytes", "what a text is divided into", choices=TOKENS)
+    tokens: str = language("bytes", f"what a text is divided into: {', '.join(TOKENS)}, or a tokenizer file (.json)")
     vocabulary: int = language(4096, "number of tokens of --tokens bpe", at_least(257))
     context: int = language(128, "tokens that a prediction can read", at_least(1))
     layers: int = language(6, "blocks of the decoder", at_least(1))
@@ -162,7 +162,7 @@ class RunConfig(TrainConfig):
 
 # Settings of images and their networks, which a text and a language model do not have.
 IMAGE_SETTINGS = (
-    "cache", "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
+    "download", "image_size", "stream", "train_images", "val", "label_noise", "crop", "flip", "head_depth",
     "hidden_dim", "grid", "norm", "prior_input", "prior_dropout", "classifier", "network",
 )  # fmt: skip
 

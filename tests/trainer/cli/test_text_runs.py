@@ -6,12 +6,21 @@ import random
 import pytest
 import torch
 
-from sid_trainer import cli
+from sid_trainer import cli, load_text
+from sid_trainer.data.datasets import default_cache
 from sid_trainer.runs.build import load_network, make_trainer
 from sid_trainer.runs.sample import token_bytes
 from sid_trainer.training.config import run_config
 
 SMALL = "--tokens characters --context 16 --layers 3 --width 16 --attention-heads 2 --batch-size 8 --epochs 2".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Keep tokens out of the user's cache folder; return the folder in which they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield default_cache()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(text, tmp_path, method):
         (["--dataset", "text"], "path must be a text file or a folder of .txt files; none was given"),
         (["--data", "TEXT", "--flip"], "flip must be left out for text, not True"),
         (["--data", "TEXT", "--no-prior-input"], "prior_input must be left out for text, not False"),
-        (["--data", "TEXT", "--cache", "there"], "cache must be left out for text, not 'there'"),
+        (["--data", "TEXT", "--tokens", "words"], "tokens must be one of bytes, characters, bpe, or a tokenizer file"),
         (
             ["--data", "TEXT", "--arch", "mlp"],
             "arch must be gpt for dataset text, and for no other, not 'mlp' for 'text'",
@@ -149,6 +158,22 @@ def test_byte_pairs(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("é ab")
     meanings = token_bytes("bpe", json.loads((tmp_path / "config.json").read_text()))
     assert sorted(meaning for meaning in meanings if len(meaning) == 1) == [bytes([i]) for i in range(256)]
+
+
+def test_a_tokenizer_from_a_file(text, tmp_path, capsys, cache):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = load_text(text, "bpe", 16, 280).tokenizer
+    tokenizer = tokenizers.Tokenizer.from_str(model)
+    tokenizer.add_special_tokens(["<｜end｜>"])
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    small = "--context 16 --layers 2 --width 16 --attention-heads 2 --epochs 1".split()
+    assert cli.main(["train", "--data", str(text), "--tokens", str(file), *small, "--out", str(tmp_path / "run")]) == 0
+    metadata = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert metadata["classes"][-1] == "<｜end｜>" and any(cache.glob("*.tokens"))
+    assert token_bytes(str(file), metadata)[-1] == "<｜end｜>".encode()
+    assert cli.main(["sample", str(tmp_path / "run"), "--prompt", "é ab", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out.count("é ab") == 1
 
 
 def test_an_image_run_has_no_samples(tmp_path, capsys):

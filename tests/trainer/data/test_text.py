@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sid_trainer.data import text as text_module
 from sid_trainer.data.image_files import DataError
 from sid_trainer.data.text import load_text
 
@@ -83,7 +84,7 @@ def test_every_epoch_has_its_own_order_and_goes_on_at_any_batch(tmp_path):
         (b"", {}, "0 tokens are too few"),
         (b"a" * 100, {"context": 0}, "context must be at least 1, not 0"),
         (b"a" * 50 + b"\xff" * 50, {"tokens": "characters", "context": 2}, "byte 50 is not UTF-8; use tokens 'bytes'"),
-        (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, bpe, not 'words'"),
+        (b"a" * 100, {"tokens": "words"}, "tokens must be one of bytes, characters, bpe, or a tokeni.*not 'words'"),
     ],
 )
 def test_refusals(tmp_path, content, arguments, message):
@@ -116,3 +117,92 @@ def test_byte_pairs_are_learned_from_the_training_part(tmp_path):
     assert data.bytes_per_token == pytest.approx(len(parts[1].encode()) / len(data.test.tokens))
     with pytest.raises(DataError, match="vocabulary must be more than the 256 bytes, not 256"):
         load_text(tmp_path / "a.txt", "bpe", 4, 256)
+
+
+# ---------------------------------------------------------------- the cache of tokens
+
+
+def tokens_of(data):
+    return [part.tokens.tolist() for part in (data.train, data.test)]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Record the tokens of every text that is encoded."""
+    made, encode = [], text_module.encode_text
+
+    def recorded(text, tokens, vocabulary):
+        made.append(tokens)
+        return encode(text, tokens, vocabulary)
+
+    monkeypatch.setattr(text_module, "encode_text", recorded)
+    return made
+
+
+@pytest.mark.parametrize("tokens", ["characters", "bpe"])
+def test_tokens_are_encoded_once_and_mapped(tmp_path, encoded, tokens):
+    pytest.importorskip("tokenizers")
+    file, cache = write(tmp_path / "a.txt", "añb€ " * 100), tmp_path / "cache"
+    plain = load_text(file, tokens, 4, 270)
+    for _ in range(2):
+        data = load_text(file, tokens, 4, 270, cache=cache)
+        assert isinstance(data.train.tokens, np.memmap) and tokens_of(data) == tokens_of(plain)
+        assert data.train.tokens.dtype == plain.train.tokens.dtype
+        assert (data.classes, data.bytes_per_token, data.tokenizer) == (
+            plain.classes,
+            plain.bytes_per_token,
+            plain.tokenizer,
+        )
+    assert encoded == [tokens] * 2  # without the cache, and into it
+    load_text(file, tokens, 4, 271, cache=cache)
+    assert len(encoded) == (3 if tokens == "bpe" else 2)  # another vocabulary matters to one only
+
+
+def test_another_text_is_encoded_again_and_replaces_the_old_one(tmp_path, encoded):
+    file, cache = write(tmp_path / "a.txt", "abcd " * 100), tmp_path / "cache"
+    load_text(file, "characters", 4, cache=cache)
+    write(file, "abcde" * 101)
+    assert load_text(file, "characters", 4, cache=cache).classes == [*"abcde"]
+    assert len(encoded) == len([*tmp_path.glob("cache/*")]) + 1 == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "token", "description"])
+def test_damaged_tokens_are_encoded_again(tmp_path, encoded, damage):
+    file, cache = write(tmp_path / "a.txt", "abcd " * 100), tmp_path / "cache"
+    load_text(file, "characters", 4, cache=cache)
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    content = bytearray(whole)
+    place = {"token": 7, "description": len(content) - 30}.get(damage)
+    if place is not None:
+        content[place] ^= 1
+    kept.write_bytes(content[: {"cut": 99, "empty": 0}.get(damage)])
+    data = load_text(file, "characters", 4, cache=cache)
+    assert len(encoded) == 2 and tokens_of(data) == tokens_of(load_text(file, "characters", 4))
+    assert kept.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, capsys):
+    file, cache = write(tmp_path / "a.txt", "abcd " * 100), write(tmp_path / "file", "")
+    data = load_text(file, "characters", 4, cache=cache)
+    assert tokens_of(data) == tokens_of(load_text(file, "characters", 4))
+    assert "the tokens were not cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "tokens must be a readable tokenizer file, not"),
+        ("{}", "tokens must be a tokenizer file, not"),
+        ("other", "tokens must be the file of a byte-level tokenizer, but"),
+    ],
+)
+def test_refused_tokenizer_files(tmp_path, content, message):
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    if content == "other":
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(file))
+    elif content:
+        write(file, content)
+    with pytest.raises(DataError, match=message):
+        load_text(write(tmp_path / "a.txt", "abcd " * 100), str(file), 4)

@@ -32,7 +32,7 @@ def text(tmp_path_factory):
 
 
 def words_of(text, name, *more):
-    return ["--data", text, *SMALL.split(), *RUNS[name].split(), *more]
+    return ["--data", text, "--cache", text.parent, *SMALL.split(), *RUNS[name].split(), *more]
 
 
 def in_chunks(words, out):
