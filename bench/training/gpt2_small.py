@@ -7,6 +7,7 @@ allocates. After the last, the model is saved, loaded by `AutoModelForCausalLM`,
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -49,13 +50,16 @@ def main() -> None:
         losses = [step()]
     sizes = [event.nbytes() for event in profiled.kineto_results.events() if event.name() == "[memory]"]
     del profiled
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(args.steps - 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(step())
         seconds.append(time.perf_counter() - start)
-        print(f"losses of the stages {losses[-1]}, {seconds[-1]:.1f} s", flush=True)
-    largest_parameter = max(p.numel() * p.element_size() for p in network.parameters())
+        cpu_seconds.append(time.process_time() - cpu_start)
+        print(f"losses of the stages {losses[-1]}, {seconds[-1]:.1f} s, CPU {cpu_seconds[-1]:.1f} s", flush=True)
+    peak = peak_memory(torch.device("cpu"))
+    parameter_sizes = {p.numel() * p.element_size() for p in network.parameters()}
+    other_sizes = set(sizes) - parameter_sizes  # those of a parameter are gradients and the optimizer's state
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -69,10 +73,13 @@ def main() -> None:
         "tokens": tokens.numel(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "logits_of_all_tokens_bytes": 4 * tokens.numel() * model.config.vocab_size,
-        "largest_parameter_bytes": largest_parameter,
+        "largest_parameter_bytes": max(parameter_sizes),
         "largest_allocations_bytes": sorted(set(sizes), reverse=True)[:5],
-        "peak_bytes_of_the_process": peak_memory(torch.device("cpu")),
-        "seconds_per_step": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        "largest_allocation_but_of_a_parameter_bytes": max(other_sizes),
+        "peak_bytes_of_the_process": peak,
+        "threads": torch.get_num_threads(),
+        "seconds_per_step": statistics.median(seconds) if seconds else None,
+        "cpu_seconds_per_step": statistics.median(cpu_seconds) if seconds else None,
         "stage_losses": losses,
         "loaded_logits_equal": equal,
         "generated_tokens": text[0, 8:].tolist(),

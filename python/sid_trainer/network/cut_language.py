@@ -4,7 +4,7 @@ No tensor (tokens, V) is made in training: a stage's loss comes from `fused_beli
 the stage before.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sid_kernels import PriorHead
 
 from .cut import check_shared, evaluating, inspect
-from .cut_network import CutNetwork, as_arguments
+from .cut_network import CutNetwork, Visit, as_arguments
 from .language import READOUTS, DecoderBlock, Readout, SharedReadout, initialize
 from .local_pass import LocalOutput, LocalPass, reshard, shift_labels, warn_of_input_gradients
 
@@ -41,6 +41,11 @@ class CutLanguageModel(CutNetwork):
             return readout(features, None), readout.weight, None
         output = self.output_layer[0]
         return features.flatten(0, 1), output.weight, output.bias
+
+    def run(self, inputs: Any, keywords: Mapping[str, Any], visit: Visit) -> Any:
+        """Run the model as `CutNetwork` does, without a cache, which would hold the keys and values of all stages."""
+        cache = {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
+        return super().run(inputs, {**cache, **keywords}, visit)
 
     def stage_logits(self, inputs: Any = None, **keywords: Any) -> list[Tensor]:
         """Return the logits (B, T, V) of every stage, first to last."""

@@ -166,6 +166,22 @@ def test_no_tensor_holds_the_logits_of_all_tokens():
     assert 0 < largest < 60 << 20 < 4 * tokens.numel() * vocabulary
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_call_with_labels_keeps_no_keys_and_values(name):
+    model, tokens = make_model(name), make_tokens()
+    network = cut_language_model(model, 2, tokens)
+    caches = []
+
+    def watch(module, args, keywords):
+        caches.append(any(isinstance(x, transformers.Cache) for x in (*args, *keywords.values())))
+
+    model.get_submodule(network.at[0]).register_forward_pre_hook(watch, with_kwargs=True)
+    network(tokens, labels=tokens)
+    network.stage_logits(tokens)
+    model(tokens)
+    assert caches == [False, False, True]
+
+
 class Other(nn.Module):
     """A module that is no language model."""
 
