@@ -16,7 +16,13 @@ import torch
 from helpers.processes import PATIENCE
 from sid_trainer.training.checkpoint import LAST, load_checkpoint
 
-TIMES = {"images_per_second", "seconds", "elapsed", "peak_memory_bytes"}  # what differs between two runs of equal bits
+TIMES = {
+    "images_per_second",
+    "tokens_per_second",
+    "seconds",
+    "elapsed",
+    "peak_memory_bytes",
+}  # what differs between two runs of equal bits
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [

@@ -29,7 +29,12 @@ PANELS = {  # column: title, label of its axis
 }
 BY_STAGE = list(PANELS)[:3]
 BY_TIME = (("epoch", "test_accuracy"), ("seconds", "test_accuracy"), ("epoch", "train_loss"))
-BARS = {"test_accuracy": "Test accuracy", "images_per_second": "Images/s", "activation_bytes": "Held for backward"}
+BARS = {
+    "test_accuracy": "Test accuracy",
+    "images_per_second": "Images/s",
+    "tokens_per_second": "Tokens/s",
+    "activation_bytes": "Held for backward",
+}
 
 
 @matplotlib.rc_context(STYLE)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..files import write_atomically
 from .figures import draw_pipelines, draw_report, format_bytes
-from .results import comparison_table, load_runs, settings_of, to_text
+from .results import SPEEDS, comparison_table, load_runs, settings_of, to_text
 
 percent, seconds = "{:.2%}".format, "{:.2f}".format
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title, formatter; others: name, `to_text`
@@ -18,13 +18,14 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title, formatter; ot
     "settings": ("settings", lambda text: text or "–"), "test_accuracy": ("test accuracy", percent),
     "best_stage": ("best stage", percent), "first_stage": ("first stage", percent),
     "last_kl": ("KL of the last stage", "{:.4f}".format), "certificate": ("certificate", percent),
-    "images_per_second": ("images/s", "{:.0f}".format), "elapsed": ("training seconds", "{:.1f}".format),
+    "images_per_second": ("images/s", "{:.0f}".format), "tokens_per_second": ("tokens/s", "{:.0f}".format),
+    "elapsed": ("training seconds", "{:.1f}".format),
     "activation_bytes": ("held for backward", format_bytes), "peak_memory_bytes": ("peak memory", format_bytes),
     "busy": ("busy, seconds", seconds), "receiving": ("waited for batches", seconds),
     "sending": ("waited for room", seconds), "reducing": ("waited for replicas", seconds),
     "bytes_sent": ("sent on", format_bytes),
 }  # fmt: skip
-MEASURED = ["images_per_second", "activation_bytes", "peak_memory_bytes"]
+MEASURED = [*SPEEDS, "activation_bytes", "peak_memory_bytes"]
 COMPARISON = [*"arch layout method label_noise settings".split(), "accuracy, last epoch", *"n seeds epochs".split(),
               *MEASURED]  # fmt: skip
 RUNS = [*"name arch layout method label_noise depth seed epochs test_accuracy best_stage first_stage".split(),

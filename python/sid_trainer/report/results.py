@@ -24,7 +24,8 @@ DERIVED = {  # from other settings
     "tokenizer",
 }  # fmt: skip
 NUMBERS = ["epoch", "train_loss", "test_accuracy"]
-OPTIONAL = ["elapsed", "seconds", "images_per_second", "activation_bytes", "peak_memory_bytes"]  # older runs lack them
+SPEEDS = ["images_per_second", "tokens_per_second"]  # a run has one of them
+OPTIONAL = ["elapsed", "seconds", *SPEEDS, "activation_bytes", "peak_memory_bytes"]  # older runs lack them
 LISTS = ["stage_accuracy", "stage_kl", "certificate"]  # one number per stage; the last is optional
 
 
@@ -58,7 +59,7 @@ def load_runs(folders: Sequence[Path | str]) -> Results:
     pipelines = {run: read_pipeline(file) for run, file in files.items()}
     runs = epochs.groupby("run").agg(
         epoch=("epoch", "last"), test_accuracy=("test_accuracy", "last"), elapsed=("elapsed", "last"),
-        images_per_second=("images_per_second", "median"), activation_bytes=("activation_bytes", "max"),
+        **{name: (name, "median") for name in SPEEDS}, activation_bytes=("activation_bytes", "max"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
     ).join(stages[stages["last"]].groupby("run").agg(
         stages=("stage", "size"), best_stage=("stage_accuracy", "max"), first_stage=("stage_accuracy", "first"),
@@ -104,13 +105,13 @@ def comparison_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per group of runs: FAMILY, settings, number n of runs, seeds, epochs reached, and results.
 
     test_accuracy is the mean over runs after their last epoch, in [0, 1]; deviation is the standard deviation of this
-    sample (NaN for one run). images_per_second is the median; activation_bytes and peak_memory_bytes are the largest.
+    sample (NaN for one run). SPEEDS are medians; activation_bytes and peak_memory_bytes are the largest.
     """
     return runs.groupby("group").agg(
         **{key: (key, "first") for key in ["arch", "layout", "method", "label_noise", "settings"]},
         n=("name", "size"), seeds=("seed", list), epochs=("epoch", lambda epochs: sorted(set(epochs))),
         test_accuracy=("test_accuracy", "mean"), deviation=("test_accuracy", "std"),
-        images_per_second=("images_per_second", "median"), activation_bytes=("activation_bytes", "max"),
+        **{name: (name, "median") for name in SPEEDS}, activation_bytes=("activation_bytes", "max"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
     )  # fmt: skip
 

@@ -73,6 +73,6 @@ class Log:
         print(
             f"{row['epoch']:5d} {row['train_loss']:12.4f} {row['stage_accuracy'][0]:13.2%}"
             f" {row['test_accuracy']:12.2%} {row['stage_kl'][-1]:11.4f} {certificate:13.1%}"
-            f" {row['images_per_second']:10.0f} {row['seconds']:9.1f}",
+            f" {row[self.metadata['unit'] + '_per_second']:10.0f} {row['seconds']:9.1f}",
             flush=True,
         )

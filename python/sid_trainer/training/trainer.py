@@ -238,7 +238,7 @@ class Trainer:
             "train_loss": sum(losses) / len(losses) / images,
             "train_accuracy": sums["right"] / images,
             "stage_loss": [loss / images for loss in losses],
-            "images_per_second": images / seconds,
+            f"{self.data.unit}_per_second": images / seconds,
             "seconds": seconds,
             "elapsed": sum(row["seconds"] for row in self.metrics) + seconds,
             "activation_bytes": results["activation_bytes"],

@@ -64,7 +64,10 @@ def test_a_run_is_measured_continued_and_exported(run, capsys):
     torch.testing.assert_close(program(inputs), network(inputs))
     assert cli.main(["export", str(run), "--plain", "--out", str(run / "plain.pt2")]) == 0
     torch.testing.assert_close(torch.export.load(run / "plain.pt2").module()(inputs), network(inputs))
+    assert rows[0]["tokens_per_second"] > 0 and "images_per_second" not in rows[0]
     assert cli.main(["report", str(run), "--out", str(run.parent / "report")]) == 0
+    page = (run.parent / "report" / "report.html").read_text()
+    assert "tokens/s" in page and "images/s" not in page
 
 
 @pytest.mark.parametrize("method", ["sid", "bp"])
