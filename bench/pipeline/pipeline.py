@@ -1,17 +1,18 @@
 """Measure stage pipelines on 2 ranks of one thread each: SID against one rank and against backpropagation.
 
     python bench/pipeline/pipeline.py --data PATH --out bench/results/pipeline.json
+    python bench/pipeline/pipeline.py --text FILE --networks gpt gpt_shared --out bench/results/pipeline-text.json
 
 Every round launches all contenders one after the other. Each rank is a process pinned to a core of its own. It reads
 CIFAR-10 as the trainer does, and runs an epoch to warm up and an epoch that is timed. Results are medians over rounds.
 "Held" is what autograd keeps for the backward pass, without messages on their way. GPipe and 1F1B are those of
 `torch.distributed.pipelining`, with several numbers of microbatches, on the plain backbone with its classifier, which
 is cut so that measured costs balance. All contenders have the same images, batch size and optimizer. Evaluation is not
-timed.
+timed. Language models count tokens where this says images.
 
-The result is also compared with the simulator (`simulate.py`). Its stage costs are measured on as many ranks at once as
-it simulates, because cores slow each other down. The cost of a message is measured between two ranks that compute
-meanwhile.
+The result on images is also compared with the simulator (`simulate.py`). Its stage costs are measured on as many ranks
+at once as it simulates, because cores slow each other down. The cost of a message is measured between two ranks that
+compute meanwhile.
 
 Expected before the first run, for 16 equal MLP stages: 1.85 to 1.95 times one rank (messages of 131 KB against about
 14 ms of work) with a bubble of 2 to 4%; GPipe and 1F1B with 4 microbatches 1.5 to 1.7 times their own single rank.
@@ -38,6 +39,14 @@ NETWORKS = {  # settings of `sid train` by name of the network
     "mlp_linear_heads": {"arch": "mlp", "depth": 16, "head_depth": 0, "train_images": 12800, "batch_size": 128},
     "vit_tiny": {"arch": "vit_tiny", "depth": 12, "train_images": 640, "batch_size": 16},
 }
+GPT = {"tokens": "characters", "context": 64, "layers": 8, "width": 128, "attention_heads": 4, "depth": 4,
+       "batch_size": 16}  # fmt: skip
+TEXT_NETWORKS = {
+    "gpt": GPT,
+    "gpt_shared": GPT | {"readout": "shared", "readout_refresh": 20, "tail": 1},
+    "gpt_shared_each_step": GPT | {"readout": "shared", "readout_refresh": 1, "tail": 1},
+}
+NETWORKS |= {name: {"arch": "gpt", "dataset": "text"} | network for name, network in TEXT_NETWORKS.items()}
 RANKS = 2
 LIMIT = 300  # seconds a launch may take
 
@@ -53,12 +62,14 @@ def contenders(microbatches: list[int]) -> dict[str, tuple[int, list[str]]]:
 # ---------------------------------------------------------------- in a rank's process
 
 
-def settings(network: str, data: str, cache: str | None, method: str = "sid", **more):
+def settings(args, method: str = "sid", **more):
     from sid_trainer.training.config import run_config
 
+    images = {"dataset": "cifar10", "data": args.data, "cache": args.cache}
+    data = {"data": args.text} if args.network in TEXT_NETWORKS else images
     return run_config(
-        dataset="cifar10", data=data, cache=cache, layout="stagewise", method=method, device="cpu", epochs=100,
-        optimizer="adam", lr=1e-3, weight_decay=0.0, lr_schedule="constant", **NETWORKS[network] | more,
+        layout="stagewise", method=method, device="cpu", epochs=100, optimizer="adam", lr=1e-3, weight_decay=0.0,
+        lr_schedule="constant", **data | NETWORKS[args.network] | more,
     )  # fmt: skip
 
 
@@ -68,7 +79,7 @@ def by_trainer(args, method: str) -> tuple[Callable[[], dict], dict]:
 
     ranks = int(os.environ["WORLD_SIZE"])
     more = {"parallel": "stage"} if ranks > 1 else {}
-    run = settings(args.network, args.data, args.cache, method, **more)
+    run = settings(args, method, **more)
     if ranks == 1:
         del os.environ["WORLD_SIZE"]
     trainer = make_trainer(run, quiet=True)
@@ -78,7 +89,8 @@ def by_trainer(args, method: str) -> tuple[Callable[[], dict], dict]:
         start = time.time()
         trainer.train_epoch()
         trainer.epoch, trainer.step, trainer.sums = trainer.epoch + 1, 0, {}
-        figures = {"begun": start, "ended": time.time(), "held": strategy.activation_bytes}
+        counts = {"examples": strategy.batches["train"].count, "steps": trainer.steps_per_epoch}
+        figures = counts | {"begun": start, "ended": time.time(), "held": strategy.activation_bytes}
         if ranks > 1:
             strategy.link.wait_for_room()
             del strategy.times["batches"]
@@ -97,23 +109,26 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
 
     from bench.pipeline.costs import Classifier, measure_blocks
     from sid_trainer.data.batches import Batches, Labels, pixel_statistics
+    from sid_trainer.data.text import TextBatches, TextData
     from sid_trainer.distributed.balance import balance_stages
     from sid_trainer.methods.factory import OPTIMIZERS
     from sid_trainer.runs.build import make_data, make_network
     from sid_trainer.training.memory import SavedBytes
 
-    run = settings(args.network, args.data, args.cache, "bp")
+    run = settings(args, "bp")
     dist.init_process_group("gloo")
     rank, device = dist.get_rank(), torch.device("cpu")
     data = make_data(run)
     torch.manual_seed(run.seed)
     network = make_network(run, len(data.classes), data.in_channels, data.image_size)
     network = network.to(memory_format=torch.channels_last)
-    statistics_ = pixel_statistics(data.train.images)
-    batches = Batches(data.train, run.batch_size, device, *statistics_)
+    if text := isinstance(data, TextData):
+        batches = TextBatches(data.train, run.batch_size, device)
+    else:
+        batches = Batches(data.train, run.batch_size, device, *pixel_statistics(data.train.images))
     inputs, targets = next(batches.shuffle(0, 0, 0, False))
     size = run.batch_size // microbatches
-    costs = measure_blocks(network, inputs[:size], targets[:size], rounds=5)
+    costs = measure_blocks(network, inputs[:size], targets[: size * batches.context], rounds=5)
     seconds = [[cost.seconds for cost in costs]]
     dist.broadcast_object_list(seconds, 0)
     part = balance_stages(seconds[0], RANKS)[rank]
@@ -148,7 +163,7 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
     stage = PipelineStage(module, rank, RANKS, device, input_args=(example,), output_args=(example_output,))
     kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[schedule]
     pipeline = kind(stage, microbatches, loss_fn=nn.CrossEntropyLoss())
-    rank_batches = batches if rank == 0 else Labels(data.train, run.batch_size, device)
+    rank_batches = batches if rank == 0 or text else Labels(data.train, run.batch_size, device)
     number = held = 0
 
     def epoch() -> dict:
@@ -156,6 +171,8 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
         number += 1
         start = time.time()
         for i, (x, y) in enumerate(rank_batches.shuffle(run.seed, number, data.crop, data.flip)):
+            if len(y) < run.batch_size * batches.context:
+                continue  # PyTorch's pipelines take one shape
             optimizer.zero_grad(set_to_none=True)
             first = (number, i) == (1, 0)
             with SavedBytes(module.parameters()) if first else nullcontext() as saved:
@@ -167,7 +184,9 @@ def by_pipelining(args, schedule: str, microbatches: int) -> tuple[Callable[[], 
                     float(torch.stack(losses).mean())
             held = saved.peak if first else held
             optimizer.step()
-        return {"begun": start, "ended": time.time(), "held": held}
+        full = sum(size_ == run.batch_size * batches.context for size_ in batches.sizes())
+        counts = {"examples": full * run.batch_size * batches.context, "steps": full}
+        return counts | {"begun": start, "ended": time.time(), "held": held}
 
     return epoch, {"blocks": [i + 1 for i in part]}
 
@@ -180,7 +199,7 @@ def costs_of(args) -> tuple[Callable[[], dict], dict]:
     from sid_trainer.runs.build import make_trainer
 
     os.environ.pop("WORLD_SIZE")
-    trainer = make_trainer(settings(args.network, args.data, args.cache), quiet=True)
+    trainer = make_trainer(settings(args), quiet=True)
     batches, step = trainer.strategy.batches["train"], trainer.strategy.run_step
     inputs, targets = next(batches.shuffle(0, 0, 4, True))
     shuffled, number = batches.shuffle, len(batches)
@@ -212,7 +231,7 @@ def link_of(args) -> tuple[Callable[[], dict], dict]:
     from sid_trainer.runs.build import make_network
     from sid_trainer.training.config import DTYPES
 
-    run = settings(args.network, args.data, args.cache)
+    run = settings(args)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     network = make_network(run, 10, 3, (32, 32))
@@ -280,8 +299,10 @@ def work(args) -> None:
 def launch(args, network: str, ranks: int, words: list[str]) -> list[dict]:
     """Run the ranks of a contender and return the figures of each. Raises RuntimeError if one fails or is too slow."""
     with tempfile.TemporaryDirectory() as folder:
-        script = [__file__, "--data", args.data, "--network", network, "--found", folder, "--work", *words]
-        script += ["--cache", args.cache] if args.cache else []
+        script = [__file__, "--network", network, "--found", folder]
+        for name in ("data", "text", "cache"):
+            script += [f"--{name}", value] if (value := getattr(args, name)) else []
+        script += ["--work", *words]
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
@@ -298,7 +319,6 @@ def launch(args, network: str, ranks: int, words: list[str]) -> list[dict]:
 
 def measure(args, network: str) -> dict:
     """Measure all contenders on one network, and return their results and the simulator's."""
-    images = NETWORKS[network]["train_images"]
     results: dict[str, dict] = {name: {"rounds": []} for name in contenders(args.microbatches)}
     measured: dict[int, list[dict]] = {1: [], RANKS: []}
     links: list[dict] = []
@@ -313,9 +333,12 @@ def measure(args, network: str) -> dict:
                 print(f"{network}: {name}: {error}", flush=True)
                 continue
             seconds = max(rank["ended"] for rank in rank_figures) - min(rank["begun"] for rank in rank_figures)
-            round_result = {"images_per_second": images / seconds, "seconds": seconds, "ranks": rank_figures}
-            results[name]["rounds"].append(round_result)
-            print(f"{network}, round {round_ + 1}: {name:34s} {images / seconds:9.1f} images/s", flush=True)
+            speed = rank_figures[0]["examples"] / seconds
+            results[name]["rounds"].append({"images_per_second": speed, "seconds": seconds, "ranks": rank_figures})
+            unit = "tokens" if network in TEXT_NETWORKS else "images"
+            print(f"{network}, round {round_ + 1}: {name:34s} {speed:9.1f} {unit}/s", flush=True)
+        if network in TEXT_NETWORKS:
+            continue
         for ranks in measured:
             measured[ranks] += launch(args, network, ranks, ["costs"])
         links += launch(args, network, RANKS, ["link"])
@@ -334,9 +357,9 @@ def measure(args, network: str) -> dict:
                 "ranks": middle["ranks"],
             }
             if "busy" in middle["ranks"][0]:
-                row |= bubble(middle, images // NETWORKS[network]["batch_size"])
+                row |= bubble(middle, middle["ranks"][0]["steps"])
         del row["rounds"]
-    predictions = simulated(network, results, measured, links)
+    predictions = {} if network in TEXT_NETWORKS else simulated(network, results, measured, links)
     return {"settings": NETWORKS[network], "contenders": results, "simulator": predictions}
 
 
@@ -403,9 +426,11 @@ def table(results: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="CIFAR-10: an image folder, or the root of cifar-10-batches-py")
+    add("--data", help="CIFAR-10: an image folder, or the root of cifar-10-batches-py")
+    add("--text", help="a text file for language models, of which an epoch should take some seconds")
     add("--cache", help="folder for the decoded images")
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(default: all)")
+    images = [name for name in NETWORKS if name not in TEXT_NETWORKS]
+    add("--networks", nargs="+", choices=NETWORKS, default=images, help="(default: those on images)")
     add("--microbatches", nargs="+", type=int, default=[4, 8], help="parts of a batch, to try in turn (default: 4 8)")
     add("--rounds", type=int, default=3, help="launches of each contender (default: %(default)s)")
     add("--out", type=Path, help="the JSON file to write")
@@ -418,6 +443,10 @@ def main() -> int:
         return 0
     if args.out is None or args.rounds < 1:
         parser.error("--out must be given" if args.out is None else f"--rounds must be at least 1, not {args.rounds}")
+    for name in args.networks:
+        flag = "text" if name in TEXT_NETWORKS else "data"
+        if getattr(args, flag) is None:
+            parser.error(f"--{flag} must be given for {name}")
     if len(os.sched_getaffinity(0)) < RANKS:
         parser.error(f"{RANKS} ranks need a core each; this process may use {len(os.sched_getaffinity(0))}")
     results = {network: measure(args, network) for network in args.networks}
