@@ -20,9 +20,10 @@ from bench.kernels.contenders import ALPHA, TOLERANCE, no_compiler
 from bench.lib.footprint import nbytes
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
 from sid_trainer import SIDNetwork, StackedHeads, Stage, StageHead, capture, sid_step
-from sid_trainer.methods.common import StepOptions, clear_gradients, update
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.reference import reference_step as public_step
 from sid_trainer.methods.step import stage_by_stage
+from sid_trainer.methods.updates import clear_gradients, update
 
 SIZES = ((10, 128, 256, 128, 10), (10, 128, 256, 128, 100), (10, 128, 256, 128, 1000))  # (L, B, H, D, C)
 RATE, EPSILON = 1e-5, 1e-8  # of Adam; so small a rate that thousands of steps on one batch hardly change the network

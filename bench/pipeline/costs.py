@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from sid_trainer import build_network
 from sid_trainer.files import write_atomically
-from sid_trainer.methods.common import StepOptions, autocast, clear_gradients, update
+from sid_trainer.methods.common import StepOptions, autocast
 from sid_trainer.methods.factory import make_optimizers
 from sid_trainer.methods.step import stage_by_stage
 from sid_trainer.methods.streams import StageHooks
+from sid_trainer.methods.updates import clear_gradients, update
 from sid_trainer.network.modules import SIDNetwork, at_least_float32
 from sid_trainer.training.config import DTYPES
 from sid_trainer.training.cpu import denormals_as_zero

@@ -30,8 +30,9 @@ from bench.lib import record
 from bench.lib.footprint import allocated_peak
 from sid_kernels import fused_belief_head
 from sid_trainer import build_language_model
-from sid_trainer.methods.common import Optimizers, StepOptions, clear_gradients, update
+from sid_trainer.methods.common import StepOptions
 from sid_trainer.methods.factory import make_optimizers, make_step
+from sid_trainer.methods.updates import Optimizers, clear_gradients, update
 from sid_trainer.network.language import LanguageModel
 from sid_trainer.runs.build import make_trainer
 from sid_trainer.training.config import run_config

@@ -9,11 +9,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..methods.common import StepOptions, clear_gradients
+from ..methods.common import StepOptions
 from ..methods.factory import make_optimizers
 from ..methods.readouts import train_readouts, trains_in_chunks
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks
+from ..methods.updates import clear_gradients
 from ..network.language import LanguageModel
 from ..network.modules import SIDNetwork
 from ..training.cpu import denormals_as_zero

@@ -17,11 +17,12 @@ from sid_kernels.belief_head.problem import PriorHead
 from ..data.batches import Batches, Labels
 from ..data.own import OwnData
 from ..data.text import TextBatches, TextData
-from ..methods.common import StepResult, autocast, clear_gradients
+from ..methods.common import StepResult, autocast
 from ..methods.factory import BACKPROPAGATED, LOCAL, make_step
 from ..methods.readouts import train_readouts, trains_in_chunks, windows_at_once
 from ..methods.step import stage_by_stage
 from ..methods.streams import StageHooks
+from ..methods.updates import clear_gradients
 from ..network.language import LanguageModel, SharedReadout
 from ..network.modules import SIDNetwork, at_least_float32
 from ..training.strategy import Strategy

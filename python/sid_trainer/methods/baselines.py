@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..network.modules import at_least_float32
 from ..network.own import Network
-from .common import Optimizers, StepResult, autocast, check_owned, clear_gradients, forward_dtype, update
+from .common import StepResult, autocast, check_owned, forward_dtype
+from .updates import Optimizers, clear_gradients, update
 
 
 def bp_step(

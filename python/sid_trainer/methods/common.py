@@ -1,10 +1,10 @@
-"""Options, results, optimizer updates, argument checks and teacher beliefs that all training steps share."""
+"""Options, results, argument checks and teacher beliefs that all training steps share."""
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from ..network.heads import StackedHeads
 from ..network.loss_options import StageLossOptions
 from ..network.modules import SIDNetwork, at_least_float32
 from ..network.own import Network
+from .updates import Optimizers
 
-Optimizers = Sequence[Optimizer | None]
 STEP_SCHEDULES = ("one-pass", "two-phase", "reference")
 
 
@@ -55,9 +55,12 @@ class StepOptions(StageLossOptions):
         return self.fused and self.step_schedule == "one-pass" and one_smoothing and self.class_weight is None
 
 
-def autocast(inputs: Tensor, dtype: torch.dtype) -> torch.autocast:
+def autocast(inputs: Tensor, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return autocast to `dtype` on the inputs' device; for float32 it is disabled."""
-    return torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32)
+    device = inputs.device.type
+    if dtype is torch.float32 and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
@@ -90,20 +93,6 @@ def check_network(network: SIDNetwork) -> None:
             " `sid train --parallel data`",
             stacklevel=3,
         )
-
-
-def clear_gradients(optimizers: Optimizers) -> None:
-    """Set the gradients that the optimizers own to None."""
-    for optimizer in optimizers:
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-
-
-def update(optimizers: Optimizers) -> None:
-    """Call `step` of every optimizer that is not None."""
-    for optimizer in optimizers:
-        if optimizer is not None:
-            optimizer.step()
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ..network.cut_network import CutNetwork
-from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradients, forward_dtype, update
+from .common import StepOptions, StepResult, autocast, forward_dtype
+from .updates import Optimizers, clear_gradients, update
 
 
 def drop_in_step(

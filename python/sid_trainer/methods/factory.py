@@ -21,10 +21,11 @@ from ..network.heads import StackedHeads
 from ..network.modules import SIDNetwork
 from ..network.own import Network
 from .baselines import bp_step, deep_supervision_step
-from .common import Optimizers, StepOptions, StepResult
+from .common import StepOptions, StepResult
 from .drop_in import drop_in_step
 from .step import local_step
 from .streams import StageHooks
+from .updates import Optimizers
 
 LOCAL = ("sid", "greedy")  # no gradient crosses stages
 # Methods with the cross-entropy of the last stage alone. A stagewise backbone has one linear classifier for them.

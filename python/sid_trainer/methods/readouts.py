@@ -10,8 +10,9 @@ from sid_kernels import fused_belief_head
 from sid_kernels.belief_head.problem import PriorHead
 
 from ..network.language import LanguageModel
-from .common import Optimizers, StepOptions, StepResult, autocast, clear_gradients, update
+from .common import StepOptions, StepResult, autocast
 from .streams import StageHooks
+from .updates import Optimizers, clear_gradients, update
 
 MOST_BYTES = 64 << 20  # of float32 logits (N, V); below, holding them is faster than computing the prior's twice
 

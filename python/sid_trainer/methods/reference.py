@@ -12,7 +12,8 @@ from sid_kernels.core.checks import canonical_target
 from ..network.heads import StageCall
 from ..network.local_pass import collect_terms, take_terms
 from ..network.modules import SIDNetwork, at_least_float32
-from .common import Optimizers, StepOptions, StepResult, autocast, check_owned, clear_gradients, teacher_beliefs, update
+from .common import StepOptions, StepResult, autocast, check_owned, teacher_beliefs
+from .updates import Optimizers, clear_gradients, update
 
 
 def reference_step(

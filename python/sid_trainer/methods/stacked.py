@@ -6,7 +6,8 @@ from torch import Tensor
 from sid_kernels import CascadeWeights, refine_cascade_and_grad
 
 from ..network.heads import StackedHeads
-from .common import Optimizers, StepOptions, clear_gradients, owned_parameters, update
+from .common import StepOptions, owned_parameters
+from .updates import Optimizers, clear_gradients, update
 
 
 def train_stacked(

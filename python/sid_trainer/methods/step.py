@@ -18,22 +18,20 @@ from ..network.local_pass import add_terms, collect_terms, stage_loss
 from ..network.loss_options import Alpha
 from ..network.modules import SIDNetwork, at_least_float32
 from .common import (
-    Optimizers,
     StepOptions,
     StepResult,
     autocast,
     check_network,
     check_optimizers,
     check_parameter_dtype,
-    clear_gradients,
     forward_dtype,
     teacher_beliefs,
-    update,
 )
 from .readouts import train_readouts, trains_in_chunks
 from .reference import reference_step
 from .stacked import train_stacked
 from .streams import StageHooks
+from .updates import Optimizers, clear_gradients, run_together, update
 
 
 def sid_step(
@@ -117,7 +115,8 @@ def stage_by_stage(
     prior, losses = network.uniform(features) if prior is None else prior, []
     # Autograd adds the gradients of shared features on the stream where this node is created; it is kept to the end.
     accumulation = get_gradient_edge(features) if features.requires_grad else None
-    one_optimizer = isinstance(network.stages, StackedHeads)  # it updates all stages after the last one has run
+    # One optimizer of all stages, or ordinary ones in one call, update after the last stage has run.
+    at_end = isinstance(network.stages, StackedHeads) or (type(hooks) is StageHooks and run_together(optimizers[1:]))
     stages = list(network.local_stages())  # before the hooks: StackedHeads may create gradients on this stream
     hooks.step_started()
     for i, stage in enumerate(stages):
@@ -130,13 +129,13 @@ def stage_by_stage(
             )
             hooks.outputs_ready(outputs, belief)
             backward(logits, dlogits, terms)  # frees this stage's graph; its weights may change from here on
-            if not one_optimizer:
+            if not at_end:
                 hooks.update(partial(update, optimizers[1 + i : 2 + i]))
         losses.append(add_terms(loss, terms))
         prior = belief if teachers is None else teachers[i]
         features = outputs if outputs is features else outputs.detach()  # shared by all stages, or this stage's own
     hooks.step_finished()
-    if one_optimizer:
+    if at_end:
         update(optimizers[1:])
     del accumulation
     return torch.stack(losses), logits.detach()
