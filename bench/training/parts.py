@@ -4,7 +4,7 @@
 
 Both train stagewise networks on CIFAR-10 as `sid train` does (Adam, float32, crop and flip) in turns. Times are of
 the processor, not of the clock, so that other programs on the machine count less. An epoch is loading (batches, crop,
-flip, normalization), steps and the rest (losses, correct answers, schedulers). A profile of a few steps divides their
+flip, normalization), steps and the rest (losses, correct answers, schedulers). A profile of one step divides its
 time into the matrix library, other operators (pooling, norms, ReLU, sums), the optimizer, and what remains: Python, the
 dispatch of operators, autograd, and the kernels of this package. The profiler slows what remains more than the others.
 """
@@ -78,7 +78,6 @@ def profile_step(run: Run) -> dict[str, float]:
     """Return the share of each part in the time of a step."""
     batch = next(iter(run.batches(1, 0)))
     run.step(*batch)
-    start = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         start = time.perf_counter()
         run.step(*batch)

@@ -48,7 +48,7 @@ def sid_step(
         optimizers: One for the extractor (None if it has no parameters) and one per stage, or one for all stages if
             `network.stages` is `StackedHeads`. Gradients they own are cleared first. Without optimizers the step only
             adds to the gradients in `.grad`, as `backward` does.
-        schedule: "one-pass": each stage runs, learns and is updated before the next one runs, so only one stage's
+        schedule: "one-pass": each stage runs and gets its gradients before the next one runs, so only one stage's
             activations are held. "two-phase", as in the paper: a pass without gradients computes all priors, then every
             stage learns. "reference", as in the public implementation: the two phases, but one backward over the sum of
             all losses, which holds all activations. All three give the same gradients, unless a layer draws random
