@@ -21,6 +21,8 @@ from unittest import mock
 
 sys.path.append(str(Path(__file__).parents[2]))  # for the package `bench`
 
+import torch
+
 from bench.kernels.contenders import FUSED, contenders, make_problem
 from bench.lib import record
 from bench.lib.timing import quartiles
@@ -45,7 +47,7 @@ sys.stdin.read()
 
 def calls(rows: int, classes: int) -> dict[str, Callable[[], object]]:
     """Return the calls to measure, by name."""
-    problem = make_problem(rows, classes, memory.torch.float32, "cpu")
+    problem = make_problem(rows, classes, torch.float32, "cpu")
     listed, left_out = contenders("cpu", rows, classes)
     if COMPILED in left_out:
         raise SystemExit(f"{COMPILED}: {left_out[COMPILED]}")
